@@ -1,0 +1,140 @@
+"""Addresses as operators write them: C{host:port}, C{[v6]:port}, or a Twisted endpoint string."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    clientFromString,
+)
+from twisted.internet.interfaces import IReactorPluggableNameResolver, IStreamClientEndpoint
+from zope.interface import implementer
+
+_HOST_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^\[\]:]*):(?P<port>[^:]*)")
+_ENDPOINT = re.compile(r"[a-zA-Z][a-zA-Z0-9]*:")
+_UNESCAPED_COLON = re.compile(r"(?<!\\):")
+
+
+class BadAddress(ValueError):
+    """The text is no address; the message says what is wrong and shows one that is right."""
+
+
+@implementer(IReactorPluggableNameResolver)
+class _NoReactor:
+    """Stands in for the reactor while an endpoint string is only being checked."""
+
+    nameResolver = None
+
+    def installNameResolver(self, resolver: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to connect to.
+
+    @ivar text: as the operator wrote it.
+    @ivar host: name or numeric address without brackets; empty for an endpoint string other than
+        C{tcp:}.
+    @ivar port: 1 to 65535; 0 for such an endpoint string.
+    @ivar is_endpoint: whether the text is an endpoint string.
+    """
+
+    text: str
+    host: str
+    port: int
+    is_endpoint: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    def endpoint(self, reactor: Any, timeout: float) -> IStreamClientEndpoint:
+        """A way to connect there; C{timeout} in seconds holds for each address of a host name."""
+        if self.is_endpoint:
+            endpoint: IStreamClientEndpoint = clientFromString(reactor, self.text)
+            return endpoint
+        try:
+            version = ipaddress.ip_address(self.host.partition("%")[0]).version
+        except ValueError:
+            return HostnameEndpoint(reactor, self.host, self.port, timeout)
+        kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
+        return kind(reactor, self.host, self.port, timeout)
+
+    def is_local_port(self, port: int) -> bool:
+        """Whether a connection to this address ends at C{port} of this host.
+
+        Host names are looked up, which may take the resolver's time.
+        """
+        if self.port != port:
+            return False
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except OSError:
+            return False
+        return any(_is_ours(family, address) for family, _, _, _, address in found)
+
+
+def _is_ours(family: int, address: Any) -> bool:
+    """Whether C{address} belongs to this host: only then can a socket be bound to it."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address[0], 0, *address[2:]))
+    except OSError:
+        return False
+    return True
+
+
+def _port(text: str, whole: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65_536):
+        raise BadAddress(f"{whole!r}: the port must be a number from 1 to 65535, not {text!r}")
+    return int(text)
+
+
+def parse_address(text: str) -> Address:
+    """Understand C{text}; raises L{BadAddress}."""
+    match = _HOST_PORT.fullmatch(text)
+    if match is None:
+        if _ENDPOINT.match(text):
+            return _parse_endpoint(text)
+        if text.count(":") > 1 and "[" not in text:
+            raise BadAddress(f"{text!r}: put an IPv6 address in brackets, as in [::1]:443")
+        raise BadAddress(f"{text!r}: a host and a port are needed, as in 127.0.0.1:443")
+    host, port = match["host"], _port(match["port"], text)
+    if host.startswith("["):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise BadAddress(
+                f"{text!r}: {host!r} is not an IPv6 address; one looks like [::1]:443"
+            ) from None
+    elif not host:
+        raise BadAddress(f"{text!r}: a host is needed before the port, as in 127.0.0.1:443")
+    elif re.fullmatch(r"[0-9.]+", host):
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise BadAddress(f"{text!r}: {host!r} is not an IPv4 address") from None
+    return Address(text, host, port)
+
+
+def _parse_endpoint(text: str) -> Address:
+    try:
+        clientFromString(_NoReactor(), text)
+    except Exception as problem:  # each kind of endpoint raises its own
+        raise BadAddress(f"{text!r}: not an address nor an endpoint string: {problem}") from None
+    host, port = "", 0
+    if text.startswith("tcp:"):
+        words = [word.partition("=") for word in _UNESCAPED_COLON.split(text)[1:]]
+        named = {name: value for name, equals, value in words if equals}
+        bare = [name for name, equals, _ in words if not equals]
+        host = (named.get("host") or bare.pop(0)).replace("\\:", ":")
+        port = _port(named.get("port") or bare.pop(0), text)
+    return Address(text, host, port, is_endpoint=True)

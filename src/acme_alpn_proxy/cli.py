@@ -1,0 +1,190 @@
+"""The console script: C{acme-alpn-proxy start|stop}."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from twisted.python.usage import UsageError
+
+from .errors import AlreadyRunning, StartError
+from .launch import Report, be_the_daemon, run
+from .options import PORT, ConsoleOptions
+from .pidfile import PIDFile
+
+DONE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+
+START_DEADLINE: Final = 120.0
+"""Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
+be slow; a healthy start takes a few tenths."""
+
+STOP_DEADLINE: Final = 30.0
+"""Seconds for an instance to let go of :443."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in C{argv} and give its exit status."""
+    options = ConsoleOptions()
+    try:
+        options.parseOptions(sys.argv[1:] if argv is None else argv)
+    except UsageError as problem:
+        text = str(problem).removeprefix("Parameter type enforcement failed: ")
+        _say(f"{text} (see acme-alpn-proxy --help)")
+        return WRONG_USAGE
+    pidfile = PIDFile(options["pidfile"])
+    try:
+        if options["command"] == "stop":
+            return stop(options, pidfile)
+        return start(options, pidfile)
+    except AlreadyRunning as instance:
+        _say(str(instance))
+        return DONE
+    except StartError as problem:
+        _say(str(problem))
+        return FAILED
+
+
+def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Start the proxy; raises L{StartError}."""
+    pid = pidfile.owner()
+    if pid is not None:
+        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
+    if options["nodaemon"]:
+        run(options, pidfile, lambda: True)
+        return DONE
+    _check_logfile(options["logfile"])
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        ours.close()
+        return be_the_daemon(options, pidfile, Report(theirs))
+    theirs.close()
+    with ours:
+        return _await_report(options, pidfile, child, ours)
+
+
+def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Make the running instance let go of :443; raises L{StartError}."""
+    pid = pidfile.owner()
+    if pid is None:
+        removed = clean_up(options, pidfile)
+        _say("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
+        return DONE
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return DONE
+    try:
+        if pidfile.owner() != pid:  # it ended, and the PID may be another program's by now
+            return DONE
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+    except PermissionError:
+        raise StartError(f"may not signal PID {pid}: run this as root") from None
+    else:
+        _await_let_go(process, pid, pidfile)
+        if options["wait"]:
+            _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
+    finally:
+        os.close(process)
+    return DONE
+
+
+def clean_up(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Remove what a killed instance has left, if no other instance is there.
+
+    @return: the number of rules removed. None, too, if it cannot be done: this is a kindness.
+    """
+    from .commands import BlockingCommands
+    from .redirects.iptables import IptablesRedirect
+    from .service import listening_socket
+
+    if options["redirect"] != "iptables" or os.geteuid() != 0:
+        return 0
+    redirect = IptablesRedirect(PORT, options["rulespec"])
+    removed: list[int] = []
+    try:
+        pidfile.claim()
+        with listening_socket("::", PORT):
+            for family in (4, 6):
+                cleaning = redirect.remove_leftovers(BlockingCommands(), family)
+                cleaning.addCallbacks(removed.append, lambda failure: None)
+    except (StartError, OSError):
+        pass
+    finally:
+        pidfile.release()
+    return sum(removed)
+
+
+def _await_let_go(process: int, pid: int, pidfile: PIDFile) -> None:
+    """Wait until the instance has removed its redirect and its PID file, or has ended."""
+    for _ in range(int(STOP_DEADLINE / 0.02)):
+        if pidfile.owner() != pid or _ended(process, 0.02):
+            return
+    raise StartError(
+        f"PID {pid} has not let go of :443 after {STOP_DEADLINE:g} s; its log says why"
+    )
+
+
+def _await_end(process: int, pid: int, seconds: float) -> None:
+    if not _ended(process, seconds):
+        raise StartError(f"PID {pid} still has live connections after {seconds:g} s")
+
+
+def _ended(process: int, seconds: float) -> bool:
+    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _say(text: str) -> None:
+    """One line for the operator. Not by C{sys.stderr}, which twistd gives to its log."""
+    stream = sys.__stderr__
+    if stream is not None:
+        print(f"acme-alpn-proxy: {text}", file=stream, flush=True)
+
+
+def _check_logfile(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    except OSError as problem:
+        raise StartError(
+            f"cannot write the log file {path}: {problem.strerror}; run this as root, or name"
+            " another one with --logfile"
+        ) from None
+
+
+def _await_report(
+    options: ConsoleOptions, pidfile: PIDFile, child: int, stream: socket.socket
+) -> int:
+    """The caller's side: print what the daemon tells and give the exit status."""
+    stream.settimeout(START_DEADLINE + options["linger"])
+    try:
+        line = stream.makefile("rb").readline()
+    except TimeoutError:
+        line = b""
+    if not line:
+        os.kill(child, signal.SIGKILL)  # twistd's parent process may wait for ever
+        os.waitpid(child, 0)
+        stream.close()
+        clean_up(options, pidfile)
+        raise StartError(f"it died before it had started; see {options['logfile']}")
+    told = json.loads(line)
+    for warning in told["warnings"]:
+        _say(f"warning: {warning}")
+    if told["error"] is not None:
+        raise (AlreadyRunning if told["running"] else StartError)(told["error"])
+    stream.sendall(b"1")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

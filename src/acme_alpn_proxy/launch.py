@@ -1,0 +1,173 @@
+"""Launching twistd's own runner for the console script, in the foreground or as a daemon.
+
+C{start} forks before anything of the reactor is there. The child runs twistd's runner, which
+daemonizes; what becomes of it is told through a socket, so that the caller hears errors whole, and
+hears at once if the daemon dies before it can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from twisted.application.service import Service
+from twisted.logger import (
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    formatEvent,
+    globalLogPublisher,
+    textFileLogObserver,
+)
+from twisted.python.logfile import LogFile
+from twisted.scripts.twistd import ServerOptions, runApp  # type: ignore[attr-defined]
+from zope.interface import implementer
+
+from .errors import AlreadyRunning, StartError
+from .options import ConsoleOptions
+from .pidfile import PIDFile
+from .program import Program
+from .tap import make_program
+
+_ACK_DEADLINE: Final = 5.0
+"""Seconds for C{start}, which does nothing but wait, to answer."""
+
+
+@implementer(ILogObserver)
+class Report:
+    """The daemon's end of the socket to C{start}: how it went, in one JSON object on one line.
+
+    Its fields: C{error}, the one line, or null; C{running}, whether that is because an instance
+    runs already; C{warnings}, a list of lines. C{start} answers with a byte before it exits 0, so
+    that a C{start} that was killed leaves nothing running that nobody knows of.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.stream = stream
+        self.warnings: list[str] = []
+        self._told = False
+        # twistd's runner forks twice, and the processes it leaves behind must not hold the socket
+        # open: its end-of-file says that the daemon has died.
+        os.register_at_fork(after_in_parent=self._forget)
+
+    def started(self) -> bool:
+        """Tell that it steers. Whether C{start} is there and has heard."""
+        return self._tell(None, running=False)
+
+    def failed(self, problem: str, *, running: bool) -> None:
+        """Tell why it could not start."""
+        self._tell(problem, running=running)
+
+    def __call__(self, event: LogEvent) -> None:
+        """As a log observer: C{start} prints what was warned of meanwhile."""
+        if not self._told and event.get("log_level") == LogLevel.warn:
+            self.warnings.append(formatEvent(event))
+
+    def _forget(self) -> None:
+        if not self._told:
+            self.stream.close()
+
+    def _tell(self, problem: str | None, *, running: bool) -> bool:
+        self._told = True
+        told = {"error": problem, "running": running, "warnings": self.warnings}
+        try:
+            with self.stream:
+                self.stream.settimeout(_ACK_DEADLINE)
+                self.stream.sendall(json.dumps(told).encode() + b"\n")
+                return self.stream.recv(1) != b""
+        except OSError:
+            return False
+
+
+def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> int:
+    """The child of C{start}: from here on to the end of the process; gives its exit status."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program takes it: end silently
+    _drop_descriptors(report.stream.fileno())
+    globalLogPublisher.addObserver(report)
+    try:
+        run(options, pidfile, report.started)
+    except StartError as problem:
+        report.failed(str(problem), running=isinstance(problem, AlreadyRunning))
+        return 1
+    except Exception as problem:
+        report.failed(f"internal error: {problem!r}; see {options['logfile']}", running=False)
+        raise
+    return 0
+
+
+def _drop_descriptors(keep: int) -> None:
+    """Hold nothing of the caller's: who waits for the end-of-file of a pipe must get it."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(null, standard)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) != keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the listing's own
+
+
+class _Started(Service):
+    """Starts last: the proxy steers by then."""
+
+    def __init__(self, program: Program, started: Callable[[], bool]) -> None:
+        self._program = program
+        self._started = started
+
+    def startService(self) -> None:
+        super().startService()
+        if not self._program.ending and not self._started():
+            self._program.end()
+
+
+@dataclass
+class _Maker:
+    """What twistd takes for a plugin."""
+
+    program: Program
+    tapname = "acme-alpn-proxy"
+
+    def makeService(self, options: ConsoleOptions) -> Program:
+        return self.program
+
+
+def run(options: ConsoleOptions, pidfile: PIDFile, started: Callable[[], bool]) -> None:
+    """Run the proxy by twistd's runner until it ends; raises L{StartError}.
+
+    @param started: is called when it steers; if it says no, the proxy stops again.
+    """
+    from twisted.internet import reactor
+
+    program = make_program(options, reactor, pidfile)
+    _Started(program, started).setServiceParent(program)
+    config: Any = ServerOptions()
+    config.parseOptions(["--pidfile=", "--rundir=/"])
+    config["no_save"] = True
+    config["nodaemon"] = bool(options["nodaemon"])
+    config["logger"] = _log_observer(options)
+    config.subCommand, config.subOptions = _Maker.tapname, options
+    config.loadedPlugins = {_Maker.tapname: _Maker(program)}
+    runApp(config)
+
+
+def _log_observer(options: ConsoleOptions) -> Callable[[], Any]:
+    """A factory for twistd: to the log file, or with C{-n} to stderr; C{info} and above."""
+
+    def observer() -> Any:
+        stream: Any = sys.__stderr__
+        if not options["nodaemon"]:
+            stream = LogFile.fromFullPath(options["logfile"])
+        level = LogLevelFilterPredicate(LogLevel.info)
+        return FilteringLogObserver(textFileLogObserver(stream), [level])
+
+    return observer

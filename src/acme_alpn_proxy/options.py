@@ -1,0 +1,226 @@
+"""The options: one definition for C{twistd acme-alpn-proxy} and the console script."""
+
+from __future__ import annotations
+
+import getopt
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from twisted.python.usage import Options, UsageError
+
+from . import __version__
+from .addresses import Address, BadAddress, parse_address
+
+PORT: Final = 21443
+"""Where the proxy listens, as the original does. Rules in use out there name it."""
+
+REDIRECTS: Final = ("iptables", "none")
+
+PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
+RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
+DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
+
+DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
+DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
+
+_LONGEST: Final = 86_400.0
+
+
+def _address(option: str) -> Callable[[str], Address]:
+    def coerce(value: str) -> Address:
+        try:
+            return parse_address(value)
+        except BadAddress as problem:
+            raise ValueError(f"--{option} {problem}") from None
+
+    return coerce
+
+
+def _seconds(option: str) -> Callable[[str], float]:
+    def coerce(value: str) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= _LONGEST:
+            raise ValueError(
+                f"--{option} {value!r}: seconds are needed, a number from 0 to {_LONGEST:g}"
+            )
+        return seconds
+
+    return coerce
+
+
+def _redirect(value: str) -> str:
+    if value not in REDIRECTS:
+        raise ValueError(f"--redirect {value!r}: choose one of {', '.join(REDIRECTS)}")
+    return value
+
+
+class ProxyOptions(Options):
+    """What both ways of starting the proxy understand.
+
+    After parsing, C{alpn} and C{fallback} are L{Address}es, C{rulespec} is a list of words or
+    L{None}, C{ipv6} a C{bool}.
+    """
+
+    synopsis = "Usage: twistd [options] acme-alpn-proxy [options]"
+    longdesc = (
+        "Steers new connections to :443 here, sends those of an ACME validation "
+        "(TLS-ALPN-01, RFC 8737) to the ACME client and all others to the web server."
+    )
+
+    optParameters = [  # noqa: RUF012
+        [
+            "alpn",
+            None,
+            parse_address("127.0.0.1:31443"),
+            "Where the ACME client answers validations: host:port, [v6]:port or a Twisted endpoint"
+            " string",
+            _address("alpn"),
+        ],
+        [
+            "fallback",
+            None,
+            parse_address("127.0.0.1:443"),
+            "Where the web server answers everything else",
+            _address("fallback"),
+        ],
+        [
+            "redirect",
+            None,
+            "iptables",
+            "How to be given new connections to :443: iptables, or none (you steer them to port "
+            f"{PORT})",
+            _redirect,
+        ],
+        [
+            "hello-timeout",
+            None,
+            5.0,
+            "Seconds for a visitor to send a whole ClientHello; without one it goes to the"
+            " fallback",
+            _seconds("hello-timeout"),
+        ],
+        [
+            "connect-timeout",
+            None,
+            10.0,
+            "Seconds for a target to accept a connection; then the visitor is reset",
+            _seconds("connect-timeout"),
+        ],
+        [
+            "linger",
+            None,
+            3.0,
+            "Seconds to go on accepting at stop, after the redirect is gone",
+            _seconds("linger"),
+        ],
+        [
+            "drain-timeout",
+            None,
+            180.0,
+            "Seconds to wait at stop for live connections; then they are reset",
+            _seconds("drain-timeout"),
+        ],
+    ]
+
+    environment: Mapping[str, str] = os.environ
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Like the base class's, for Go's single dashes too: C{-alpn ADDR}, C{-alpn=ADDR}."""
+        super().parseOptions([self._with_two_dashes(word) for word in options or ()])
+
+    def _with_two_dashes(self, word: str) -> str:
+        name = re.match(r"-([a-z][a-z0-9-]+)", word)
+        known = {option.rstrip("=") for option in self.longOpt}
+        return f"-{word}" if name is not None and name[1] in known else word
+
+    def postOptions(self) -> None:
+        """What depends on more than one option, or on the environment."""
+        for name in ("alpn", "fallback"):
+            if self[name].is_local_port(PORT):
+                raise UsageError(
+                    f"--{name} {self[name].text} is the proxy's own listener, so connections would"
+                    " go round for ever: name the port of the program that is to answer"
+                )
+        twistd: Any = getattr(self, "parent", None)
+        if twistd is not None and twistd.get("uid") is not None and self["redirect"] == "iptables":
+            raise UsageError(
+                "--uid does not go with --redirect iptables, which needs root to remove its rules:"
+                " leave --uid out, or use --redirect none"
+            )
+        self["ipv6"] = self.environment.get(DISABLE_IPV6_VARIABLE) != "y"
+        rulespec = self.environment.get(RULESPEC_VARIABLE)
+        try:
+            self["rulespec"] = shlex.split(rulespec) if rulespec else None
+        except ValueError as problem:
+            raise UsageError(f"{RULESPEC_VARIABLE}: {problem} in {rulespec!r}") from None
+
+
+class ConsoleOptions(ProxyOptions):
+    """What the console script understands besides: a command and what goes with it."""
+
+    synopsis = "Usage: acme-alpn-proxy [options] start|stop"
+    longdesc = (
+        f"{ProxyOptions.longdesc}\n\n"
+        "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
+        "stop   steer no more; exit 0 once that is so; connections under way go on\n\n"
+        "Environment:\n"
+        f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
+        f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
+        f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage."
+    )
+
+    optFlags = [  # noqa: RUF012
+        ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
+        ["wait", None, "stop: wait until the last connection has ended"],
+    ]
+    optParameters = [  # noqa: RUF012
+        ["logfile", None, DEFAULT_LOGFILE, "start: where to log in the background"],
+    ]
+
+    def getUsage(self, width: int | None = None) -> str:
+        """The base class folds the long description's lines; keep them."""
+        folded, self.longdesc = self.longdesc, ""
+        try:
+            usage: str = super().getUsage(width)
+        finally:
+            self.longdesc = folded
+        return f"{usage.rstrip()}\n\n{folded}\n"
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Options may stand before and after the command."""
+        words = [self._with_two_dashes(word) for word in options or ()]
+        try:
+            parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
+        except getopt.error as problem:
+            raise UsageError(str(problem)) from None
+        ordered = [f"{name}={value}" if value else name for name, value in parsed]
+        super().parseOptions([*ordered, "--", *rest])
+
+    def opt_version(self) -> None:
+        """Print the version and exit"""
+        print(f"acme-alpn-proxy {__version__}")
+        raise SystemExit(0)
+
+    def parseArgs(self, *words: str) -> None:
+        """Exactly one command."""
+        if len(words) != 1 or words[0] not in ("start", "stop"):
+            got = f", not {shlex.join(words)!r}" if words else ""
+            raise UsageError(f"one command is needed, start or stop{got}")
+        self["command"] = words[0]
+
+    def postOptions(self) -> None:
+        """Which option goes with which command, and the paths."""
+        super().postOptions()
+        if self["wait"] and self["command"] != "stop":
+            raise UsageError("--wait goes with stop")
+        self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
+        for name in ("pidfile", "logfile"):  # the daemon leaves this folder
+            self[name] = os.path.abspath(self[name])

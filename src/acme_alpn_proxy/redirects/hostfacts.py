@@ -1,0 +1,134 @@
+"""What the kernel says of this host (of this network namespace), read from proc(5)."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+from pathlib import Path
+from typing import Final
+
+PROC: Final = Path("/proc")
+
+_SIOCGIFADDR: Final = 0x8915
+"""netdevice(7): the first IPv4 address of an interface."""
+
+_IPV6_GLOBAL: Final = 0x00
+"""The scope of a global address in /proc/net/if_inet6."""
+
+_ROUTE_UP: Final = 0x0001
+_ROUTE_REJECT: Final = 0x0200
+
+
+def has_ipv6(proc: Path = PROC) -> bool:
+    """Whether any interface has an IPv6 address."""
+    try:
+        return bool((proc / "net/if_inet6").read_text().strip())
+    except OSError:  # no IPv6 in this kernel
+        return False
+
+
+def _default_route_interfaces_v4(proc: Path) -> set[str]:
+    """Interfaces of the default routes, else of all routes (/proc/net/route)."""
+    routes: list[tuple[str, bool]] = []
+    for line in (proc / "net/route").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[3], 16) & _ROUTE_UP and not int(fields[3], 16) & _ROUTE_REJECT:
+            routes.append((fields[0], int(fields[1], 16) == 0 and int(fields[7], 16) == 0))
+    return {name for name, is_default in routes if is_default} or {name for name, _ in routes}
+
+
+def _default_route_interfaces_v6(proc: Path) -> set[str]:
+    """Interfaces of the default routes by IPv6 (/proc/net/ipv6_route)."""
+    found = set()
+    for line in (proc / "net/ipv6_route").read_text().splitlines():
+        destination, length, *_, flags, name = line.split()
+        usable = int(flags, 16) & _ROUTE_UP and not int(flags, 16) & _ROUTE_REJECT
+        if usable and int(length, 16) == 0 and int(destination, 16) == 0:
+            found.add(name)
+    return found - {"lo"}
+
+
+def _has_address_v4(interface: str) -> bool:
+    request = struct.pack("16s24x", interface.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            fcntl.ioctl(probe, _SIOCGIFADDR, request)
+        except OSError:
+            return False
+    return True
+
+
+def _numbered_interfaces_v6(proc: Path) -> set[str]:
+    """Interfaces with a global address.
+
+    From Linux 6.7 on, REDIRECT takes an address of the scope of the dialled one, so that a
+    link-local address does not serve visitors from afar.
+    """
+    return {
+        fields[5]
+        for fields in map(str.split, (proc / "net/if_inet6").read_text().splitlines())
+        if int(fields[3], 16) == _IPV6_GLOBAL
+    }
+
+
+def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
+    """Interfaces that visitors come in by, to judge by the routes, and that have no address.
+
+    REDIRECT maps to the incoming interface's address (iptables-extensions(8)); where there is none
+    the kernel drops the packet.
+
+    @param family: 4 or 6.
+    """
+    try:
+        if family == 4:
+            names = _default_route_interfaces_v4(proc)
+            return sorted(name for name in names if not _has_address_v4(name))
+        return sorted(_default_route_interfaces_v6(proc) - _numbered_interfaces_v6(proc))
+    except OSError:  # no such family in this kernel
+        return []
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except OSError:
+        return None
+
+
+def tracked_connections(proc: Path = PROC) -> int:
+    """Entries in the connection tracking table; 0 where it is not loaded."""
+    return _number(proc / "sys/net/netfilter/nf_conntrack_count") or 0
+
+
+def max_tracked_connections(proc: Path = PROC) -> int | None:
+    """How many the table takes (nf_conntrack_max), or L{None} where it is not loaded."""
+    return _number(proc / "sys/net/netfilter/nf_conntrack_max")
+
+
+def tcp_connections(proc: Path = PROC) -> int:
+    """TCP sockets in use and in TIME_WAIT, both families (/proc/net/sockstat, sockstat6)."""
+    total = 0
+    for name in ("sockstat", "sockstat6"):
+        try:
+            lines = (proc / "net" / name).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            kind, *words = line.split()
+            if kind in ("TCP:", "TCP6:"):
+                counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+                total += counts.get("inuse", 0) + counts.get("tw", 0)
+    return total
+
+
+def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
+    """When a process started, in clock ticks since boot (proc(5): field 22 of stat).
+
+    L{None} if there is no such process. With the PID it names a process for good: PIDs come again.
+    """
+    try:
+        stat = (proc / str(pid) / "stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]  # the name, field 2, may hold blanks and brackets

@@ -1,0 +1,27 @@
+"""No redirect: the operator steers by other means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from socket import socket
+
+from twisted.internet.defer import Deferred, succeed
+from zope.interface import implementer
+
+from ..interfaces import ICommands, IRedirect
+
+
+@implementer(IRedirect)
+class NoRedirect:
+    """Does nothing, and listens on every address, since nobody knows where visitors come from."""
+
+    hosts = ("::",)
+
+    def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
+        return succeed(None)
+
+    def remove(self, commands: ICommands) -> Deferred[None]:
+        return succeed(None)
+
+    def release(self, commands: ICommands) -> Deferred[None]:
+        return succeed(None)

@@ -1,0 +1,73 @@
+"""From options to the service. Composes, decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.application.service import IService
+
+from .interfaces import IPIDFile, IRedirect
+from .options import PORT
+from .options import ProxyOptions as Options
+from .program import Program
+from .protocols import ProxyServerFactory
+from .redirects.iptables import IptablesRedirect
+from .redirects.none import NoRedirect
+from .routing import Route, Routing
+from .service import ProxyService
+
+__all__ = ["Options", "makeService", "make_program", "make_proxy"]
+
+
+def make_redirect(options: Options) -> IRedirect:
+    """The redirect that C{--redirect} names."""
+    if options["redirect"] == "none":
+        return NoRedirect()
+    return IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
+
+
+def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:
+    """The proxy that the options describe, to be given to an application."""
+    acme = Route("acme", options["alpn"].text)
+    fallback = Route("fallback", options["fallback"].text)
+    patience = options["connect-timeout"]
+    factory = ProxyServerFactory(
+        Routing(acme, fallback),
+        {
+            acme: options["alpn"].endpoint(reactor, patience),
+            fallback: options["fallback"].endpoint(reactor, patience),
+        },
+        reactor,
+        hello_timeout=options["hello-timeout"],
+        connect_timeout=patience,
+    )
+    return ProxyService(
+        reactor,
+        factory,
+        make_redirect(options),
+        pidfile,
+        port=PORT,
+        linger=options["linger"],
+        drain_timeout=options["drain-timeout"],
+    )
+
+
+def make_program(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> Program:
+    """The proxy as the whole program of this process: it takes the signals."""
+    return Program(reactor, make_proxy(options, reactor, pidfile))
+
+
+def makeService(options: Options) -> IService:
+    """What twistd runs for C{twistd acme-alpn-proxy}; in an application of your own it works too.
+
+    @param options: parsed L{Options}. Parsed by twistd they have it as their parent, and the
+        service takes the signals; without a parent it leaves them to the application.
+    """
+    from twisted.internet import reactor
+
+    twistd: Any = getattr(options, "parent", None)
+    if twistd is None:
+        return make_proxy(options, reactor)
+    program = make_program(options, reactor)
+    program.refuse_by_exit = bool(twistd.get("nodaemon"))
+    return program
