@@ -19,6 +19,8 @@ from zope.interface import implementer
 
 _HOST_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^\[\]:]*):(?P<port>[^:]*)")
 _ENDPOINT = re.compile(r"[a-zA-Z][a-zA-Z0-9]*:")
+_KNOWN_KINDS = ("ssl", "tcp", "tls", "unix")
+"""Twisted's own kinds of endpoint; a word with a colon behind it is a host name else."""
 _UNESCAPED_COLON = re.compile(r"(?<!\\):")
 
 
@@ -99,9 +101,12 @@ def _port(text: str, whole: str) -> int:
 
 def parse_address(text: str) -> Address:
     """Understand C{text}; raises L{BadAddress}."""
+    kind, _, rest = text.partition(":")
+    if kind in _KNOWN_KINDS and not rest.isdigit():
+        return _parse_endpoint(text)
     match = _HOST_PORT.fullmatch(text)
     if match is None:
-        if _ENDPOINT.match(text):
+        if _ENDPOINT.match(text):  # a plugin's
             return _parse_endpoint(text)
         if text.count(":") > 1 and "[" not in text:
             raise BadAddress(f"{text!r}: put an IPv6 address in brackets, as in [::1]:443")

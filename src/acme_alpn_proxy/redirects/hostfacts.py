@@ -123,12 +123,14 @@ def tcp_connections(proc: Path = PROC) -> int:
 
 
 def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
-    """When a process started, in clock ticks since boot (proc(5): field 22 of stat).
+    """When a process started, in clock ticks since boot (proc_pid_stat(5), field 22).
 
-    L{None} if there is no such process. With the PID it names a process for good: PIDs come again.
+    With the PID it names a process for good: PIDs come again. L{None} if there is no such process,
+    or only what is left of it until its parent asks (state Z).
     """
     try:
         stat = (proc / str(pid) / "stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]  # the name, field 2, may hold blanks and brackets
+    state, *fields = stat.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    return None if state == "Z" else fields[18]
