@@ -513,13 +513,13 @@ class ProgramTests(ServiceCase):
         self.assertNotIn(signal.SIGUSR1, self.handlers)
 
     def test_refusal(self) -> None:
-        """A refused start raises, or with twistd -n ends the process with its one line."""
+        """A refused start raises, and what to do about it is told before."""
         self.pidfile.problem = StartError("no")
+        told: list[str] = []
+        self.program.on_refusal = lambda problem: told.append(str(problem))
         with self.assertRaises(StartError):
             self.program.privilegedStartService()
-        self.program.refuse_by_exit = True
-        with self.assertRaisesRegex(SystemExit, "^acme-alpn-proxy: no$"):
-            self.program.privilegedStartService()
+        self.assertEqual(told, ["no"])
 
 
 class TapTests(SynchronousTestCase):
@@ -548,7 +548,11 @@ class TapTests(SynchronousTestCase):
             options.parent = {"nodaemon": nodaemon}  # type: ignore[attr-defined]
             program = tap.makeService(options)
             assert isinstance(program, Program)
-            self.assertEqual(program.refuse_by_exit, nodaemon)
+            if nodaemon:
+                with self.assertRaises(SystemExit):
+                    program.on_refusal(StartError("no"))
+            else:
+                program.on_refusal(StartError("no"))
 
     def test_redirects(self) -> None:
         """Every name that --redirect takes makes a redirect."""

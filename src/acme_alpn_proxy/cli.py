@@ -21,6 +21,7 @@ from .pidfile import PIDFile
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
+INTERRUPTED: Final = 128 + signal.SIGINT
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as problem:
         _say(str(problem))
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -68,14 +71,14 @@ def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
         return be_the_daemon(options, pidfile, Report(theirs))
     theirs.close()
     with ours:
-        return _await_report(options, pidfile, child, ours)
+        return _await_report(options, child, ours)
 
 
 def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Make the running instance let go of :443; raises L{StartError}."""
     pid = pidfile.owner()
     if pid is None:
-        removed = clean_up(options, pidfile)
+        removed = clean_up(options)
         _say("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
         return DONE
     try:
@@ -97,10 +100,12 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     return DONE
 
 
-def clean_up(options: ConsoleOptions, pidfile: PIDFile) -> int:
+def clean_up(options: ConsoleOptions) -> int:
     """Remove what a killed instance has left, if no other instance is there.
 
-    @return: the number of rules removed. None, too, if it cannot be done: this is a kindness.
+    Who has the port may steer to it, so it is held meanwhile.
+
+    @return: the number of rules removed; 0, too, if it cannot be done: this is a kindness.
     """
     from .commands import BlockingCommands
     from .redirects.iptables import IptablesRedirect
@@ -111,15 +116,12 @@ def clean_up(options: ConsoleOptions, pidfile: PIDFile) -> int:
     redirect = IptablesRedirect(PORT, options["rulespec"])
     removed: list[int] = []
     try:
-        pidfile.claim()
         with listening_socket("::", PORT):
             for family in (4, 6):
                 cleaning = redirect.remove_leftovers(BlockingCommands(), family)
                 cleaning.addCallbacks(removed.append, lambda failure: None)
-    except (StartError, OSError):
-        pass
-    finally:
-        pidfile.release()
+    except OSError:
+        pass  # another instance, or another program
     return sum(removed)
 
 
@@ -162,9 +164,7 @@ def _check_logfile(path: str) -> None:
         ) from None
 
 
-def _await_report(
-    options: ConsoleOptions, pidfile: PIDFile, child: int, stream: socket.socket
-) -> int:
+def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> int:
     """The caller's side: print what the daemon tells and give the exit status."""
     stream.settimeout(START_DEADLINE + options["linger"])
     try:
@@ -175,7 +175,7 @@ def _await_report(
         os.kill(child, signal.SIGKILL)  # twistd's parent process may wait for ever
         os.waitpid(child, 0)
         stream.close()
-        clean_up(options, pidfile)
+        clean_up(options)
         raise StartError(f"it died before it had started; see {options['logfile']}")
     told = json.loads(line)
     for warning in told["warnings"]:

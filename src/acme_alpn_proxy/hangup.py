@@ -47,7 +47,10 @@ class EpollHangupWatch:
     def add(self, transport: Any, hung_up: Callable[[], None]) -> None:
         if transport not in self._descriptors:
             descriptor = transport.fileno()
-            self._epoll.register(descriptor, 0)
+            try:
+                self._epoll.register(descriptor, 0)
+            except OSError:  # epoll_ctl(2): out of memory or of watches; the visitor goes on
+                return
             self._descriptors[transport] = descriptor
             self._watched[descriptor] = transport, hung_up
 

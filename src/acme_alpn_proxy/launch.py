@@ -149,6 +149,8 @@ def run(options: ConsoleOptions, pidfile: PIDFile, started: Callable[[], bool]) 
     from twisted.internet import reactor
 
     program = make_program(options, reactor, pidfile)
+    if options["nodaemon"]:
+        program.on_refusal = lambda problem: None  # the caller prints it
     _Started(program, started).setServiceParent(program)
     config: Any = ServerOptions()
     config.parseOptions(["--pidfile=", "--rundir=/"])

@@ -6,6 +6,7 @@ An application with services of its own takes L{acme_alpn_proxy.service.ProxySer
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
 
@@ -28,9 +29,7 @@ class Program(MultiService):
     Python did, which it did not where it was inherited as ignored (C{start &} in a script).
 
     @ivar ending: whether a signal to end has come.
-    @ivar refuse_by_exit: end the process with the one line of a L{StartError} instead of raising
-        it. For C{twistd -n}, which would print a traceback. (In the background it must be raised:
-        twistd's parent process waits for an exception to tell, and for ever if none comes.)
+    @ivar on_refusal: is called with the L{StartError} of a start that fails, before that is raised.
     """
 
     _log = Logger()
@@ -40,7 +39,7 @@ class Program(MultiService):
         self._reactor = reactor
         self._proxy = proxy
         self.ending = False
-        self.refuse_by_exit = False
+        self.on_refusal: Callable[[StartError], None] = self.log_refusal
         proxy.setServiceParent(self)
 
     def privilegedStartService(self) -> None:
@@ -49,9 +48,12 @@ class Program(MultiService):
         try:
             super().privilegedStartService()
         except StartError as problem:
-            if self.refuse_by_exit:
-                raise SystemExit(f"acme-alpn-proxy: {problem}") from None
+            self.on_refusal(problem)
             raise
+
+    def log_refusal(self, problem: StartError) -> None:
+        """For the background, where nobody may see anything else."""
+        self._log.critical("Cannot start: {problem}", problem=problem)
 
     def end(self) -> None:
         """Stop in order; called once more, do not wait any longer."""

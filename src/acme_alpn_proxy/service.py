@@ -8,6 +8,7 @@ them going.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import resource
 import socket
@@ -64,8 +65,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def _raise_descriptor_limit() -> None:
     """A connection takes two descriptors, and the usual soft limit is 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # where the hard limit is over fs.nr_open
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -336,13 +337,16 @@ class ProxyService(MultiService):
             problem = failure.value
             assert problem is not None
             problems.append(problem)
-            self._log.critical("Cannot start: {problem}", problem=problem)
+            if later:
+                self._log.critical("Cannot start: {problem}", problem=problem)
             return problem
 
+        later = False
         self._starting = self._start_in_order().addErrback(note)
         if problems:
             self._starting = None
             raise problems[0]
+        later = True
 
     @inlineCallbacks
     def _start_in_order(self) -> Generator[Deferred[Any], Any, None]:

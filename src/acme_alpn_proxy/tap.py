@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from twisted.application.service import IService
 
+from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
 from .options import PORT
 from .options import ProxyOptions as Options
@@ -57,6 +59,16 @@ def make_program(options: Options, reactor: Any, pidfile: IPIDFile | None = None
     return Program(reactor, make_proxy(options, reactor, pidfile))
 
 
+def exit_with_line(problem: StartError) -> NoReturn:
+    """For C{twistd -n}, which would print a traceback.
+
+    In the background the error must be raised instead: twistd's parent process waits for one to
+    tell, and for ever if none comes.
+    """
+    print(f"acme-alpn-proxy: {problem}", file=sys.__stderr__)
+    raise SystemExit(1)
+
+
 def makeService(options: Options) -> IService:
     """What twistd runs for C{twistd acme-alpn-proxy}; in an application of your own it works too.
 
@@ -69,5 +81,6 @@ def makeService(options: Options) -> IService:
     if twistd is None:
         return make_proxy(options, reactor)
     program = make_program(options, reactor)
-    program.refuse_by_exit = bool(twistd.get("nodaemon"))
+    if twistd.get("nodaemon"):
+        program.on_refusal = exit_with_line
     return program
