@@ -48,7 +48,7 @@ class EpollHangupWatch:
         if transport not in self._descriptors:
             descriptor = transport.fileno()
             try:
-                self._epoll.register(descriptor, 0)
+                self._epoll.register(descriptor, select.EPOLLET)
             except OSError:  # epoll_ctl(2): out of memory or of watches; the visitor goes on
                 return
             self._descriptors[transport] = descriptor
@@ -72,7 +72,9 @@ class EpollHangupWatch:
 
     def doRead(self) -> None:
         for descriptor, _ in self._epoll.poll(0):
-            if descriptor in self._watched:  # an earlier one of this batch may have ended it
+            # An earlier one of this batch may have ended it. And a closed one that a process about
+            # to be spawned still holds is reported under its old number, once (EPOLLET).
+            if descriptor in self._watched and _is_hung_up(descriptor):
                 transport, hung_up = self._watched[descriptor]
                 self.discard(transport)
                 hung_up()
@@ -82,6 +84,13 @@ class EpollHangupWatch:
 
     def logPrefix(self) -> str:
         return "hangup watch"
+
+
+def _is_hung_up(descriptor: int) -> bool:
+    """Whether poll(2) has an error or a hang-up to report right now."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))
 
 
 def hangup_watch(reactor: Any) -> IHangupWatch:
