@@ -1,0 +1,44 @@
+"""Every test in here gets network namespaces, a site and a proxy of its own; it needs root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .netns import NotRoot, Street, require_root, street
+from .proxy import Proxy
+from .website import Website, website
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    reason = ""
+    try:
+        require_root()
+    except NotRoot as error:
+        reason = str(error)
+    if reason:
+        pytest.fail(reason, pytrace=False)
+
+
+@pytest.fixture
+def road() -> Iterator[Street]:
+    """A host and a visitor, without any firewall rule."""
+    with street() as both:
+        assert both.host.namespace.rules() == []
+        yield both
+
+
+@pytest.fixture
+def site(road: Street, tmp_path: Path) -> Iterator[Website]:
+    """The site, on the host."""
+    with website(road.host.namespace, tmp_path / "site") as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(road: Street, tmp_path: Path) -> Proxy:
+    """The proxy of the host, not started."""
+    return Proxy(road.host.namespace, tmp_path)
