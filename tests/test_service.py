@@ -11,6 +11,7 @@ from typing import Any
 from twisted.application.service import Application, IService, IServiceCollection, Service
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -62,10 +63,9 @@ class Port:
 class NotingRedirect:
     """Takes notes; fails when told to; fires when told to."""
 
-    hosts: tuple[str, ...] = ("127.0.0.1",)
-
     def __init__(self, story: list[str]) -> None:
         self._story = story
+        self.hosts: tuple[str, ...] = ("127.0.0.1",)
         self.problems: dict[str, Exception] = {}
         self.pending: dict[str, Deferred[None]] = {}
         self.commands: list[object] = []
@@ -76,6 +76,14 @@ class NotingRedirect:
         if name in self.problems:
             return fail(self.problems.pop(name))
         return self.pending.get(name) or succeed(None)
+
+    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+        if "prepare" in self.problems:
+            return fail(self.problems.pop("prepare"))
+        return succeed(self.hosts)
+
+    def look_after(self, commands: ICommands) -> Deferred[None]:
+        return self._step("look", commands)
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         assert all(listener.getsockname()[0] in self.hosts for listener in listeners)
@@ -145,7 +153,6 @@ class ServiceCase(SynchronousTestCase):
             self.reactor, self.factory, self.redirect, self.pidfile, port=self.port
         )
         self.addCleanup(proxy.listener.abandon)
-        self.addCleanup(proxy.steering.abandon)
         return proxy
 
     def told(self, *steps: str) -> None:
@@ -186,6 +193,13 @@ class StartTests(ServiceCase):
         self.failureResultOf(self.proxy.when_started(), StartError)
         self.successResultOf(self.proxy.stopService())
         self.told()
+
+    def test_refused_before_anything_is_touched(self) -> None:
+        """What can be known to go wrong is refused before it listens."""
+        self.redirect.problems["prepare"] = StartError("no kernel for this")
+        with self.assertRaisesRegex(StartError, "no kernel"):
+            self.proxy.privilegedStartService()
+        self.told("claim PID file", "release PID file")
 
     def test_can_be_started_after_a_failure(self) -> None:
         """After a failed start another attempt may succeed."""
@@ -279,6 +293,47 @@ class StartTests(ServiceCase):
         self.failureResultOf(started, StartError)
         self.successResultOf(stopped)
         self.told(*STARTED, "close listener", "release PID file")
+
+
+class WatchTests(ServiceCase):
+    """While it steers it sees to it that the redirect stays."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy.startService()
+        self.story.clear()
+
+    def test_looks_every_few_seconds(self) -> None:
+        """It looks every three seconds, so that what others wiped is back within five."""
+        self.reactor.advance(2.9)
+        self.told()
+        self.reactor.pump([0.2, 3, 3])
+        self.told("look", "look", "look")
+
+    def test_failure(self) -> None:
+        """If it cannot put it back that is logged, and tried again."""
+        lines: list[str] = []
+
+        def observer(event: LogEvent) -> None:
+            lines.append(formatEvent(event))
+
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.redirect.problems["look"] = StartError("not root any more")
+        self.reactor.pump([3, 3])
+        self.told("look", "look")
+        self.assertEqual(lines, ["Cannot steer any more: not root any more"])
+
+    def test_stop_waits_for_a_look(self) -> None:
+        """A stop lets a look under way come to its end, and is followed by none."""
+        self.redirect.pending["look"] = looking = Deferred()
+        self.reactor.advance(3)
+        self.proxy.stopService()
+        self.told("look")
+        looking.callback(None)
+        self.told(*LET_GO)
+        self.reactor.advance(10)
+        self.assertNotIn("look", self.story)
 
 
 class StopTests(ServiceCase):
@@ -398,13 +453,6 @@ class StopTests(ServiceCase):
         """Stopping what was never started is no matter."""
         self.successResultOf(self.make_proxy().stopService())
         self.told()
-
-    def test_exit_without_stop(self) -> None:
-        """Should the process end without a stop, the redirect goes all the same."""
-        self.redirect.problems["release keeper"] = StartError("locked")
-        self.proxy.steering._let_go_at_exit()
-        self.told("let go", "release keeper")
-        self.assertIsInstance(self.redirect.commands[-1], BlockingCommands)
 
 
 class ListeningSocketTests(SynchronousTestCase):

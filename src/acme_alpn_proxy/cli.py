@@ -93,6 +93,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         raise StartError(f"may not signal PID {pid}: run this as root") from None
     else:
         _await_let_go(process, pid, pidfile)
+        pidfile.remove_of(pid)
         if options["wait"]:
             _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
     finally:
@@ -103,25 +104,16 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
 def clean_up(options: ConsoleOptions) -> int:
     """Remove what a killed instance has left, if no other instance is there.
 
-    Who has the port may steer to it, so it is held meanwhile.
-
     @return: the number of rules removed; 0, too, if it cannot be done: this is a kindness.
     """
     from .commands import BlockingCommands
     from .redirects.iptables import IptablesRedirect
-    from .service import listening_socket
 
-    if options["redirect"] != "iptables" or os.geteuid() != 0:
+    if options["redirect"] == "none" or os.geteuid() != 0:
         return 0
-    redirect = IptablesRedirect(PORT, options["rulespec"])
+    redirect = IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
     removed: list[int] = []
-    try:
-        with listening_socket("::", PORT):
-            for family in (4, 6):
-                cleaning = redirect.remove_leftovers(BlockingCommands(), family)
-                cleaning.addCallbacks(removed.append, lambda failure: None)
-    except OSError:
-        pass  # another instance, or another program
+    redirect.clean_up(BlockingCommands()).addCallbacks(removed.append, lambda failure: None)
     return sum(removed)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
-from zope.interface import Attribute, Interface
+from zope.interface import Interface
 
 if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
@@ -80,16 +80,22 @@ class IRedirect(Interface):
     has fired when it is returned.
     """
 
-    hosts = Attribute(
-        """Numeric addresses to listen on, a tuple; C{"::"} is every address of both families.
-        Those that this host has not are left out, as long as one is left."""
-    )
+    def prepare(commands: ICommands) -> Deferred[Sequence[str]]:
+        """Refuse now what can be known to go wrong. Changes nothing.
+
+        @return: a Deferred of the numeric addresses to listen on; C{"::"} is every address of both
+            families. Those that this host has not are left out, as long as one is left.
+        """
 
     def apply(commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
         """Steer new connections to C{listeners}, the listening sockets.
 
-        If it fails, nothing is left applied.
+        If it fails, nothing is left applied. What is applied goes when the process does, by
+        whatever end.
         """
+
+    def look_after(commands: ICommands) -> Deferred[None]:
+        """Put back what others have wiped. Is called every few seconds."""
 
     def remove(commands: ICommands) -> Deferred[None]:
         """Steer no more. Connections that were steered go on. Nothing applied: does nothing."""

@@ -156,6 +156,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile, started: Callable[[], bool]) 
     config.parseOptions(["--pidfile=", "--rundir=/"])
     config["no_save"] = True
     config["nodaemon"] = bool(options["nodaemon"])
+    config["uid"], config["gid"] = options["uid"], options["gid"]
     config["logger"] = _log_observer(options)
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}

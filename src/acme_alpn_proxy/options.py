@@ -8,9 +8,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from twisted.python.usage import Options, UsageError
+from twisted.python.util import gidFromString, uidFromString
 
 from . import __version__
 from .addresses import Address, BadAddress, parse_address
@@ -18,7 +19,7 @@ from .addresses import Address, BadAddress, parse_address
 PORT: Final = 21443
 """Where the proxy listens, as the original does. Rules in use out there name it."""
 
-REDIRECTS: Final = ("iptables", "none")
+REDIRECTS: Final = ("iptables", "sk-lookup", "none")
 
 PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
@@ -61,6 +62,22 @@ def _redirect(value: str) -> str:
     return value
 
 
+def _user(value: str) -> int:
+    try:
+        user: int = uidFromString(value)
+    except KeyError:
+        raise ValueError(f"--uid {value!r}: there is no such user") from None
+    return user
+
+
+def _group(value: str) -> int:
+    try:
+        group: int = gidFromString(value)
+    except KeyError:
+        raise ValueError(f"--gid {value!r}: there is no such group") from None
+    return group
+
+
 class ProxyOptions(Options):
     """What both ways of starting the proxy understand.
 
@@ -94,8 +111,8 @@ class ProxyOptions(Options):
             "redirect",
             None,
             "iptables",
-            "How to be given new connections to :443: iptables, or none (you steer them to port "
-            f"{PORT})",
+            "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), or none"
+            f" (you steer them to port {PORT})",
             _redirect,
         ],
         [
@@ -148,12 +165,6 @@ class ProxyOptions(Options):
                     f"--{name} {self[name].text} is the proxy's own listener, so connections would"
                     " go round for ever: name the port of the program that is to answer"
                 )
-        twistd: Any = getattr(self, "parent", None)
-        if twistd is not None and twistd.get("uid") is not None and self["redirect"] == "iptables":
-            raise UsageError(
-                "--uid does not go with --redirect iptables, which needs root to remove its rules:"
-                " leave --uid out, or use --redirect none"
-            )
         self["ipv6"] = self.environment.get(DISABLE_IPV6_VARIABLE) != "y"
         rulespec = self.environment.get(RULESPEC_VARIABLE)
         try:
@@ -183,6 +194,8 @@ class ConsoleOptions(ProxyOptions):
     ]
     optParameters = [  # noqa: RUF012
         ["logfile", None, DEFAULT_LOGFILE, "start: where to log in the background"],
+        ["uid", None, None, "start: user to run as once it steers", _user],
+        ["gid", None, None, "start: group to run as (default: that of --uid)", _group],
     ]
 
     def getUsage(self, width: int | None = None) -> str:

@@ -99,6 +99,18 @@ class PIDFile:
         os.close(self._descriptor)
         self._descriptor = None
 
+    def remove_of(self, pid: int) -> None:
+        """Remove the file that an instance has left which could not itself: it had dropped root."""
+        try:
+            descriptor = self._open(os.O_RDWR)
+        except OSError:
+            return
+        try:
+            if _lock(descriptor) and self._is_at_path(descriptor) and _read_pid(descriptor) == pid:
+                os.unlink(self.path)
+        finally:
+            os.close(descriptor)
+
     def _open(self, flags: int) -> int:
         # Not through a symbolic link, and not waiting for a FIFO's other end: the folder may be one
         # that others write to.

@@ -7,21 +7,20 @@ them going.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import resource
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks, succeed
-from twisted.internet.task import deferLater
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .commands import BlockingCommands, commands_for
+from .commands import commands_for
 from .errors import StartError
 from .hangup import NoHangupWatch, hangup_watch
 from .interfaces import ICommands, IPIDFile, IRedirect
@@ -31,6 +30,9 @@ from .protocols import ProxyServerFactory
 BACKLOG: Final = 4_096
 """Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is
 this number since Linux 5.4."""
+
+WATCH_INTERVAL: Final = 3.0
+"""Seconds between two looks whether the redirect is still there."""
 
 _BIND_RETRY: Final = 0.05
 _REMOVE_RETRY: Final = 1.0
@@ -73,6 +75,7 @@ def _raise_descriptor_limit() -> None:
 class ListenerService(Service):
     """Listens while it runs.
 
+    @ivar hosts: where to listen, set before the start; L{IRedirect.prepare} tells.
     @ivar sockets: the listening sockets, while there are any.
     @ivar ready: fires when it listens, or fails with L{StartError}.
     """
@@ -83,7 +86,6 @@ class ListenerService(Service):
         self,
         reactor: Any,
         factory: ProxyServerFactory,
-        hosts: tuple[str, ...],
         port: int,
         patience: float,
     ) -> None:
@@ -93,10 +95,10 @@ class ListenerService(Service):
         """
         self._reactor = reactor
         self._factory = factory
-        self._hosts = hosts
         self._port = port
         self._patience = patience
         self._ports: list[Any] = []
+        self.hosts: Sequence[str] = ()
         self.sockets: list[socket.socket] = []
 
     def startService(self) -> None:
@@ -123,7 +125,7 @@ class ListenerService(Service):
     def _try_to_open(self) -> bool:
         """Whether it listens; L{False} while the port is taken."""
         missing = None
-        for host in self._hosts:
+        for host in self.hosts:
             try:
                 self.sockets.append(listening_socket(host, self._port))
             except OSError as problem:
@@ -186,16 +188,32 @@ class RedirectService(Service):
         self._redirect = redirect
         self._listener = listener
         self._give_up = False
+        self._watch = LoopingCall(self._look_after)
+        self._watch.clock = reactor
+        self._unwatched: Deferred[Any] = succeed(None)
 
     def startService(self) -> None:
         super().startService()
-        atexit.register(self._let_go_at_exit)
         self.ready = self._redirect.apply(commands_for(self._reactor), self._listener.sockets)
+        self.ready.addCallback(self._begin_watch)
+
+    def _begin_watch(self, result: None) -> None:
+        self._unwatched = self._watch.start(WATCH_INTERVAL, now=False)
+
+    @inlineCallbacks
+    def _look_after(self) -> Generator[Deferred[Any], Any, None]:
+        try:
+            yield self._redirect.look_after(commands_for(self._reactor))
+        except StartError as problem:
+            self._log.critical("Cannot steer any more: {problem}", problem=problem)
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
         """Steer no more. If that fails it is tried again: to close the listener would be worse."""
         super().stopService()
+        if self._watch.running:
+            self._watch.stop()
+        yield self._unwatched
         pause = _REMOVE_RETRY
         while True:
             commands = commands_for(self._reactor)
@@ -209,11 +227,6 @@ class RedirectService(Service):
             yield commands.pause(pause)
             pause = min(2 * pause, _REMOVE_RETRY_LIMIT)
 
-    def abandon(self) -> None:
-        """It could not start: there is nothing to remove."""
-        super().stopService()
-        atexit.unregister(self._let_go_at_exit)
-
     def give_up(self) -> None:
         """Try to remove it once at most from now on."""
         self._give_up = True
@@ -225,14 +238,6 @@ class RedirectService(Service):
             yield self._redirect.release(commands_for(self._reactor))
         except StartError as problem:
             self._log.error("Cannot clean up: {problem}", problem=problem)
-        atexit.unregister(self._let_go_at_exit)
-
-    def _let_go_at_exit(self) -> None:
-        """The process ends without a stop: another service of it could not start, say."""
-        for step in (self._redirect.remove, self._redirect.release):
-            step(BlockingCommands()).addErrback(
-                lambda failure: self._log.critical("{problem}", problem=failure.value)
-            )
 
 
 class ProxyService(MultiService):
@@ -274,7 +279,8 @@ class ProxyService(MultiService):
         self._stopping: Deferred[None] | None = None
         self._lingering: Deferred[None] | None = None
         self._hurried = False
-        self.listener = ListenerService(reactor, factory, redirect.hosts, port, linger + 2)
+        self._redirect = redirect
+        self.listener = ListenerService(reactor, factory, port, linger + 2)
         self.listener.setServiceParent(self)
         self.steering = RedirectService(reactor, redirect, self.listener)
         self.steering.setServiceParent(self)
@@ -352,13 +358,14 @@ class ProxyService(MultiService):
     def _start_in_order(self) -> Generator[Deferred[Any], Any, None]:
         self._pidfile.claim()
         try:
+            self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
             self._factory.hangups = hangup_watch(self._reactor)
             self.listener.startService()
             yield self.listener.ready
             self.steering.startService()
             yield self.steering.ready
         except Exception:
-            self.steering.abandon()
+            Service.stopService(self.steering)
             self.listener.abandon()
             self._factory.hangups.close()
             self._pidfile.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.application.service import IService
@@ -15,6 +16,7 @@ from .program import Program
 from .protocols import ProxyServerFactory
 from .redirects.iptables import IptablesRedirect
 from .redirects.none import NoRedirect
+from .redirects.sklookup import SkLookupRedirect
 from .routing import Route, Routing
 from .service import ProxyService
 
@@ -23,9 +25,12 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
 def make_redirect(options: Options) -> IRedirect:
     """The redirect that C{--redirect} names."""
-    if options["redirect"] == "none":
-        return NoRedirect()
-    return IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
+    makers: dict[str, Callable[[], IRedirect]] = {
+        "iptables": lambda: IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"]),
+        "sk-lookup": lambda: SkLookupRedirect(ipv6=options["ipv6"]),
+        "none": NoRedirect,
+    }
+    return makers[options["redirect"]]()
 
 
 def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:

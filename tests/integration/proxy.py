@@ -12,6 +12,7 @@ from .netns import Namespace, ended, pidfd
 
 PORT = 21443
 DRAIN_SECONDS = 30.0
+GUARD = "acme-alpn-proxy-guard"
 
 
 class Proxy:
@@ -54,12 +55,34 @@ class Proxy:
 
     def kill(self) -> None:
         """SIGKILL the process."""
-        with pidfd(self.pid) as descriptor:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            assert ended(descriptor, 5)
+        kill(self.pid)
+
+    @property
+    def guard(self) -> int:
+        """The process that removes the rules should the proxy die."""
+        (guard,) = [pid for pid in self.namespace.pids() if _argument(pid, 3) == GUARD]
+        return guard
+
+    def kill_with_guard(self) -> None:
+        """SIGKILL the process when nobody is left to remove its rules."""
+        kill(self.guard)
+        self.kill()
 
     def _run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.namespace.run(self.program, *arguments, check=check, env=self.env)
+
+
+def _argument(pid: int, number: int) -> str:
+    """A word of the command line of a process; empty if there is none."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return words[number] if len(words) > number else ""
+
+
+def kill(pid: int) -> None:
+    """SIGKILL a process of ours, and wait for its end."""
+    with pidfd(pid) as descriptor:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        assert ended(descriptor, 5)
 
 
 def ends(pid: int, seconds: float = DRAIN_SECONDS) -> bool:

@@ -104,10 +104,10 @@ def test_forwarded_traffic_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_no_rule_is_left_of_a_killed_proxy(road: Street, site: Website, proxy: Proxy) -> None:
-    """Killed by SIGKILL, then start, then stop: no rule of either is left."""
+    """Killed by SIGKILL, with its guard, then start, then stop: no rule of either is left."""
     proxy.start()
-    proxy.kill()
-    assert road.host.namespace.rules(), "a killed process cannot remove its rules"
+    proxy.kill_with_guard()
+    assert len(road.host.namespace.rules()) == 4, "nobody is left to remove them"
     proxy.start()
     rules = road.host.namespace.rules()
     assert len(rules) == 4, f"one redirect and one keeper for each family: {rules}"

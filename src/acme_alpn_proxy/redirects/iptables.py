@@ -4,6 +4,8 @@ Two rules for each family. The I{redirect} in the nat table steers new connectio
 in the mangle table has no target and does nothing but use connection tracking: when the last rule
 that uses it goes, the kernel stops translating and every steered connection is cut. So it is there
 before the redirect is, and goes only when the last steered connection has ended.
+
+Whatever end the process comes to, its guard (L{acme_alpn_proxy.redirects.guard}) removes them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import socket
 from collections.abc import Generator, Sequence
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.logger import Logger
 from zope.interface import implementer
 
@@ -22,11 +24,12 @@ from ..commands import NOT_FOUND, Result
 from ..errors import StartError
 from ..interfaces import ICommands, IRedirect
 from . import hostfacts
+from .guard import KEEPER_MATCH, LOCK_WAIT, Guard, claim_redirect
 
 COMMENT: Final = "acme-alpn-proxy"
 
-LOCK_WAIT: Final = "5"
-"""Seconds that iptables waits for its lock (C{-w})."""
+GUARD_PATIENCE: Final = 15.0
+"""Seconds for the guard of an instance that was killed to finish."""
 
 _BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
@@ -80,13 +83,8 @@ def is_dead_keeper(words: Sequence[str]) -> bool:
 
 @implementer(IRedirect)
 class IptablesRedirect:
-    """Steers by one rule a family in nat PREROUTING.
+    """Steers by one rule a family in nat PREROUTING."""
 
-    @ivar hosts: the kernel redirects to the address of the interface that a visitor comes in by, so
-        the listener must be on all of them.
-    """
-
-    hosts = ("::",)
     _log = Logger()
 
     def __init__(
@@ -101,50 +99,123 @@ class IptablesRedirect:
         self._custom = rulespec is not None
         self._rulespec = list(rulespec) if rulespec is not None else default_rulespec(port)
         self._ipv6 = ipv6
-        self._redirected: list[int] = []
-        self._kept: list[int] = []
+        self._families: list[int] = []
+        self._guard: Guard | None = None
 
     def __str__(self) -> str:
         return f"iptables to port {self._port}"
+
+    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+        """On all addresses: the kernel redirects to that of the interface a visitor comes in by."""
+        if not self._ipv6:
+            self._families = [4]
+        elif not hostfacts.has_ipv6():
+            self._log.info("This host has no IPv6: steering IPv4 alone")
+            self._families = [4]
+        else:  # IPv6 first: if it fails, no visitor has been steered yet
+            self._families = [6, 4]
+        try:
+            self._refuse_unnumbered()
+        except StartError:
+            return fail()
+        return succeed(("::",))
 
     @inlineCallbacks
     def apply(
         self, commands: ICommands, listeners: Sequence[socket.socket]
     ) -> Generator[Deferred[Any], Any, None]:
-        families = self._families(listeners)
-        self._refuse_unnumbered(families)
+        if all(listener.family != socket.AF_INET6 for listener in listeners):
+            self._families = [4]  # rules for IPv6 without a listener for it would be an outage
         idle = hostfacts.tracked_connections() == 0
+        claim = yield claim_redirect(commands, GUARD_PATIENCE)
         try:
-            for family in families:
-                yield self.remove_leftovers(commands, family)
-            for family in families:
-                yield self._keep(commands, family)
-            for family in families:
-                yield self._redirect(commands, family)
+            yield self._remove_leftovers(commands, self._families)
         except StartError:
-            yield self._undo(commands)
+            claim.close()
+            raise
+        self._guard = self._new_guard(claim)
+        try:
+            for family in self._families:
+                yield self._iptables(commands, family, "mangle", "-I", "PREROUTING", *self._keeper)
+            for family in self._families:
+                yield self._iptables(commands, family, "nat", "-I", "PREROUTING", *self._rulespec)
+        except StartError:
+            guard, self._guard = self._guard, None
+            yield guard.end(commands)
             raise
         if idle:
             self._warn_of_small_table()
 
     @inlineCallbacks
+    def look_after(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        put_back = yield self._ask(commands, "look")
+        if put_back:
+            self._log.warn(
+                "Somebody had wiped rules of {binaries}; they are back",
+                binaries=", ".join(sorted(set(put_back))),
+            )
+
+    @inlineCallbacks
     def remove(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        yield self._delete_all(commands, self._redirected, "nat", self._rulespec)
+        if self._guard is not None:
+            yield self._ask(commands, "remove")
 
     @inlineCallbacks
     def release(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        yield self._delete_all(commands, self._kept, "mangle", self._keeper)
+        if self._guard is not None:
+            guard, self._guard = self._guard, None
+            yield guard.ask(commands, "release")
+            yield guard.end(commands)
 
     @inlineCallbacks
-    def remove_leftovers(
-        self, commands: ICommands, family: int
-    ) -> Generator[Deferred[Any], Any, int]:
-        """Remove what instances that were killed have left, the original program's rules too.
-
-        Only for the one that holds the port: rules to it can then be nobody else's.
+    def clean_up(self, commands: ICommands) -> Generator[Deferred[Any], Any, int]:
+        """Remove the leftovers of dead instances, unless one is alive.
 
         @return: a Deferred of the number of rules removed.
         """
+        claim = yield claim_redirect(commands, GUARD_PATIENCE)
+        with claim:
+            removed: int = yield self._remove_leftovers(commands, [6, 4])
+            return removed
+
+    @inlineCallbacks
+    def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, list[str]]:
+        """Ask the guard, or a new one if it was killed."""
+        assert self._guard is not None
+        if self._guard.gone:
+            self._log.warn("The guard of the rules is gone; another one takes over")
+            self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))
+        words: list[str] = yield self._guard.ask(commands, wish)
+        return words
+
+    def _new_guard(self, claim: socket.socket) -> Guard:
+        binaries = [_BINARIES[family] for family in self._families]
+        return Guard(claim, binaries, keeper_comment(os.getpid()), self._rulespec)
+
+    @inlineCallbacks
+    def _remove_leftovers(
+        self, commands: ICommands, families: Sequence[int]
+    ) -> Generator[Deferred[Any], Any, int]:
+        """Remove what instances whose guard was killed too have left, and the original program.
+
+        Only for the one that has the claim: rules to the port can then be nobody else's.
+        """
+        total = 0
+        for family in families:
+            count = yield self._remove_leftovers_of(commands, family)
+            if count:
+                self._log.warn(
+                    "Removed {count} {binary} rules that a killed instance had left",
+                    count=count,
+                    binary=_BINARIES[family],
+                )
+            total += count
+        return total
+
+    @inlineCallbacks
+    def _remove_leftovers_of(
+        self, commands: ICommands, family: int
+    ) -> Generator[Deferred[Any], Any, int]:
         count = 0
         for table in ("nat", "mangle"):
             listing = yield self._iptables(commands, family, table, "-S", "PREROUTING")
@@ -158,32 +229,16 @@ class IptablesRedirect:
             if (yield commands.run(argv)).code != 0:
                 break
             count += 1
-        if count:
-            self._log.warn(
-                "Removed {count} {binary} rules that a killed instance had left",
-                count=count,
-                binary=_BINARIES[family],
-            )
         return count
 
     @property
     def _keeper(self) -> list[str]:
-        match = ["-m", "conntrack", "--ctstate", "INVALID"]
-        return [*match, "-m", "comment", "--comment", keeper_comment(os.getpid())]
+        return [*KEEPER_MATCH, "-m", "comment", "--comment", keeper_comment(os.getpid())]
 
-    def _families(self, listeners: Sequence[socket.socket]) -> list[int]:
-        """IPv6 first: it is the likelier one to fail, and then no visitor has been steered yet."""
-        if not self._ipv6:
-            return [4]
-        if not hostfacts.has_ipv6() or all(s.family != socket.AF_INET6 for s in listeners):
-            self._log.info("This host has no IPv6: steering IPv4 alone")
-            return [4]
-        return [6, 4]
-
-    def _refuse_unnumbered(self, families: Sequence[int]) -> None:
+    def _refuse_unnumbered(self) -> None:
         if "REDIRECT" not in self._rulespec:
             return
-        for family in families:
+        for family in self._families:
             names = hostfacts.unnumbered_interfaces(family)
             if names:
                 raise StartError(
@@ -204,56 +259,6 @@ class IptablesRedirect:
                 count=count,
                 limit=limit,
             )
-
-    @inlineCallbacks
-    def _keep(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, None]:
-        yield self._iptables(commands, family, "mangle", "-A", "PREROUTING", *self._keeper)
-        self._kept.append(family)
-
-    @inlineCallbacks
-    def _redirect(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, None]:
-        yield self._iptables(commands, family, "nat", "-I", "PREROUTING", *self._rulespec)
-        self._redirected.append(family)
-
-    @inlineCallbacks
-    def _undo(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        for step in (self.remove, self.release):
-            try:
-                yield step(commands)
-            except StartError as problem:
-                self._log.critical("While undoing: {problem}", problem=problem)
-
-    @inlineCallbacks
-    def _delete_all(
-        self, commands: ICommands, families: list[int], table: str, rule: Sequence[str]
-    ) -> Generator[Deferred[Any], Any, None]:
-        """Delete C{rule} for each of C{families}, and those that it worked for from the list."""
-        problem = None
-        for family in list(families):
-            try:
-                yield self._delete(commands, family, table, rule)
-                families.remove(family)
-            except StartError as this:
-                problem = this
-        if problem is not None:
-            raise problem
-
-    @inlineCallbacks
-    def _delete(
-        self, commands: ICommands, family: int, table: str, rule: Sequence[str]
-    ) -> Generator[Deferred[Any], Any, None]:
-        """Delete C{rule}; that it is gone already is no error, only a line in the log."""
-        result = yield commands.run(self._argv(family, table, "-D", "PREROUTING", *rule))
-        if result.code == 0:
-            return
-        check = yield commands.run(self._argv(family, table, "-C", "PREROUTING", *rule))
-        if check.code != 1:
-            raise self._refusal(family, result)
-        self._log.warn(
-            "The {binary} rule in {table} was gone before it was removed",
-            binary=_BINARIES[family],
-            table=table,
-        )
 
     @inlineCallbacks
     def _iptables(

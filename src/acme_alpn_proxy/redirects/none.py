@@ -15,9 +15,13 @@ from ..interfaces import ICommands, IRedirect
 class NoRedirect:
     """Does nothing, and listens on every address, since nobody knows where visitors come from."""
 
-    hosts = ("::",)
+    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+        return succeed(("::",))
 
     def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
+        return succeed(None)
+
+    def look_after(self, commands: ICommands) -> Deferred[None]:
         return succeed(None)
 
     def remove(self, commands: ICommands) -> Deferred[None]:
