@@ -27,6 +27,8 @@ class Proxy:
         self.pid_file = directory / "proxy.pid"
         self.log_file = directory / "proxy.log"
         self.env = {"ACME_ALPN_PROXY_PIDFILE": str(self.pid_file), **(env or {})}
+        self.wrapper: tuple[str, ...] = ()
+        """A command that runs the program, in front of it."""
         self.pid = 0
         """The process of the last start that succeeded."""
 
@@ -69,7 +71,8 @@ class Proxy:
         self.kill()
 
     def _run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.namespace.run(self.program, *arguments, check=check, env=self.env)
+        command = [*self.wrapper, self.program, *arguments]
+        return self.namespace.run(*command, check=check, env=self.env)
 
 
 def _argument(pid: int, number: int) -> str:

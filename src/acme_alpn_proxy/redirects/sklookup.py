@@ -16,7 +16,7 @@ import errno
 import os
 import platform
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -45,10 +45,6 @@ _REMOTE_IP6: Final = 20
 _LOCAL_IP4: Final = 40
 _LOCAL_IP6: Final = 44
 _LOCAL_PORT: Final = 60
-_INGRESS_INTERFACE: Final = 64
-
-_LOOPBACK_INTERFACE: Final = 1
-"""The loopback's number in every network namespace (LOOPBACK_IFINDEX of linux/net.h)."""
 
 _MAP_LOOKUP: Final = 1
 _SK_RELEASE: Final = 86
@@ -61,14 +57,12 @@ _PASS: Final = 1
 """SK_PASS: with the socket that was assigned or, without one, by the kernel's own search."""
 
 
-def skip_by_interface(program: Assembler) -> None:
-    """To C{pass} with what comes in by loopback (Linux 5.17)."""
-    program.load_word(2, 6, _INGRESS_INTERFACE)  # r2 = interface that the SYN came in by
-    program.jump_if_number(2, _LOOPBACK_INTERFACE, "pass")
+def _skip_own(program: Assembler) -> None:
+    """To C{pass} with what this host sends to itself: it has the same address at both ends.
 
-
-def skip_by_address(program: Assembler) -> None:
-    """To C{pass} with what this host sends to itself: it has the same address at both ends."""
+    The interface that the lookup tells (Linux 5.17) would not do: it is the loopback's only for
+    loopback addresses, and another one's for the host's other addresses.
+    """
     program.load_word(2, 6, _FAMILY)  # r2 = AF_INET or AF_INET6
     program.jump_if_number(2, socket.AF_INET6, "compare IPv6")
     _compare(program, _LOCAL_IP4, _REMOTE_IP4, otherwise="from outside")
@@ -86,7 +80,7 @@ def _compare(program: Assembler, one: int, other: int, otherwise: str) -> None:
     program.jump_unless_equal(2, 3, otherwise)
 
 
-def steering_program(map_descriptor: int, skip_loopback: Callable[[Assembler], None]) -> bytes:
+def steering_program(map_descriptor: int) -> bytes:
     """The program: TCP to port 443 that is not the host's own goes to the listener in the map."""
     program = Assembler()
     program.move(6, 1)  # r6 = the lookup; calls leave r6 to r9 alone
@@ -94,7 +88,7 @@ def steering_program(map_descriptor: int, skip_loopback: Callable[[Assembler], N
     program.jump_unless_number(2, STEERED_PORT, "pass")
     program.load_word(2, 6, _PROTOCOL)  # r2 = TCP or UDP
     program.jump_unless_number(2, socket.IPPROTO_TCP, "pass")
-    skip_loopback(program)
+    _skip_own(program)
     program.move_number(8, _SLOTS[socket.AF_INET])  # r8 = slot for IPv4
     program.load_word(2, 6, _FAMILY)  # r2 = AF_INET or AF_INET6
     program.jump_if_number(2, socket.AF_INET, "look up")
@@ -170,7 +164,7 @@ class SkLookupRedirect:
             descriptors.callback(os.close, sockets)
             for listener in listeners:
                 bpf.put_socket(sockets, _SLOTS[listener.family], listener.fileno())
-            program = _load(sockets)
+            program = bpf.load_sk_lookup(steering_program(sockets), PROGRAM_NAME)
             descriptors.callback(os.close, program)
             link = bpf.attach_sk_lookup(program)
         if others:
@@ -180,17 +174,6 @@ class SkLookupRedirect:
                 " (see: bpftool link)"
             )
         return link
-
-
-def _load(sockets: int) -> int:
-    """The program's descriptor; raises L{OSError}."""
-    try:
-        return bpf.load_sk_lookup(steering_program(sockets, skip_by_interface), PROGRAM_NAME)
-    except bpf.Refused as problem:
-        if not problem.reason:
-            raise
-    # The verifier does not know the interface yet: before Linux 5.17.
-    return bpf.load_sk_lookup(steering_program(sockets, skip_by_address), PROGRAM_NAME)
 
 
 def _why_refused(problem: OSError) -> str:

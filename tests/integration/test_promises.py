@@ -1,0 +1,366 @@
+"""What docs/steering.md promises of both redirects, each a row of its table."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .netns import Namespace, Street, gateway, street, terminate, wait_until
+from .proxy import PORT, Proxy, ends, kill
+from .visitors import visitors
+from .website import PAGE, Website, website
+
+REDIRECTS = ("iptables", "sk-lookup")
+FAMILIES = ("IPv4", "IPv6")
+both_redirects = pytest.mark.parametrize("redirect", REDIRECTS)
+
+
+def start(proxy: Proxy, redirect: str, *options: str) -> None:
+    """Start with a short linger."""
+    proxy.start("--redirect", redirect, "--linger", "1", *options)
+
+
+def visit(site: Website, road: Street, family: str) -> bool:
+    """Get the page as a new visitor; whether it came through the proxy."""
+    with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
+        answer = visit.get()
+    assert answer.body == PAGE
+    return answer.steered
+
+
+def nothing_is_left(proxy: Proxy) -> None:
+    """No rule, no program, no process of the proxy's."""
+    assert ends(proxy.pid)
+    wait_until(lambda: proxy.namespace.rules() == [], "the rules are gone", 1)
+
+
+@both_redirects
+def test_both_families(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """Visitors by IPv4 and by IPv6 go through the proxy while it steers, and only then."""
+    assert [visit(site, road, family) for family in FAMILIES] == [False, False]
+    start(proxy, redirect)
+    assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+    proxy.stop()
+    assert [visit(site, road, family) for family in FAMILIES] == [False, False]
+    nothing_is_left(proxy)
+
+
+@both_redirects
+def test_ipv6_left_alone(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
+    """With ACME_ALPN_PROXY_DISABLEV6=y only IPv4 is steered."""
+    proxy = Proxy(road.host.namespace, tmp_path, {"ACME_ALPN_PROXY_DISABLEV6": "y"})
+    start(proxy, redirect)
+    assert [visit(site, road, family) for family in FAMILIES] == [True, False]
+    proxy.stop(wait=True)
+    nothing_is_left(proxy)
+
+
+@both_redirects
+def test_twenty_cycles_under_load(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """Twenty times start and stop, and not one of the connections opened all along fails."""
+    with visitors(site, road.visitor, road.host) as crowd:
+        for cycle in range(20):
+            start(proxy, redirect)
+            crowd.wait_for(3, steered=True)
+            proxy.stop(wait=cycle % 2 == 0)
+        report = crowd.leave()
+    assert report.failed == 0, report
+    nothing_is_left(proxy)
+
+
+@both_redirects
+def test_killed_under_load(
+    road: Street,
+    site: Website,
+    proxy: Proxy,
+    redirect: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Killed by SIGKILL it takes the connections in flight with it, and the next are served."""
+    start(proxy, redirect)
+    with visitors(site, road.visitor, road.host) as crowd:
+        crowd.wait_for(20, steered=True)
+        proxy.kill()
+        killed = time.monotonic()
+        wait_until(lambda: _served(site, road), "the site serves again", 1)
+        seconds = time.monotonic() - killed
+        time.sleep(0.5)  # for the last visitors that the dead one had to notice it
+        before = crowd.report()
+        crowd.wait_for(50)
+        report = crowd.leave()
+    with capsys.disabled():
+        print(f"\n{redirect}: SIGKILL to served again {seconds * 1000:.1f} ms")
+    assert report.failed == before.failed, report
+    nothing_is_left(proxy)
+
+
+def _served(site: Website, road: Street) -> bool:
+    try:
+        return not any(visit(site, road, family) for family in FAMILIES)
+    except OSError:
+        return False
+
+
+def test_guard(road: Street, site: Website, proxy: Proxy) -> None:
+    """The guard is tiny and in a session of its own, ignores SIGTERM, and holds nothing else."""
+    start(proxy, "iptables")
+    guard = proxy.guard
+    assert os.getsid(guard) == guard
+    private = re.findall(r"Private_\w+: +(\d+) kB", Path(f"/proc/{guard}/smaps_rollup").read_text())
+    assert sum(map(int, private)) < 3 * 1024
+    assert sorted(os.listdir(f"/proc/{guard}/fd")) == ["0", "1", "2"]
+    os.kill(guard, 15)
+    os.kill(guard, 2)
+    assert not ends(guard, 0.2)
+    proxy.kill()
+    assert ends(guard, 1)
+    nothing_is_left(proxy)
+
+
+def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
+    """If the guard is killed another takes over, and the stop is in order."""
+    start(proxy, "iptables")
+    kill(proxy.guard)
+    wait_until(lambda: "another one takes over" in proxy.log, "the proxy notices")
+    assert visit(site, road, "IPv4")
+    assert proxy.guard
+    proxy.stop(wait=True)
+    nothing_is_left(proxy)
+
+
+@both_redirects
+def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
+    """With --uid it steers and then is nobody, all its descriptors too; stop is in order."""
+    proxy = Proxy(road.host.namespace, tmp_path)
+    start(proxy, redirect, "--uid", "nobody")
+    status = Path(f"/proc/{proxy.pid}/status").read_text()
+    assert re.search(r"Uid:\t65534\t65534\t65534\t65534", status)
+    assert re.search(r"CapEff:\t0{16}", status)
+    assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+    proxy.stop()
+    assert not proxy.pid_file.exists()
+    assert [visit(site, road, family) for family in FAMILIES] == [False, False]
+    nothing_is_left(proxy)
+
+
+def _bans(host: Namespace, address: str) -> None:
+    binary = "ip6tables" if ":" in address else "iptables"
+    host.run(
+        *(binary, "-A", "INPUT", "-p", "tcp", "--dport", "443", "-s", address),
+        *("-j", "REJECT", "--reject-with", "tcp-reset"),
+    )
+
+
+def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy) -> None:
+    """Who is banned from port 443 by INPUT stays so with sk-lookup; with iptables it does not."""
+    for address in (road.visitor.ipv4, road.visitor.ipv6):
+        _bans(road.host.namespace, address)
+    start(proxy, "sk-lookup")
+    for family in FAMILIES:
+        with pytest.raises(ConnectionRefusedError):
+            visit(site, road, family)
+    proxy.stop(wait=True)
+
+
+def test_listener_is_on_loopback_alone(road: Street, site: Website, proxy: Proxy) -> None:
+    """With sk-lookup nobody outside reaches the listener by its own port."""
+    start(proxy, "sk-lookup")
+    for family in FAMILIES:
+        assert not road.visitor.namespace.accepts(road.host.address(family), PORT)
+    assert visit(site, road, "IPv4")
+    proxy.stop(wait=True)
+
+
+@both_redirects
+def test_connection_tracking_stays_idle(
+    road: Street, site: Website, proxy: Proxy, redirect: str
+) -> None:
+    """Where nothing tracks connections, sk-lookup does not begin to; iptables does."""
+    start(proxy, redirect)
+    assert visit(site, road, "IPv4")
+    tracked = road.host.namespace.run("conntrack", "-C").stdout.strip()
+    assert (tracked == "0") is (redirect == "sk-lookup")
+    proxy.stop(wait=True)
+    nothing_is_left(proxy)
+
+
+@contextmanager
+def _exempt_from_tracking(host: Namespace) -> Iterator[None]:
+    for binary in ("iptables", "ip6tables"):
+        host.run(*f"{binary} -t raw -A PREROUTING -p tcp --dport 443 -j NOTRACK".split())
+        host.run(*f"{binary} -t raw -A OUTPUT -p tcp --sport 443 -j NOTRACK".split())
+    yield
+
+
+def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy) -> None:
+    """Where :443 is exempt from connection tracking sk-lookup steers all the same."""
+    with _exempt_from_tracking(road.host.namespace):
+        start(proxy, "sk-lookup")
+        assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+        proxy.stop(wait=True)
+
+
+@both_redirects
+def test_forwarded_traffic(tmp_path: Path, redirect: str) -> None:
+    """What a neighbour sends through this host to another web server goes there, untouched."""
+    with (
+        gateway() as way,
+        website(way.host, tmp_path / "site-of-host"),
+        website(way.outer.namespace, tmp_path / "site-outside") as outside,
+    ):
+        proxy = Proxy(way.host, tmp_path)
+        start(proxy, redirect)
+        for family in FAMILIES:
+            with outside.visit(way.inner.namespace, way.outer.address(family)) as visit:
+                answer = visit.get()
+            assert (answer.body, answer.seen_from) == (PAGE, way.inner.address(family))
+        proxy.stop(wait=True)
+        nothing_is_left(proxy)
+
+
+@both_redirects
+def test_two_network_namespaces(tmp_path: Path, redirect: str) -> None:
+    """Two network namespaces of one machine are steered at once, and neither minds the other."""
+    with (
+        street() as one,
+        street() as other,
+        website(one.host.namespace, tmp_path / "site-one") as site_one,
+        website(other.host.namespace, tmp_path / "site-other") as site_other,
+    ):
+        first = Proxy(one.host.namespace, tmp_path / "one")
+        second = Proxy(other.host.namespace, tmp_path / "other")
+        start(first, redirect)
+        start(second, redirect)
+        assert visit(site_one, one, "IPv4")
+        assert visit(site_other, other, "IPv4")
+        first.kill()
+        assert visit(site_other, other, "IPv6")
+        second.stop(wait=True)
+        nothing_is_left(first)
+        nothing_is_left(second)
+
+
+@pytest.mark.parametrize("wipe", ["iptables -t nat -F", "nft flush ruleset"])
+def test_rules_wiped(road: Street, site: Website, proxy: Proxy, wipe: str) -> None:
+    """Rules that somebody wipes are back within five seconds, and that is logged."""
+    start(proxy, "iptables")
+    before = sorted(road.host.namespace.rules())
+    road.host.namespace.run(*wipe.split())
+    assert sorted(road.host.namespace.rules()) != before
+    wait_until(lambda: sorted(road.host.namespace.rules()) == before, "the rules are back", 5)
+    wait_until(lambda: "they are back" in proxy.log, "it is logged")
+    assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+    proxy.stop(wait=True)
+    nothing_is_left(proxy)
+
+
+def test_nothing_to_wipe(road: Street, site: Website, proxy: Proxy) -> None:
+    """With sk-lookup there is nothing to wipe."""
+    start(proxy, "sk-lookup")
+    assert road.host.namespace.rules() == []
+    road.host.namespace.run("nft", "flush", "ruleset")
+    assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+    proxy.stop(wait=True)
+
+
+@both_redirects
+def test_own_connections_are_left_alone(
+    road: Street, site: Website, proxy: Proxy, redirect: str
+) -> None:
+    """What the host itself sends to its own :443 goes to the web server, by whatever address."""
+    start(proxy, redirect)
+    _host_reaches_its_own_web_server(road, site)
+    proxy.stop(wait=True)
+
+
+def _host_reaches_its_own_web_server(road: Street, site: Website) -> None:
+    """By each of its addresses, and not by way of the proxy."""
+    for address in ("127.0.0.1", "::1", road.host.ipv4, road.host.ipv6):
+        with site.visit(road.host.namespace, address) as visit:
+            assert visit.get().body == PAGE
+            port = str(visit.sock.getsockname()[1])
+            query = ["ss", "-Htnp", "state", "established", f"sport = :443 and dport = :{port}"]
+            assert '"nginx"' in road.host.namespace.run(*query).stdout
+
+
+@both_redirects
+def test_web_server_by_an_address_of_the_host(
+    road: Street, site: Website, proxy: Proxy, redirect: str
+) -> None:
+    """A fallback by the host's outer address is no loop: what the proxy dials is left alone."""
+    start(proxy, redirect, "-fallback", f"{road.host.ipv4}:443")
+    for family in FAMILIES:
+        with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
+            assert visit.get().seen_from == road.host.ipv4
+    proxy.stop(wait=True)
+
+
+def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy) -> None:
+    """With sk-lookup a connection's own address is the one that was dialled, port 443."""
+    start(proxy, "sk-lookup")
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        query = ["ss", "-Htnp", "state", "established", "sport = :443"]
+        assert f"pid={proxy.pid}," in road.host.namespace.run(*query).stdout
+    proxy.stop(wait=True)
+
+
+def test_syn_cookies(road: Street, site: Website, proxy: Proxy) -> None:
+    """SYN cookies are no matter to sk-lookup."""
+    road.host.namespace.run("sysctl", "-qw", "net.ipv4.tcp_syncookies=2")
+    start(proxy, "sk-lookup")
+    with visitors(site, road.visitor, road.host) as crowd:
+        crowd.wait_for(20, steered=True)
+        report = crowd.leave()
+    assert report.failed == 0, report
+    proxy.stop(wait=True)
+
+
+@contextmanager
+def _another_program(namespace: Namespace, log: Path) -> Iterator[None]:
+    """Another sk_lookup program, which gives new connections to a listener that nobody serves."""
+    code = """if True:
+        import socket, time
+        from acme_alpn_proxy.commands import BlockingCommands
+        from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
+        listener = socket.create_server(("127.0.0.1", 40443))
+        redirect = SkLookupRedirect(ipv6=False)
+        redirect.apply(BlockingCommands(), [listener])
+        print("attached", flush=True)
+        time.sleep(60)
+    """
+    process = namespace.popen(sys.executable, "-c", code, log=log)
+    try:
+        wait_until(lambda: "attached" in log.read_text(), "the other one is attached")
+        yield
+    finally:
+        terminate(process)
+
+
+def test_another_program(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
+    """Where another sk_lookup program is attached start says so, and the last one wins."""
+    with _another_program(road.host.namespace, tmp_path / "other.log"):
+        started = proxy.start("--redirect", "sk-lookup", "--linger", "1")
+        assert "Another sk_lookup program" in started.stderr
+        assert visit(site, road, "IPv4")
+        proxy.stop(wait=True)
+
+
+def test_bpf_not_permitted(road: Street, proxy: Proxy) -> None:
+    """Without the capability for BPF start says so in one line, with the remedy, and is undone."""
+    proxy.wrapper = ("setpriv", "--bounding-set", "-sys_admin,-bpf")
+    refused = proxy.start("--redirect", "sk-lookup", check=False)
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        r"acme-alpn-proxy: BPF is not permitted; run this as root.*use --redirect iptables\n",
+        refused.stderr,
+    )
+    assert not proxy.pid_file.exists()
+    assert not road.host.namespace.accepts("127.0.0.1", PORT)
