@@ -78,7 +78,7 @@ class Address:
             return False
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for what can be no host name
             return False
         return any(_is_ours(family, address) for family, _, _, _, address in found)
 
@@ -140,6 +140,8 @@ def _parse_endpoint(text: str) -> Address:
         words = [word.partition("=") for word in _UNESCAPED_COLON.split(text)[1:]]
         named = {name: value for name, equals, value in words if equals}
         bare = [name for name, equals, _ in words if not equals]
-        host = (named.get("host") or bare.pop(0)).replace("\\:", ":")
-        port = _port(named.get("port") or bare.pop(0), text)
+        host = (named["host"] if "host" in named else bare.pop(0)).replace("\\:", ":")
+        port = _port(named["port"] if "port" in named else bare.pop(0), text)
+        if not host:
+            raise BadAddress(f"{text!r}: a host is needed, as in tcp:127.0.0.1:443")
     return Address(text, host, port, is_endpoint=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.error import ProcessTerminated
+from twisted.internet.error import ProcessExitedAlready, ProcessTerminated
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
@@ -102,7 +102,12 @@ class _Collector(ProcessProtocol):
 
     def _kill(self) -> None:
         self._late = True
-        self.transport.signalProcess("KILL")  # type: ignore[union-attr]
+        transport: Any = self.transport
+        try:
+            transport.signalProcess("KILL")
+        except ProcessExitedAlready:
+            pass
+        transport.loseConnection()  # a process that it has started may hold its outputs open
 
     def outReceived(self, data: bytes) -> None:
         self._output += data

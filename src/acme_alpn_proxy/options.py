@@ -166,9 +166,9 @@ class ProxyOptions(Options):
                     " go round for ever: name the port of the program that is to answer"
                 )
         self["ipv6"] = self.environment.get(DISABLE_IPV6_VARIABLE) != "y"
-        rulespec = self.environment.get(RULESPEC_VARIABLE)
+        rulespec = self.environment.get(RULESPEC_VARIABLE, "")
         try:
-            self["rulespec"] = shlex.split(rulespec) if rulespec else None
+            self["rulespec"] = shlex.split(rulespec) or None
         except ValueError as problem:
             raise UsageError(f"{RULESPEC_VARIABLE}: {problem} in {rulespec!r}") from None
 
@@ -214,7 +214,9 @@ class ConsoleOptions(ProxyOptions):
             parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
         except getopt.error as problem:
             raise UsageError(str(problem)) from None
-        ordered = [f"{name}={value}" if value else name for name, value in parsed]
+        ordered = [
+            f"{name}={value}" if f"{name[2:]}=" in self.longOpt else name for name, value in parsed
+        ]
         super().parseOptions([*ordered, "--", *rest])
 
     def opt_version(self) -> None:

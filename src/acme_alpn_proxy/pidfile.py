@@ -2,7 +2,8 @@
 
 The instance that runs holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers.
 So a file left behind, one with garbage in it, or one whose PID belongs to another program by now is
-told from a live one for sure: nobody holds its lock.
+told from a live one for sure: nobody holds its lock. It is a write lock until the PID is written
+and a read lock from then on, so that meanwhile a PID left behind is not taken for the new owner's.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ class PIDFile:
             except OSError as problem:
                 raise self._refusal("read", problem) from None
             try:
-                if not _is_locked(descriptor):
+                lock = _held_lock(descriptor)
+                if lock == fcntl.F_UNLCK:
                     return None
-                pid = _read_pid(descriptor)
+                pid = _read_pid(descriptor) if lock == fcntl.F_RDLCK else None
             finally:
                 os.close(descriptor)
             if pid is not None:
@@ -76,7 +78,7 @@ class PIDFile:
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
             except OSError as problem:
                 raise self._refusal("write", problem) from None
-            if not _lock(descriptor):
+            if not _lock(descriptor, fcntl.F_WRLCK):
                 os.close(descriptor)
                 if (pid := self.owner()) is not None:
                     raise AlreadyRunning(f"already running as PID {pid} ({self.path})")
@@ -85,8 +87,14 @@ class PIDFile:
                 self._descriptor = descriptor
             else:  # its owner removed it between our open and our lock
                 os.close(descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+            _lock(self._descriptor, fcntl.F_RDLCK)
+        except OSError as problem:  # no plain file, or a full disk
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise self._refusal("write", problem) from None
 
     def release(self) -> None:
         if self._descriptor is None:
@@ -130,19 +138,20 @@ class PIDFile:
         )
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, kind: int) -> bool:
     """Whether the lock could be taken. It belongs to the open file, and so outlives a fork."""
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(kind))
     except BlockingIOError:
         return False
     return True
 
 
-def _is_locked(descriptor: int) -> bool:
+def _held_lock(descriptor: int) -> int:
+    """Which kind of lock somebody else holds."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK))
     kind: int = struct.unpack(_FLOCK, answer)[0]
-    return kind != fcntl.F_UNLCK
+    return kind
 
 
 def _flock(kind: int) -> bytes:
@@ -151,6 +160,6 @@ def _flock(kind: int) -> bytes:
 
 
 def _read_pid(descriptor: int) -> int | None:
-    """The PID in the file, or L{None} while its owner has not written it yet."""
+    """The PID in the file, or L{None} if there is none."""
     text = os.pread(descriptor, _LONGEST, 0)
     return int(text) if re.fullmatch(rb"[1-9][0-9]{0,9}\n?", text) else None

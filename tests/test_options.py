@@ -1,0 +1,262 @@
+"""The command line and the environment: what is understood, and what is refused in which words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import pytest
+from twisted.python.usage import UsageError
+
+from acme_alpn_proxy import __version__
+from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
+
+
+def console(*words: str, environment: Mapping[str, str] | None = None) -> ConsoleOptions:
+    """The console script's options, parsed."""
+    options = ConsoleOptions()
+    options.environment = environment or {}
+    options.parseOptions(words)
+    return options
+
+
+def refusal(*words: str, environment: Mapping[str, str] | None = None) -> str:
+    """Why these words are refused."""
+    with pytest.raises(UsageError) as problem:
+        console(*words, environment=environment)
+    return str(problem.value)
+
+
+def test_defaults() -> None:
+    """Without options they are those of the original program."""
+    options = console("start")
+    assert options["command"] == "start"
+    assert (options["alpn"].text, options["fallback"].text) == ("127.0.0.1:31443", "127.0.0.1:443")
+    assert options["redirect"] == "iptables"
+    assert options["drain-timeout"] == 180.0
+    assert options["rulespec"] is None
+    assert options["ipv6"] is True
+    assert options["pidfile"] == "/var/run/acme-alpn-proxy.pid"
+    assert options["logfile"] == "/var/log/acme-alpn-proxy.log"
+    assert not options["nodaemon"]
+    assert not options["wait"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--alpn", "[::1]:5001", "start"),
+        ("--alpn=[::1]:5001", "start"),
+        ("-alpn", "[::1]:5001", "start"),
+        ("-alpn=[::1]:5001", "start"),
+        ("start", "-alpn", "[::1]:5001"),
+        ("start", "-alpn=[::1]:5001"),
+        ("start", "--alpn", "[::1]:5001"),
+        ("--al", "[::1]:5001", "start"),
+    ],
+)
+def test_dashes_and_order(words: tuple[str, ...]) -> None:
+    """One dash or two, with an equals sign or not, before or after the command: all the same."""
+    options = console(*words)
+    assert (options["alpn"].host, options["alpn"].port) == ("::1", 5001)
+    assert options["command"] == "start"
+
+
+def test_single_dashes_of_twistd() -> None:
+    """Behind C{twistd acme-alpn-proxy} single dashes do too."""
+    options = ProxyOptions()
+    options.environment = {}
+    options.parseOptions(["-fallback", "web.example:8443", "-redirect=none"])
+    assert options["fallback"].host == "web.example"
+    assert options["redirect"] == "none"
+
+
+def test_no_words() -> None:
+    """The defaults are complete."""
+    options = ProxyOptions()
+    options.environment = {}
+    options.parseOptions()
+    assert options["linger"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "words", [("-n", "start"), ("start", "-nodaemon"), ("--nodaemon", "start")]
+)
+def test_foreground(words: tuple[str, ...]) -> None:
+    """C{-n} and its long forms stay in the foreground."""
+    assert console(*words)["nodaemon"]
+
+
+def test_wait() -> None:
+    """C{--wait} goes with stop, and with nothing else."""
+    assert console("stop", "--wait")["wait"]
+    assert refusal("start", "--wait") == "--wait goes with stop"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ((), "one command is needed, start or stop"),
+        (("restart",), "one command is needed, start or stop, not 'restart'"),
+        (("start", "stop"), "one command is needed, start or stop, not 'start stop'"),
+        (("start", "--", "--wait"), "one command is needed, start or stop, not 'start --wait'"),
+    ],
+)
+def test_commands(words: tuple[str, ...], why: str) -> None:
+    """Anything but one known command is refused, and shown."""
+    assert refusal(*words) == why
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--frobnicate", "start"), "option --frobnicate not recognized"),
+        (("start", "-x"), "option -x not recognized"),
+        (("start", "--alpn"), "option --alpn requires argument"),
+        (("start", "--nodaemon=yes"), "option --nodaemon must not have an argument"),
+    ],
+)
+def test_unknown_flags(words: tuple[str, ...], why: str) -> None:
+    """An unknown flag is refused by name, as is a flag without its argument."""
+    assert refusal(*words) == why
+
+
+@pytest.mark.parametrize("option", ["alpn", "fallback"])
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1", "'127.0.0.1': a host and a port are needed, as in 127.0.0.1:443"),
+        ("127.0.0.1:0", "'127.0.0.1:0': the port must be a number from 1 to 65535, not '0'"),
+        ("web:70000", "'web:70000': the port must be a number from 1 to 65535, not '70000'"),
+        ("[::g]:443", "'[::g]:443': '::g' is not an IPv6 address; one looks like [::1]:443"),
+        ("", "'': a host and a port are needed, as in 127.0.0.1:443"),
+    ],
+)
+def test_bad_addresses(option: str, address: str, why: str) -> None:
+    """A bad address is refused with the option's name, the text and the remedy."""
+    assert refusal("start", f"--{option}={address}").endswith(f"--{option} {why}")
+
+
+@pytest.mark.parametrize("option", ["alpn", "fallback"])
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:21443", "localhost:21443", "[::1]:21443", "tcp:host=127.0.0.1:port=21443"],
+)
+def test_own_listener(option: str, address: str) -> None:
+    """A target that is the proxy itself would make connections go round: refused."""
+    assert refusal(f"--{option}", address, "start") == (
+        f"--{option} {address} is the proxy's own listener, so connections would go round for ever:"
+        " name the port of the program that is to answer"
+    )
+
+
+@pytest.mark.parametrize("option", ["hello-timeout", "connect-timeout", "linger", "drain-timeout"])
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", "86401", ""])
+def test_bad_seconds(option: str, value: str) -> None:
+    """Seconds that are no number, or none from 0 to a day, are refused."""
+    assert refusal(f"--{option}={value}", "start").endswith(
+        f"--{option} {value!r}: seconds are needed, a number from 0 to 86400"
+    )
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("0", 0.0), ("2.5", 2.5), ("86400", 86_400.0)])
+def test_seconds(value: str, seconds: float) -> None:
+    """Fractions are taken, and both ends of the range."""
+    assert console("start", "--linger", value)["linger"] == seconds
+
+
+def test_unknown_redirect() -> None:
+    """A way of steering that there is not is refused with those that there are."""
+    assert refusal("start", "--redirect", "magic").endswith(
+        "--redirect 'magic': choose one of iptables, none"
+    )
+
+
+def test_uid() -> None:
+    """C{twistd --uid} with iptables is refused, since removing the rules needs root; without
+    iptables, or without C{--uid}, it is not."""
+    for uid, redirect, refused in (
+        (7, "iptables", True),
+        (7, "none", False),
+        (None, "iptables", False),
+    ):
+        options = ProxyOptions()
+        options.environment = {}
+        options.parent = {"uid": uid}  # type: ignore[attr-defined]
+        if not refused:
+            options.parseOptions(["--redirect", redirect])
+            continue
+        with pytest.raises(UsageError) as problem:
+            options.parseOptions(["--redirect", redirect])
+        assert str(problem.value) == (
+            "--uid does not go with --redirect iptables, which needs root to remove its rules:"
+            " leave --uid out, or use --redirect none"
+        )
+
+
+def test_rulespec() -> None:
+    """The environment's rulespec is split as a shell would; a blank one is none at all."""
+    spec = "-p tcp -m comment --comment 'my proxy'"
+    options = console("start", environment={"ACME_ALPN_PROXY_RULESPEC": spec})
+    assert options["rulespec"] == ["-p", "tcp", "-m", "comment", "--comment", "my proxy"]
+    for blank in ("", "  "):
+        options = console("start", environment={"ACME_ALPN_PROXY_RULESPEC": blank})
+        assert options["rulespec"] is None
+
+
+def test_bad_rulespec() -> None:
+    """A quote that is not closed is refused, and the rulespec shown."""
+    spec = "-p tcp --comment 'my proxy"
+    assert refusal("start", environment={"ACME_ALPN_PROXY_RULESPEC": spec}) == (
+        f"ACME_ALPN_PROXY_RULESPEC: No closing quotation in {spec!r}"
+    )
+
+
+@pytest.mark.parametrize(("value", "ipv6"), [("y", False), ("", True), ("n", True), ("yes", True)])
+def test_disable_ipv6(value: str, ipv6: bool) -> None:
+    """Only C{y} leaves IPv6 alone, as in the original program."""
+    options = console("start", environment={"ACME_ALPN_PROXY_DISABLEV6": value})
+    assert options["ipv6"] is ipv6
+
+
+def test_paths() -> None:
+    """Paths are those seen from where the command was given: the daemon leaves that folder."""
+    options = console(
+        "start", "--logfile", "my.log", environment={"ACME_ALPN_PROXY_PIDFILE": "run/my.pid"}
+    )
+    assert options["logfile"] == os.path.join(os.getcwd(), "my.log")
+    assert options["pidfile"] == os.path.join(os.getcwd(), "run/my.pid")
+
+
+def test_real_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's own environment is read when nothing else is given."""
+    monkeypatch.setenv("ACME_ALPN_PROXY_PIDFILE", "/run/my.pid")
+    options = ConsoleOptions()
+    options.parseOptions(["stop"])
+    assert options["pidfile"] == "/run/my.pid"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """C{--help} shows the usage, every command and every variable on a line of its own."""
+    with pytest.raises(SystemExit) as end:
+        console("--help")
+    assert not end.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop"
+    for beginning in (
+        "start ",
+        "stop ",
+        "ACME_ALPN_PROXY_PIDFILE ",
+        "ACME_ALPN_PROXY_RULESPEC ",
+        "ACME_ALPN_PROXY_DISABLEV6=y ",
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage.",
+    ):
+        assert [line for line in lines if line.startswith(beginning)] != [], beginning
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """C{--version} prints this program's, not Twisted's."""
+    with pytest.raises(SystemExit) as end:
+        console("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"acme-alpn-proxy {__version__}\n"
