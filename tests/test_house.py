@@ -16,9 +16,11 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses", "redirects", "redirects.hostfacts"),
+    ("", "errors", "interfaces", "clienthello", "addresses"),
+    ("redirects", "redirects.hostfacts", "redirects.bpf"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options"),
-    ("relay", "redirects.iptables", "redirects.none"),
+    ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
+    ("redirects.iptables",),
     ("protocols",),
     ("service",),
     ("program",),
@@ -31,7 +33,16 @@ LAYERS = (
 SEE_ONLY = {
     "clienthello": set(),
     "routing": {"clienthello"},
-    "redirects.iptables": {"commands", "errors", "interfaces", "redirects.hostfacts"},
+    "redirects.guard": {"errors", "interfaces"},
+    "redirects.iptables": {
+        "commands",
+        "errors",
+        "interfaces",
+        "redirects",
+        "redirects.guard",
+        "redirects.hostfacts",
+    },
+    "redirects.sklookup": {"errors", "interfaces", "redirects", "redirects.bpf"},
     "redirects.none": {"interfaces"},
 }
 """Modules that see less of the project than their layer would let them."""
@@ -39,7 +50,14 @@ SEE_ONLY = {
 SEEN_BY = {"tap": {"launch"}, "launch": {"cli"}, "cli": set()}
 """Modules that hardly anybody imports."""
 
-WITHOUT_TWISTED = ("errors", "clienthello", "routing", "pidfile", "redirects.hostfacts")
+WITHOUT_TWISTED = (
+    "errors",
+    "clienthello",
+    "routing",
+    "pidfile",
+    "redirects.hostfacts",
+    "redirects.bpf",
+)
 
 MAY_TAKE_THE_REACTOR = {"tap", "launch"}
 """By an import within a function, at the last moment."""

@@ -168,30 +168,16 @@ def test_seconds(value: str, seconds: float) -> None:
 def test_unknown_redirect() -> None:
     """A way of steering that there is not is refused with those that there are."""
     assert refusal("start", "--redirect", "magic").endswith(
-        "--redirect 'magic': choose one of iptables, none"
+        "--redirect 'magic': choose one of iptables, sk-lookup, none"
     )
 
 
-def test_uid() -> None:
-    """C{twistd --uid} with iptables is refused, since removing the rules needs root; without
-    iptables, or without C{--uid}, it is not."""
-    for uid, redirect, refused in (
-        (7, "iptables", True),
-        (7, "none", False),
-        (None, "iptables", False),
-    ):
-        options = ProxyOptions()
-        options.environment = {}
-        options.parent = {"uid": uid}  # type: ignore[attr-defined]
-        if not refused:
-            options.parseOptions(["--redirect", redirect])
-            continue
-        with pytest.raises(UsageError) as problem:
-            options.parseOptions(["--redirect", redirect])
-        assert str(problem.value) == (
-            "--uid does not go with --redirect iptables, which needs root to remove its rules:"
-            " leave --uid out, or use --redirect none"
-        )
+def test_user_and_group() -> None:
+    """A user and a group are taken by name or number; one that does not exist is refused."""
+    options = console("start", "--uid", "nobody", "--gid", "7")
+    assert (options["uid"], options["gid"]) == (65_534, 7)
+    assert refusal("start", "--uid", "no-such").endswith("--uid 'no-such': there is no such user")
+    assert refusal("start", "--gid", "no-such").endswith("--gid 'no-such': there is no such group")
 
 
 def test_rulespec() -> None:

@@ -325,3 +325,24 @@ class MeanwhileTests(PIDFileCase):
         file.release()
         self.assertEqual(os.listdir("/proc/self/fd"), before)
         self.assertIsNone(self.make(self.folder / "moved" / "pid").owner())
+
+
+class RemoveTests(PIDFileCase):
+    """Removing what an instance left that could not itself."""
+
+    def test_left_behind(self) -> None:
+        """The file of that instance goes; there may be none."""
+        self.path.write_text("123\n")
+        self.file.remove_of(123)
+        self.assertFalse(self.path.exists())
+        self.file.remove_of(123)
+
+    def test_of_somebody_else(self) -> None:
+        """A file with another PID, with garbage, or one that is held, is left alone."""
+        for text in ("124\n", "root:x:0\n"):
+            self.path.write_text(text)
+            self.file.remove_of(123)
+            self.assertEqual(self.path.read_text(), text)
+        instance = self.running_instance()
+        self.file.remove_of(instance.pid)
+        self.assertEqual(self.file.owner(), instance.pid)

@@ -114,7 +114,8 @@ class PIDFile:
         except OSError:
             return
         try:
-            if _lock(descriptor) and self._is_at_path(descriptor) and _read_pid(descriptor) == pid:
+            free = _lock(descriptor, fcntl.F_WRLCK)
+            if free and self._is_at_path(descriptor) and _read_pid(descriptor) == pid:
                 os.unlink(self.path)
         finally:
             os.close(descriptor)
