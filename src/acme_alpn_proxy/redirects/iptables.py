@@ -9,6 +9,7 @@ before the redirect is, and goes only when the last steered connection has ended
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 from collections.abc import Generator, Sequence
@@ -27,6 +28,9 @@ COMMENT: Final = "acme-alpn-proxy"
 
 LOCK_WAIT: Final = "5"
 """Seconds that iptables waits for its lock (C{-w})."""
+
+_NO_SUCH_RULE: Final = 1
+"""Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
 
 _BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
@@ -54,6 +58,22 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             at = words.index(flag)
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
+
+
+def listed(output: str) -> list[list[str]]:
+    """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
+
+    A comment may hold anything, line ends too: what cannot be taken apart is left out, and is no
+    rule of ours. Warnings that stand between the rules are left out as well.
+    """
+    found = []
+    for command in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
+        if command.startswith("-"):
+            try:
+                found.append(shlex.split(command))
+            except ValueError:
+                pass
+    return found
 
 
 def is_leftover(words: Sequence[str], port: int) -> bool:
@@ -148,15 +168,17 @@ class IptablesRedirect:
         count = 0
         for table in ("nat", "mangle"):
             listing = yield self._iptables(commands, family, table, "-S", "PREROUTING")
-            for line in listing.output.splitlines():
-                words = shlex.split(line)[1:]  # behind -A, or -P where it is the chain's policy
+            for _, *words in listed(listing.output):
                 if is_leftover(words, self._port) if table == "nat" else is_dead_keeper(words):
                     yield self._iptables(commands, family, table, "-D", *words)
                     count += 1
         while self._custom:
             argv = self._argv(family, "nat", "-D", "PREROUTING", *self._rulespec)
-            if (yield commands.run(argv)).code != 0:
+            result = yield commands.run(argv)
+            if result.code == _NO_SUCH_RULE:
                 break
+            if result.code != 0:
+                raise self._refusal(family, result)
             count += 1
         if count:
             self._log.warn(
@@ -247,7 +269,7 @@ class IptablesRedirect:
         if result.code == 0:
             return
         check = yield commands.run(self._argv(family, table, "-C", "PREROUTING", *rule))
-        if check.code != 1:
+        if check.code != _NO_SUCH_RULE:
             raise self._refusal(family, result)
         self._log.warn(
             "The {binary} rule in {table} was gone before it was removed",
