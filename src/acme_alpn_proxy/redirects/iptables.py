@@ -11,6 +11,7 @@ Whatever end the process comes to, its guard (L{acme_alpn_proxy.redirects.guard}
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 from collections.abc import Generator, Sequence
@@ -30,6 +31,9 @@ COMMENT: Final = "acme-alpn-proxy"
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
+
+_NO_SUCH_RULE: Final = 1
+"""Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
 
 _BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
@@ -57,6 +61,22 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             at = words.index(flag)
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
+
+
+def listed(output: str) -> list[list[str]]:
+    """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
+
+    A comment may hold anything, line ends too: what cannot be taken apart is left out, and is no
+    rule of ours. Warnings that stand between the rules are left out as well.
+    """
+    found = []
+    for command in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
+        if command.startswith("-"):
+            try:
+                found.append(shlex.split(command))
+            except ValueError:
+                pass
+    return found
 
 
 def is_leftover(words: Sequence[str], port: int) -> bool:
@@ -129,7 +149,8 @@ class IptablesRedirect:
         idle = hostfacts.tracked_connections() == 0
         claim = yield claim_redirect(commands, GUARD_PATIENCE)
         try:
-            yield self._remove_leftovers(commands, self._families)
+            for family in self._families:
+                yield self._remove_leftovers(commands, family)
         except StartError:
             claim.close()
             raise
@@ -169,14 +190,18 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def clean_up(self, commands: ICommands) -> Generator[Deferred[Any], Any, int]:
-        """Remove the leftovers of dead instances, unless one is alive.
+        """Remove the leftovers of dead instances, unless one is alive; what fails is passed over.
 
         @return: a Deferred of the number of rules removed.
         """
-        claim = yield claim_redirect(commands, GUARD_PATIENCE)
-        with claim:
-            removed: int = yield self._remove_leftovers(commands, [6, 4])
-            return removed
+        total = 0
+        with (yield claim_redirect(commands, GUARD_PATIENCE)):
+            for family in (4, 6):
+                try:
+                    total += yield self._remove_leftovers(commands, family)
+                except StartError as problem:  # no such family here, for one
+                    self._log.debug("{problem}", problem=problem)
+        return total
 
     @inlineCallbacks
     def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, list[str]]:
@@ -194,41 +219,33 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def _remove_leftovers(
-        self, commands: ICommands, families: Sequence[int]
+        self, commands: ICommands, family: int
     ) -> Generator[Deferred[Any], Any, int]:
         """Remove what instances whose guard was killed too have left, and the original program.
 
         Only for the one that has the claim: rules to the port can then be nobody else's.
         """
-        total = 0
-        for family in families:
-            count = yield self._remove_leftovers_of(commands, family)
-            if count:
-                self._log.warn(
-                    "Removed {count} {binary} rules that a killed instance had left",
-                    count=count,
-                    binary=_BINARIES[family],
-                )
-            total += count
-        return total
-
-    @inlineCallbacks
-    def _remove_leftovers_of(
-        self, commands: ICommands, family: int
-    ) -> Generator[Deferred[Any], Any, int]:
         count = 0
         for table in ("nat", "mangle"):
             listing = yield self._iptables(commands, family, table, "-S", "PREROUTING")
-            for line in listing.output.splitlines():
-                words = shlex.split(line)[1:]  # behind -A, or -P where it is the chain's policy
+            for _, *words in listed(listing.output):
                 if is_leftover(words, self._port) if table == "nat" else is_dead_keeper(words):
                     yield self._iptables(commands, family, table, "-D", *words)
                     count += 1
         while self._custom:
             argv = self._argv(family, "nat", "-D", "PREROUTING", *self._rulespec)
-            if (yield commands.run(argv)).code != 0:
+            result = yield commands.run(argv)
+            if result.code == _NO_SUCH_RULE:
                 break
+            if result.code != 0:
+                raise self._refusal(family, result)
             count += 1
+        if count:
+            self._log.warn(
+                "Removed {count} {binary} rules that a killed instance had left",
+                count=count,
+                binary=_BINARIES[family],
+            )
         return count
 
     @property

@@ -1,0 +1,124 @@
+"""iptables and ip6tables in memory, behind L{ICommands}."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from socket import socket
+
+from twisted.internet.defer import Deferred, succeed
+from zope.interface import implementer
+
+from acme_alpn_proxy.commands import Result
+from acme_alpn_proxy.interfaces import ICommands
+
+NO_SUCH_RULE = "iptables: Bad rule (does a matching rule exist in that chain?)."
+LOCKED = "Another app is currently holding the xtables lock."
+
+_AS_LISTED = {"--to-port": ["--to-ports"], "--syn": ["--tcp-flags", "FIN,SYN,RST,ACK", "SYN"]}
+
+
+def _quoted(word: str) -> str:
+    """A word as C{iptables -S} prints it: in double quotes unless it is plain."""
+    if not set(word) & set(" \"'\\"):
+        return word
+    return '"' + "".join(f"\\{c}" if c in "\"\\'" else c for c in word) + '"'
+
+
+@implementer(ICommands)
+class FakeIptables:
+    """Chains as iptables has them: a rule is known by what it does, however it was written.
+
+    @ivar chains: the rules of (binary, table, chain), each a list of words as C{-S} prints them.
+    @ivar calls: every command line so far.
+    @ivar failures: what the call of that number (the first is 1) answers instead of doing it.
+    """
+
+    def __init__(self) -> None:
+        self.chains: defaultdict[tuple[str, str, str], list[list[str]]] = defaultdict(list)
+        self.calls: list[tuple[str, ...]] = []
+        self.failures: dict[int, tuple[int, str]] = {}
+
+    def run(self, argv: Sequence[str]) -> Deferred[Result]:
+        self.calls.append(tuple(argv))
+        failure = self.failures.get(len(self.calls))
+        code, output = failure or self._do(argv)
+        return succeed(Result(tuple(argv), code, output))
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        raise AssertionError("nothing here waits")
+
+    def snapshot(self) -> dict[tuple[str, str, str], list[list[str]]]:
+        """All rules, for comparison with a later time."""
+        return {name: copy.deepcopy(rules) for name, rules in self.chains.items() if rules}
+
+    def rules(self, table: str) -> dict[str, list[str]]:
+        """The rules of PREROUTING in C{table} by binary, those without any left out."""
+        return {
+            binary: [" ".join(rule) for rule in rules]
+            for (binary, of, chain), rules in self.chains.items()
+            if of == table and chain == "PREROUTING" and rules
+        }
+
+    def _do(self, argv: Sequence[str]) -> tuple[int, str]:
+        binary, wait, _, flag, table, command, chain, *words = argv
+        assert (wait, flag) == ("-w", "-t"), argv
+        assert binary in ("iptables", "ip6tables"), argv
+        rules = self.chains[binary, table, chain]
+        rule = [part for word in words for part in _AS_LISTED.get(word, [word])]
+        if command == "-S":
+            return 0, "".join(self._listing(chain, rules))
+        if command == "-I":
+            rules.insert(0, rule)
+        elif command == "-A":
+            rules.append(rule)
+        elif rule not in rules:
+            return 1, NO_SUCH_RULE
+        elif command == "-D":
+            rules.remove(rule)
+        else:
+            assert command == "-C", argv
+        return 0, ""
+
+    @staticmethod
+    def _listing(chain: str, rules: list[list[str]]) -> list[str]:
+        printed = [f"-A {chain} {' '.join(map(_quoted, rule))}\n" for rule in rules]
+        return [f"-P {chain} ACCEPT\n", *printed]
+
+
+class FakeGuard:
+    """In the place of the guard's process: notes what it is asked for.
+
+    @ivar rules_before: what was there when it was started.
+    @ivar put_back: what it answers to C{look}.
+    """
+
+    def __init__(
+        self,
+        iptables: FakeIptables,
+        claim: socket,
+        binaries: Sequence[str],
+        keeper: str,
+        rule: Sequence[str],
+    ) -> None:
+        self._iptables = iptables
+        self._claim = claim
+        self.binaries = binaries
+        self.keeper = keeper
+        self.rules_before = iptables.snapshot()
+        self.wishes: list[str] = []
+        self.put_back: list[str] = []
+        self.gone = False
+
+    def ask(self, commands: ICommands, wish: str) -> Deferred[list[str]]:
+        self.wishes.append(wish)
+        return succeed(self.put_back if wish == "look" else [])
+
+    def end(self, commands: ICommands) -> Deferred[None]:
+        """Leaves the rules as they were before, and its claim to others."""
+        self.gone = True
+        self._claim.close()
+        self._iptables.chains.clear()
+        self._iptables.chains.update(self.rules_before)
+        return succeed(None)
