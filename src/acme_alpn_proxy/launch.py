@@ -54,6 +54,9 @@ class Report:
         self.stream = stream
         self.warnings: list[str] = []
         self._told = False
+        # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
+        # also says that none of them is about to change a rule.
+        stream.set_inheritable(True)
         # twistd's runner forks twice, and the processes it leaves behind must not hold the socket
         # open: its end-of-file says that the daemon has died.
         os.register_at_fork(after_in_parent=self._forget)
