@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,21 +30,32 @@ class Proxy:
         self.pid = 0
         """The process of the last start that succeeded."""
 
+    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the console script to its end."""
+        return self.namespace.run(self.program, *words, check=check, env=self.env)
+
+    def start_words(self, *options: str) -> list[str]:
+        """The words behind the program's name that start it."""
+        return [*options, "--logfile", str(self.log_file), "start"]
+
+    def start_line(self, *options: str) -> str:
+        """The same with the program, for a shell."""
+        return shlex.join([str(self.program), *self.start_words(*options)])
+
     def start(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run C{start}; it has returned when visitors are steered."""
-        done = self._run(*options, "--logfile", str(self.log_file), "start", check=check)
+        done = self.run(*self.start_words(*options), check=check)
         if done.returncode == 0:
             self.pid = int(self.pid_file.read_text())
         return done
 
     def stop(self, *, wait: bool = False) -> None:
         """Run C{stop}, with C{--wait} if the process is to have ended, too."""
-        self._run("stop", *(["--wait"] if wait else []))
+        self.run("stop", *(["--wait"] if wait else []))
 
     def stop_and_start(self, *options: str) -> None:
         """C{stop; start} as one line of a shell."""
-        arguments = " ".join([*options, "--logfile", str(self.log_file)])
-        line = f"{self.program} stop; {self.program} {arguments} start"
+        line = f"{self.program} stop; {self.start_line(*options)}"
         self.namespace.run("sh", "-c", line, env=self.env)
         self.pid = int(self.pid_file.read_text())
 
@@ -57,9 +69,6 @@ class Proxy:
         with pidfd(self.pid) as descriptor:
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             assert ended(descriptor, 5)
-
-    def _run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.namespace.run(self.program, *arguments, check=check, env=self.env)
 
 
 def ends(pid: int, seconds: float = DRAIN_SECONDS) -> bool:
