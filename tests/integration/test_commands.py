@@ -28,7 +28,7 @@ NOBODY_WHO_MAY_WRITE = (*NOBODY, "--inh-caps=+dac_override", "--ambient-caps=+da
 CALLS_BEFORE_THE_FIRST_RULE = 4
 CALLS_OF_A_START = 8
 """iptables commands: two listings for each family, then the keepers and the redirects."""
-MOMENTS = 25
+MOMENTS = 20
 IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 REDIRECTS_AND_KEEPERS = 4
 LOG_LINE = r"(?:\d{4}-\d\d-\d\dT[^\n]*\n)"
@@ -319,12 +319,11 @@ def test_signal_at_any_moment_of_the_start(
         elif hit == "daemon":
             assert (done.returncode, done.stderr) == (0, ""), when
         else:
-            assert done.returncode in (0, 128 + signal.SIGINT, -number), when
+            assert done.returncode in (0, -number), when
         assert warm.run("stop", "--wait").returncode == 0, when
         # A daemon whose start was killed notices when it has started, and stops.
         wait_until(lambda: host.pids() == [warm.pid], f"it has ended, hit {when}")
         assert host.rules() == [], when
-        assert not host.accepts("127.0.0.1", PORT), when
 
 
 def _seconds(warm: WarmProxy, *words: str) -> float:
