@@ -117,6 +117,22 @@ class ReportTests(CommandCase):
         self.assertEqual(self.stderr.getvalue(), "acme-alpn-proxy: warning: careful\n")
 
 
+class StartTests(CommandCase):
+    def test_child(self) -> None:
+        """The child of C{start} becomes the daemon, and holds its own end of the socket alone."""
+        made: list[socket.socket] = []
+        pair = socket.socketpair
+        self.patch(socket, "socketpair", lambda: made.extend(pair()) or tuple(made))
+        self.patch(os, "fork", lambda: 0)
+        self.patch(cli, "Report", lambda stream: stream)
+        self.patch(cli, "be_the_daemon", lambda options, pidfile, report: report)
+        options = self.options("--logfile", os.devnull, "start")
+        theirs = cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
+        self.addCleanup(made[1].close)
+        self.assertIs(theirs, made[1])
+        self.assertEqual(made[0].fileno(), -1)
+
+
 class MainTests(CommandCase):
     def test_no_stderr(self) -> None:
         """With stderr closed nothing is said, and the exit status is the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 from twisted.logger import globalLogPublisher
@@ -66,9 +67,10 @@ class ReportTests(ReportCase):
 class DaemonTests(ReportCase):
     """What becomes of errors in the daemon."""
 
-    def daemon(self, problem: Exception) -> int:
+    def daemon(self, problem: Exception | None = None) -> int:
         def run(*args: object) -> None:
-            raise problem
+            if problem is not None:
+                raise problem
 
         self.patch(launch, "run", run)
         self.patch(launch, "_drop_descriptors", lambda keep: None)
@@ -77,6 +79,10 @@ class DaemonTests(ReportCase):
         options.environment = {}
         options.parseOptions(["start"])
         return launch.be_the_daemon(options, NoPIDFile(), self.report)  # type: ignore[arg-type]
+
+    def test_ends(self) -> None:
+        """A daemon that was stopped in order exits 0."""
+        self.assertEqual(self.daemon(), 0)
 
     def test_already_running(self) -> None:
         """That an instance runs already is told as such."""
@@ -90,3 +96,40 @@ class DaemonTests(ReportCase):
             self.daemon(ZeroDivisionError("oh"))
         error = self.told()["error"]
         self.assertIn("internal error: ZeroDivisionError('oh'); see /var/log/", error)
+
+
+class StartedTests(SynchronousTestCase):
+    """The last service of the daemon to start."""
+
+    def setUp(self) -> None:
+        self.ends = 0
+
+    def start(self, *, ending: bool, heard: bool) -> int:
+        """How often it was told, with the program in that state."""
+        program = SimpleNamespace(ending=ending, end=self.end)
+        told: list[None] = []
+
+        def started() -> bool:
+            told.append(None)
+            return heard
+
+        launch._Started(program, started).startService()  # type: ignore[arg-type]
+        return len(told)
+
+    def end(self) -> None:
+        self.ends += 1
+
+    def test_heard(self) -> None:
+        """It goes on when C{start} has heard."""
+        self.assertEqual(self.start(ending=False, heard=True), 1)
+        self.assertEqual(self.ends, 0)
+
+    def test_start_was_killed(self) -> None:
+        """It stops when C{start} is no more: nobody knows of it."""
+        self.assertEqual(self.start(ending=False, heard=False), 1)
+        self.assertEqual(self.ends, 1)
+
+    def test_signalled_meanwhile(self) -> None:
+        """It does not say that it steers when a signal has come that ends it."""
+        self.assertEqual(self.start(ending=True, heard=True), 0)
+        self.assertEqual(self.ends, 0)
