@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -21,7 +22,6 @@ from .pidfile import PIDFile
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
-INTERRUPTED: Final = 128 + signal.SIGINT
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -33,6 +33,9 @@ STOP_DEADLINE: Final = 30.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in C{argv} and give its exit status."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # Until the proxy takes it: end at once, without a traceback of whatever ran just then.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = ConsoleOptions()
     try:
         options.parseOptions(sys.argv[1:] if argv is None else argv)
@@ -51,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as problem:
         _say(str(problem))
         return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -159,8 +160,9 @@ def _check_logfile(path: str) -> None:
 def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> int:
     """The caller's side: print what the daemon tells and give the exit status."""
     stream.settimeout(START_DEADLINE + options["linger"])
+    told_by = stream.makefile("rb")
     try:
-        line = stream.makefile("rb").readline()
+        line = told_by.readline()
     except TimeoutError:
         line = b""
     if not line:
@@ -173,6 +175,8 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
     for warning in told["warnings"]:
         _say(f"warning: {warning}")
     if told["error"] is not None:
+        with contextlib.suppress(TimeoutError):
+            told_by.read()  # to the end of the daemon: its listener goes with it
         raise (AlreadyRunning if told["running"] else StartError)(told["error"])
     stream.sendall(b"1")
     return DONE

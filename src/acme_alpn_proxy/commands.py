@@ -77,6 +77,7 @@ class BlockingCommands:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 timeout=DEADLINE,
+                close_fds=False,  # whoever waits for our end waits for the command's too
             )
         except subprocess.TimeoutExpired:
             return succeed(Result.too_slow(argv))

@@ -7,9 +7,9 @@ hears at once if the daemon dies before it can tell.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -54,17 +54,26 @@ class Report:
         self.stream = stream
         self.warnings: list[str] = []
         self._told = False
+        # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
+        # also says that none of them is about to change a rule.
+        stream.set_inheritable(True)
         # twistd's runner forks twice, and the processes it leaves behind must not hold the socket
         # open: its end-of-file says that the daemon has died.
         os.register_at_fork(after_in_parent=self._forget)
 
     def started(self) -> bool:
         """Tell that it steers. Whether C{start} is there and has heard."""
-        return self._tell(None, running=False)
+        try:
+            with self.stream:
+                self._tell(None, running=False)
+                return self.stream.recv(1) != b""
+        except OSError:
+            return False
 
     def failed(self, problem: str, *, running: bool) -> None:
-        """Tell why it could not start."""
-        self._tell(problem, running=running)
+        """Tell why it could not start. C{start} then waits for the end of this process."""
+        with contextlib.suppress(OSError):
+            self._tell(problem, running=running)
 
     def __call__(self, event: LogEvent) -> None:
         """As a log observer: C{start} prints what was warned of meanwhile."""
@@ -75,22 +84,15 @@ class Report:
         if not self._told:
             self.stream.close()
 
-    def _tell(self, problem: str | None, *, running: bool) -> bool:
+    def _tell(self, problem: str | None, *, running: bool) -> None:
         self._told = True
         told = {"error": problem, "running": running, "warnings": self.warnings}
-        try:
-            with self.stream:
-                self.stream.settimeout(_ACK_DEADLINE)
-                self.stream.sendall(json.dumps(told).encode() + b"\n")
-                return self.stream.recv(1) != b""
-        except OSError:
-            return False
+        self.stream.settimeout(_ACK_DEADLINE)
+        self.stream.sendall(json.dumps(told).encode() + b"\n")
 
 
 def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> int:
     """The child of C{start}: from here on to the end of the process; gives its exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program takes it: end silently
     _drop_descriptors(report.stream.fileno())
     globalLogPublisher.addObserver(report)
     try:

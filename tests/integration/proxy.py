@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,21 +33,33 @@ class Proxy:
         self.pid = 0
         """The process of the last start that succeeded."""
 
+    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the console script to its end."""
+        command = [*self.wrapper, self.program, *words]
+        return self.namespace.run(*command, check=check, env=self.env)
+
+    def start_words(self, *options: str) -> list[str]:
+        """The words behind the program's name that start it."""
+        return [*options, "--logfile", str(self.log_file), "start"]
+
+    def start_line(self, *options: str) -> str:
+        """The same with the program, for a shell."""
+        return shlex.join([str(self.program), *self.start_words(*options)])
+
     def start(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run C{start}; it has returned when visitors are steered."""
-        done = self._run(*options, "--logfile", str(self.log_file), "start", check=check)
+        done = self.run(*self.start_words(*options), check=check)
         if done.returncode == 0:
             self.pid = int(self.pid_file.read_text())
         return done
 
     def stop(self, *, wait: bool = False) -> None:
         """Run C{stop}, with C{--wait} if the process is to have ended, too."""
-        self._run("stop", *(["--wait"] if wait else []))
+        self.run("stop", *(["--wait"] if wait else []))
 
     def stop_and_start(self, *options: str) -> None:
         """C{stop; start} as one line of a shell."""
-        arguments = " ".join([*options, "--logfile", str(self.log_file)])
-        line = f"{self.program} stop; {self.program} {arguments} start"
+        line = f"{self.program} stop; {self.start_line(*options)}"
         self.namespace.run("sh", "-c", line, env=self.env)
         self.pid = int(self.pid_file.read_text())
 
@@ -69,10 +82,6 @@ class Proxy:
         """SIGKILL the process when nobody is left to remove its rules."""
         kill(self.guard)
         self.kill()
-
-    def _run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [*self.wrapper, self.program, *arguments]
-        return self.namespace.run(*command, check=check, env=self.env)
 
 
 def _argument(pid: int, number: int) -> str:

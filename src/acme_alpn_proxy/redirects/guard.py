@@ -55,14 +55,14 @@ put_back() {
     shift 2
     said=$($kind $which -C "$@") && return
     if [ $? = 1 ]; then said=$($kind $which -I "$@") && back="$back $which" && return; fi
-    failed="$failed $said"
+    failed="$failed $which: $said"
 }
 take_away() {
     kind=$1 which=$2
     shift 2
     said=$($kind $which -D "$@") && return
     $kind $which -C "$@" >/dev/null
-    [ $? = 1 ] || failed="$failed $said"
+    [ $? = 1 ] || failed="$failed $which -D: $said"
 }
 answer() {
     if [ "$failed" ]; then echo failed $failed; else echo done $back; fi
@@ -150,6 +150,9 @@ class Guard:
                 raise StartError(
                     f"cannot start /bin/sh as the guard of the rules: {problem.strerror}"
                 ) from None
+        # Commands that run when the proxy is killed hold the line too: the guard removes the rules
+        # when none of them is about to add one.
+        self._line.set_inheritable(True)
         self._line.setblocking(False)
 
     @property

@@ -1,0 +1,526 @@
+"""The commands as an operator and a hook see them: exit status, stderr, and what is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from .fakes import FakeIptables
+from .netns import Namespace, Street, ended, pidfd, terminate, wait_until
+from .proxy import PORT, Proxy, ends
+from .warm import Done, WarmProxy, warm_proxy
+from .website import PAGE, Visit, Website
+
+AT_ONCE = ("--linger", "0")
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+NOBODY_WHO_MAY_WRITE = (*NOBODY, "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+"""Not root, and yet its files are no hindrance: what is left to fail is iptables."""
+CALLS_BEFORE_THE_FIRST_RULE = 4
+CALLS_OF_A_START = 8
+"""iptables commands: two listings for each family, then the keepers and the redirects."""
+MOMENTS = 20
+IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
+REDIRECTS_AND_KEEPERS = 4
+LOG_LINE = r"(?:\d{4}-\d\d-\d\dT[^\n]*\n)"
+
+
+@pytest.fixture
+def host(road: Street) -> Namespace:
+    return road.host.namespace
+
+
+@pytest.fixture
+def warm(host: Namespace, proxy: Proxy) -> Iterator[WarmProxy]:
+    """For tests of many starts."""
+    with warm_proxy(host.argv(), proxy.env) as running:
+        yield running
+
+
+@pytest.fixture
+def fake(proxy: Proxy, tmp_path: Path) -> FakeIptables:
+    made = FakeIptables(tmp_path / "fake")
+    proxy.env["PATH"] = made.path
+    return made
+
+
+def _nothing_is_left(proxy: Proxy) -> None:
+    """No rule, no listener, no PID file of a living instance."""
+    assert proxy.namespace.rules() == []
+    assert not proxy.namespace.accepts("127.0.0.1", PORT)
+    assert not proxy.pid_file.exists()
+
+
+def _refused(done: Done, pattern: str, status: int = 1) -> None:
+    """It failed, and said so in one line in which C{pattern} is found: cause, then remedy."""
+    assert done.returncode == status, done
+    assert done.stdout == ""
+    log = LOG_LINE + "*" if "-n" in done.args else ""
+    assert re.fullmatch(rf"{log}acme-alpn-proxy: .*{pattern}.*\n", done.stderr), done.stderr
+
+
+def _said(done: Done, pattern: str = "") -> None:
+    """It went well, and said this much."""
+    assert done.returncode == 0, done
+    assert re.fullmatch(rf"acme-alpn-proxy: {pattern}\n" if pattern else "", done.stderr), done
+
+
+def _send(pid: int, *numbers: int) -> None:
+    with pidfd(pid) as descriptor:
+        for number in numbers:
+            signal.pidfd_send_signal(descriptor, number)
+
+
+def _steers(road: Street, site: Website) -> None:
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        answer = visit.get()
+    assert (answer.body, answer.steered) == (PAGE, True)
+
+
+def _was_reset(visit: Visit) -> None:
+    """Seen below TLS: Python's tells a reset like an end."""
+    with socket.socket(fileno=os.dup(visit.sock.fileno())) as connection:
+        connection.settimeout(5)
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+
+# Exit status and PID file
+
+
+def test_start_returns_once_steered(road: Street, site: Website, proxy: Proxy) -> None:
+    """C{start} says nothing and exits 0, and the very next visitor is steered."""
+    _said(proxy.start(*AT_ONCE))
+    _steers(road, site)
+    assert len(proxy.namespace.rules()) == REDIRECTS_AND_KEEPERS
+
+
+def test_start_when_running(road: Street, site: Website, proxy: Proxy) -> None:
+    """A second C{start} says that it runs already and exits 0; the first goes on untouched."""
+    proxy.start(*AT_ONCE)
+    first, rules = proxy.pid, proxy.namespace.rules()
+    path = re.escape(str(proxy.pid_file))
+    _said(proxy.start(*AT_ONCE), rf"already running as PID {first} \({path}\)")
+    _said(proxy.start(*AT_ONCE, "-n"), rf"already running as PID {first} \({path}\)")
+    assert (proxy.pid, proxy.namespace.rules()) == (first, rules)
+    _steers(road, site)
+    proxy.run("stop", "--wait")
+    _nothing_is_left(proxy)
+
+
+def test_two_starts_at_once(proxy: Proxy) -> None:
+    """Of several C{start}s at the same time one wins, and all exit 0."""
+    line = proxy.start_line(*AT_ONCE)
+    racing = f"{line} & a=$!; {line} & b=$!; {line} & c=$!; wait $a && wait $b && wait $c"
+    done = proxy.namespace.run("sh", "-c", racing, env=proxy.env)
+    assert set(proxy.namespace.pids()) == {int(proxy.pid_file.read_text()), proxy.guard}
+    assert done.stderr.count("already running as PID") == done.stderr.count("\n") == 2, done.stderr
+    assert len(proxy.namespace.rules()) == REDIRECTS_AND_KEEPERS
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)
+
+
+def test_stop_when_not_running(proxy: Proxy) -> None:
+    """C{stop} where nothing runs says so and exits 0."""
+    _said(proxy.run("stop"), "not running")
+    _said(proxy.run("stop", "--wait"), "not running")
+
+
+def test_stop_returns_when_it_has_let_go(road: Street, site: Website, proxy: Proxy) -> None:
+    """C{stop} returns once redirect and PID file are gone, and does not wait for a visitor."""
+    proxy.start(*AT_ONCE)
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        _said(proxy.run("stop"))
+        assert not proxy.pid_file.exists()
+        assert not any(" nat " in rule for rule in proxy.namespace.rules())
+        assert visit.get().steered
+
+
+def test_stop_wait_returns_when_drained(road: Street, site: Website, proxy: Proxy) -> None:
+    """C{stop --wait} returns only when the last visitor has left; then the process is gone."""
+    proxy.start(*AT_ONCE)
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        stop = proxy.namespace.popen(
+            proxy.program, "stop", "--wait", log=proxy.log_file, env=proxy.env
+        )
+        with pidfd(stop.pid) as descriptor:
+            wait_until(lambda: "Draining 1 live" in proxy.log, "it drains")
+            assert not ended(descriptor, 0.2)
+            assert visit.get().steered
+    assert stop.wait(10) == 0
+    assert ends(proxy.pid, 0)
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("content", ["", "garbage\n", "99999999\n", "-1\n", "{other}\n"])
+def test_pid_file_that_means_nothing(
+    host: Namespace, proxy: Proxy, warm: WarmProxy, tmp_path: Path, content: str
+) -> None:
+    """A PID file empty, with garbage, stale, or with another program's PID harms nobody."""
+    other = host.popen("sleep", "60", log=tmp_path / "other.log")
+    try:
+        proxy.pid_file.write_text(content.format(other=other.pid))
+        _said(warm.run("stop"), "not running")
+        _said(warm.run(*proxy.start_words(*AT_ONCE)))
+        assert len(host.rules()) == REDIRECTS_AND_KEEPERS
+        assert int(proxy.pid_file.read_text()) in host.pids()
+        _said(warm.run("stop", "--wait"))
+        _nothing_is_left(proxy)
+        assert other.poll() is None, "the other program was ended"
+    finally:
+        terminate(other)
+
+
+def test_stop_after_a_kill(proxy: Proxy) -> None:
+    """After SIGKILL, of the guard too, C{stop} removes what was left; the PID file is no matter."""
+    proxy.start(*AT_ONCE)
+    proxy.kill_with_guard()
+    _said(proxy.run("stop"), "not running; removed 4 rules of a killed instance")
+    assert proxy.namespace.rules() == []
+    _said(proxy.start(*AT_ONCE))
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)
+
+
+# Hooks, descriptors, the foreground
+
+
+@pytest.mark.parametrize("ampersand", ["", " &"])
+def test_hook_is_not_held(host: Namespace, proxy: Proxy, ampersand: str) -> None:
+    """A hook runner that waits for the end-of-file of its pipes gets it while the daemon lives."""
+    hook = subprocess.Popen(
+        host.argv("sh", "-c", f"exec 9>&1; {proxy.start_line(*AT_ONCE)}{ampersand}"),
+        env={**os.environ, **proxy.env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert hook.stdin is not None
+    assert hook.stdout is not None
+    try:
+        assert hook.stdout.read() == b""  # returns at the end-of-file
+        assert hook.wait(10) == 0
+        with pytest.raises(BrokenPipeError):
+            os.write(hook.stdin.fileno(), b"is anybody there?")
+    finally:
+        hook.stdin.close()
+        hook.stdout.close()
+    daemon = int(proxy.pid_file.read_text())
+    standard = [os.readlink(f"/proc/{daemon}/fd/{number}") for number in range(3)]
+    assert standard == ["/dev/null"] * 3
+    proxy.stop(wait=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_foreground(host: Namespace, proxy: Proxy, tmp_path: Path, number: int) -> None:
+    """With -n it stays, logs to stderr, and ends by SIGTERM and by SIGINT, with 0."""
+    stderr = tmp_path / "stderr"
+    process = host.popen(
+        proxy.program, *proxy.start_words(*AT_ONCE, "-n"), log=stderr, env=proxy.env
+    )
+    wait_until(lambda: "Started: new connections" in stderr.read_text(), "it has started")
+    assert int(proxy.pid_file.read_text()) == process.pid
+    assert len(host.rules()) == REDIRECTS_AND_KEEPERS
+    process.send_signal(number)
+    assert process.wait(10) == 0
+    assert "Stopped: all connections have ended" in stderr.read_text()
+    assert proxy.log == ""
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("foreground", [[], ["-n"]])
+def test_sigint_inherited_as_ignored(
+    host: Namespace, proxy: Proxy, tmp_path: Path, foreground: list[str]
+) -> None:
+    """Started by C{start &} in a script, which has it ignore SIGINT, SIGINT stops it."""
+    line = proxy.start_line(*AT_ONCE, *foreground)
+    shell = host.popen("sh", "-c", f"{line} & wait $!", log=tmp_path / "shell", env=proxy.env)
+    try:
+        wait_until(lambda: len(host.rules()) == REDIRECTS_AND_KEEPERS, "it steers")
+        pid = int(proxy.pid_file.read_text())
+        with pidfd(pid) as descriptor:
+            _wait_until_it_runs(proxy, tmp_path / "shell")
+            signal.pidfd_send_signal(descriptor, signal.SIGINT)
+            assert ended(descriptor, 10)
+        assert shell.wait(10) == 0
+    finally:
+        terminate(shell)
+    _nothing_is_left(proxy)
+
+
+def _wait_until_it_runs(proxy: Proxy, stderr: Path) -> None:
+    wait_until(lambda: "Started: new" in proxy.log + stderr.read_text(), "it has started")
+
+
+# Signals
+
+
+def test_signals_that_do_not_end_it(road: Street, site: Website, proxy: Proxy) -> None:
+    """SIGHUP, SIGUSR1, SIGUSR2 and SIGPIPE change nothing."""
+    proxy.start(*AT_ONCE)
+    _send(proxy.pid, *IGNORED)
+    _steers(road, site)
+    assert not ends(proxy.pid, 0)
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)
+
+
+def test_second_signal_ends_the_wait(road: Street, site: Website, proxy: Proxy) -> None:
+    """A second SIGTERM resets who is still there, and it ends, rules and all."""
+    proxy.start()
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        proxy.stop()
+        assert not ends(proxy.pid, 0.2)
+        _send(proxy.pid, signal.SIGTERM)
+        assert ends(proxy.pid, 2), "it lingers or drains"
+        _was_reset(visit)
+    assert "Not waiting any longer" in proxy.log
+    _nothing_is_left(proxy)
+
+
+def test_drain_timeout(road: Street, site: Website, proxy: Proxy) -> None:
+    """Who is still there after --drain-timeout is reset, and it ends."""
+    proxy.start(*AT_ONCE, "--drain-timeout", "0.3")
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        _said(proxy.run("stop", "--wait"))
+        _was_reset(visit)
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("hit", ["start", "daemon"])
+def test_signal_at_any_moment_of_the_start(
+    host: Namespace, proxy: Proxy, warm: WarmProxy, hit: str, number: int
+) -> None:
+    """Whoever of the two is hit, and when: C{start} ends, and after C{stop} nothing is left."""
+    start = proxy.start_words(*AT_ONCE)
+    whole = _seconds(warm, *start)
+    warm.run("stop", "--wait")
+    for moment in range(MOMENTS):
+        delay = whole * moment / (MOMENTS - 1)
+        done = warm.run(*start, hit=hit, number=number, delay=delay)
+        when = f"after {delay:.4f} of {whole:.4f} s: {done}"
+        if hit == "daemon" and done.returncode == 1:
+            assert re.fullmatch(r"acme-alpn-proxy: it died .*\n", done.stderr), when
+            assert host.rules() == [], when
+        elif hit == "daemon":
+            assert (done.returncode, done.stderr) == (0, ""), when
+        else:
+            assert done.returncode in (0, -number), when
+        assert warm.run("stop", "--wait").returncode == 0, when
+        # A daemon whose start was killed notices when it has started, and stops.
+        wait_until(lambda: host.pids() == [warm.pid], f"it has ended, hit {when}")
+        assert host.rules() == [], when
+
+
+def _seconds(warm: WarmProxy, *words: str) -> float:
+    began = time.monotonic()
+    _said(warm.run(*words))
+    return time.monotonic() - began
+
+
+def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None:
+    """Killed while a rule is on its way into the kernel, the rule is removed all the same."""
+    fake.instead("kill -KILL $PPID; sleep 0.2")  # and then what was asked for
+    with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
+        for call in range(CALLS_BEFORE_THE_FIRST_RULE + 1, CALLS_OF_A_START + 1):
+            fake.reset(failing=call)
+            done = warm.run(*proxy.start_words(*AT_ONCE))
+            _refused(done, f"it died before it had started; see {proxy.log_file}")
+            assert proxy.namespace.rules() == []
+            assert proxy.namespace.pids() == [warm.pid]
+
+
+# Errors
+
+
+def test_port_taken(host: Namespace, proxy: Proxy) -> None:
+    """Another program has port 21443: C{start} says so, and how to find it."""
+    with host.listen("127.0.0.1", PORT) as other:
+        done = proxy.start(*AT_ONCE, check=False)
+        _refused(done, rf"port {PORT} is taken by another program; stop that one \(see: ss .*\)")
+        _refused(proxy.start(*AT_ONCE, "-n", check=False), f"port {PORT} is taken")
+        assert host.rules() == []
+        assert not proxy.pid_file.exists()
+        _said(proxy.run("stop"), "not running")
+        assert other.getsockname()[1] == PORT
+    assert host.pids() == []
+
+
+@pytest.mark.parametrize("foreground", [[], ["-n"]])
+def test_pid_file_in_a_folder_that_is_not_there(
+    proxy: Proxy, tmp_path: Path, foreground: list[str]
+) -> None:
+    """The PID file cannot be written: C{start} says why, and which variable to set."""
+    proxy.env["ACME_ALPN_PROXY_PIDFILE"] = path = str(tmp_path / "missing" / "pid")
+    done = proxy.start(*AT_ONCE, *foreground, check=False)
+    _refused(done, f"cannot write the PID file {path}: No such file.*; .*ACME_ALPN_PROXY_PIDFILE")
+    _nothing_is_left(proxy)
+
+
+def test_log_file_not_writable(proxy: Proxy, tmp_path: Path) -> None:
+    """The log cannot be written: C{start} says why, and names --logfile."""
+    proxy.log_file = tmp_path / "missing" / "log"
+    done = proxy.start(*AT_ONCE, check=False)
+    _refused(done, f"cannot write the log file {proxy.log_file}: No such file.*; .*--logfile")
+    _nothing_is_left(proxy)
+
+
+def test_not_root(host: Namespace, proxy: Proxy) -> None:
+    """Who is not root is told so by C{start} and by C{stop}."""
+    command = (*NOBODY_WHO_MAY_WRITE, proxy.program)
+    start = host.run(*command, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
+    _refused(start, "'ip6tables .*' failed with status 4: .*; run this as root")
+    _nothing_is_left(proxy)
+    stop = host.run(*command, "stop", check=False, env=proxy.env)
+    _said(stop, "not running")
+    proxy.start(*AT_ONCE)
+    stop = host.run(*command, "stop", check=False, env=proxy.env)
+    _refused(stop, f"may not signal PID {proxy.pid}: run this as root")
+    proxy.stop(wait=True)
+
+
+def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
+    """No iptables on PATH: C{start} says so."""
+    without = ("env", "PATH=/nowhere", proxy.program)
+    done = host.run(*without, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
+    _refused(done, "ip6tables: not found on PATH; install ip6tables, .*on PATH")
+    _nothing_is_left(proxy)
+    _said(host.run(*without, "stop", env=proxy.env), "not running")
+
+
+def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
+    """Whichever command of a start fails: one line tells, and what was done before is undone."""
+    with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
+        for call in range(1, CALLS_OF_A_START + 1):
+            fake.reset(failing=call)
+            done = warm.run(*proxy.start_words(*AT_ONCE))
+            _refused(done, "tables .*' failed with status 4: iptables: Resource .*; see why")
+            _nothing_is_left(proxy)
+        fake.reset(failing=CALLS_OF_A_START + 1)
+        _said(warm.run(*proxy.start_words(*AT_ONCE)))
+        assert fake.calls == CALLS_OF_A_START
+        # The first attempt to let go fails; the next does not.
+        _said(warm.run("stop", "--wait"))
+        _nothing_is_left(proxy)
+    assert "Cannot let go of :443: ip6tables" in proxy.log
+
+
+def test_ipv6_rule_fails(proxy: Proxy, fake: FakeIptables) -> None:
+    """IPv6 is there but its rules cannot be set: nobody is steered, and the remedy is named."""
+    (fake.directory / "iptables").unlink()
+    fake.reset(failing=4)
+    done = proxy.start(*AT_ONCE, check=False)
+    _refused(done, "'ip6tables .*-I PREROUTING.*ACME_ALPN_PROXY_DISABLEV6=y")
+    _nothing_is_left(proxy)
+
+
+def test_lock_of_iptables_is_held(host: Namespace, proxy: Proxy, tmp_path: Path) -> None:
+    """Another program holds the lock of iptables for long: C{start} says so."""
+    legacy = tmp_path / "legacy"
+    legacy.mkdir()
+    for name in ("iptables", "ip6tables"):
+        real = shutil.which(f"{name}-legacy", path=f"{os.environ['PATH']}:/usr/sbin")
+        assert real is not None
+        (legacy / name).symlink_to(real)
+    lock = tmp_path / "lock"
+    proxy.env |= {"PATH": f"{legacy}:{os.environ['PATH']}", "XTABLES_LOCKFILE": str(lock)}
+    done = host.run("flock", lock, proxy.program, *proxy.start_words(), check=False, env=proxy.env)
+    _refused(done, "failed with status 4: .*lock.*; another program holds the lock.* try again")
+    _nothing_is_left(proxy)
+
+
+def test_rulespec_that_iptables_refuses(proxy: Proxy) -> None:
+    """A rulespec that iptables does not understand: its words, and the variable, are named."""
+    proxy.env["ACME_ALPN_PROXY_RULESPEC"] = "-p tcp --dport 443 -j NOSUCH"
+    done = proxy.start(*AT_ONCE, check=False)
+    _refused(done, "failed with status 2: .*NOSUCH.*; see whether ACME_ALPN_PROXY_RULESPEC")
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--nosuch", "start"], r"option --nosuch not recognized \(see .*--help\)"),
+        (["-fallback", "127.0.0.1:21443", "start"], "own listener.*: name the port"),
+        (["-alpn=[::1]:21443", "start"], "own listener.*: name the port"),
+        (["-fallback", "nonsense", "start"], "--fallback 'nonsense'"),
+        (["restart"], "one command is needed, start or stop, not 'restart'"),
+        ([], "one command is needed, start or stop"),
+    ],
+)
+def test_wrong_usage(proxy: Proxy, warm: WarmProxy, words: list[str], pattern: str) -> None:
+    """Wrong usage is one line and exit status 2."""
+    _refused(warm.run(*words), pattern, status=2)
+    _nothing_is_left(proxy)
+
+
+# Hosts
+
+
+def test_ipv6_disabled(road: Street, site: Website, proxy: Proxy) -> None:
+    """With ACME_ALPN_PROXY_DISABLEV6=y there is no rule for IPv6, and its visitors pass by."""
+    proxy.env["ACME_ALPN_PROXY_DISABLEV6"] = "y"
+    proxy.start(*AT_ONCE)
+    assert [rule.split()[0] for rule in proxy.namespace.rules()] == ["ip", "ip"]
+    _steers(road, site)
+    with site.visit(road.visitor.namespace, road.host.ipv6) as visit:
+        assert not visit.get().steered
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)
+
+
+def test_host_without_ipv6(road: Street, site: Website, proxy: Proxy) -> None:
+    """A host without any IPv6 is steered by IPv4 alone, and one line of the log says so."""
+    proxy.namespace.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    _said(proxy.start(*AT_ONCE))
+    assert [rule.split()[0] for rule in proxy.namespace.rules()] == ["ip", "ip"]
+    assert proxy.log.count("IPv6") == 1
+    _steers(road, site)
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)
+
+
+def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: Path) -> None:
+    """Tracking was idle and the host's connections fill half its table: C{start} warns."""
+    # So that the kernel has connection tracking at all; in the visitor's namespace it is idle.
+    road.visitor.namespace.run("iptables", "-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID")
+    limit = tmp_path / "limit"
+    limit.write_text("8\n")  # the kernel's own is for all namespaces: seen by this process alone
+    mount = f"mount --bind {limit} /proc/sys/net/netfilter/nf_conntrack_max"
+    with ExitStack() as stack:
+        listener = stack.enter_context(proxy.namespace.listen("127.0.0.1", 8443))
+        for _ in range(5):
+            stack.enter_context(proxy.namespace.connect("127.0.0.1", 8443))
+            stack.enter_context(listener.accept()[0])
+        line = f"{mount} && {proxy.start_line(*AT_ONCE)}"
+        done = proxy.namespace.run("sh", "-c", line, env=proxy.env)
+    _said(done, r"warning: Connection tracking was idle .* \(8\).*; raise .*nf_conntrack_max")
+    proxy.stop(wait=True)
+
+
+def test_web_server_down(road: Street, proxy: Proxy) -> None:
+    """With the web server down a visitor is reset, as by a closed port; one line tells why."""
+    proxy.start(*AT_ONCE)
+    with road.visitor.namespace.connect(road.host.ipv4, 443) as visitor:
+        visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            visitor.recv(1)
+    lines = [line for line in proxy.log.splitlines() if "Cannot reach" in line]
+    assert len(lines) == 1, proxy.log
+    assert re.search(r"Cannot reach fallback target 127\.0\.0\.1:443: .*refused", lines[0])
+    proxy.stop(wait=True)
+    _nothing_is_left(proxy)

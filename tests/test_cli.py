@@ -1,0 +1,163 @@
+"""What a real process shows rarely: races and deadlines of the commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy import cli
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.options import ConsoleOptions
+
+
+class OwnerFile:
+    """A PID file that tells its owners one after the other, the last for good."""
+
+    path = "/nowhere/pid"
+
+    def __init__(self, *owners: int | None) -> None:
+        self._owners = list(owners)
+
+    def owner(self) -> int | None:
+        return self._owners.pop(0) if len(self._owners) > 1 else self._owners[0]
+
+    def remove_of(self, pid: int) -> None:
+        pass
+
+
+class CommandCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        self.stderr = io.StringIO()
+        self.patch(sys, "__stderr__", self.stderr)
+
+    def options(self, *words: str) -> ConsoleOptions:
+        options = ConsoleOptions()
+        options.environment = {}
+        options.parseOptions(["--redirect", "none", "--linger", "0", *words])
+        return options
+
+    def process(self) -> subprocess.Popen[bytes]:
+        """One that SIGTERM does not end, and that has been told so by now."""
+        line = "trap '' TERM; echo ready; read line"
+        process = subprocess.Popen(
+            ["sh", "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.addCleanup(process.stdin.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        process.stdout.readline()
+        return process
+
+    def stop(self, pidfile: OwnerFile, *words: str) -> int:
+        return cli.stop(self.options("stop", *words), pidfile)  # type: ignore[arg-type]
+
+
+class StopTests(CommandCase):
+    def test_ends_by_itself(self) -> None:
+        """An instance that ends just when it is to be stopped has been stopped."""
+
+        def gone(pid: int) -> int:
+            raise ProcessLookupError
+
+        self.patch(os, "pidfd_open", gone)
+        self.assertEqual(self.stop(OwnerFile(7)), cli.DONE)
+
+    def test_pid_of_another_program(self) -> None:
+        """Should its PID have become another program's meanwhile, that one gets no signal."""
+        sent: list[int] = []
+        self.patch(signal, "pidfd_send_signal", lambda process, number: sent.append(number))
+        self.assertEqual(self.stop(OwnerFile(os.getpid(), None)), cli.DONE)
+        self.assertEqual(sent, [])
+
+    def test_does_not_let_go(self) -> None:
+        """An instance that keeps :443 past the deadline is told of, with where to look."""
+        self.patch(cli, "STOP_DEADLINE", 0.1)
+        pid = self.process().pid
+        with self.assertRaisesRegex(StartError, f"PID {pid} has not let go .* its log says why"):
+            self.stop(OwnerFile(pid))
+
+    def test_does_not_end(self) -> None:
+        """C{stop --wait} does not wait for ever either."""
+        self.patch(cli, "STOP_DEADLINE", 0.1)
+        pid = self.process().pid
+        with self.assertRaisesRegex(StartError, f"PID {pid} still has live connections"):
+            self.stop(OwnerFile(pid, pid, None), "--wait", "--drain-timeout", "0")
+
+
+class ReportTests(CommandCase):
+    def test_daemon_tells_nothing(self) -> None:
+        """A daemon that does not tell in time is ended, and C{start} says that it failed."""
+        self.patch(cli, "START_DEADLINE", 0.1)
+        process = self.process()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, self.assertRaisesRegex(StartError, "it died before it had started"):
+            cli._await_report(self.options("start"), process.pid, ours)
+        process.returncode = -signal.SIGKILL  # it was waited for
+        with self.assertRaises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+    def test_refusal_waits_for_the_end(self) -> None:
+        """A daemon that could not start is let end before its error is told."""
+        ours, theirs = socket.socketpair()
+        told = {"error": "no", "running": False, "warnings": ["careful"]}
+        theirs.sendall(json.dumps(told).encode() + b"\n")
+        threading.Timer(0.1, theirs.close).start()
+        with ours, self.assertRaisesRegex(StartError, "no"):
+            cli._await_report(self.options("start"), 0, ours)
+        self.assertEqual(theirs.fileno(), -1)
+        self.assertEqual(self.stderr.getvalue(), "acme-alpn-proxy: warning: careful\n")
+
+
+class StartTests(CommandCase):
+    def test_child(self) -> None:
+        """The child of C{start} becomes the daemon, and holds its own end of the socket alone."""
+        made: list[socket.socket] = []
+        pair = socket.socketpair
+        self.patch(socket, "socketpair", lambda: made.extend(pair()) or tuple(made))
+        self.patch(os, "fork", lambda: 0)
+        self.patch(cli, "Report", lambda stream: stream)
+        self.patch(cli, "be_the_daemon", lambda options, pidfile, report: report)
+        options = self.options("--logfile", os.devnull, "start")
+        theirs = cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
+        self.addCleanup(made[1].close)
+        self.assertIs(theirs, made[1])
+        self.assertEqual(made[0].fileno(), -1)
+
+
+class MainTests(CommandCase):
+    def test_no_stderr(self) -> None:
+        """With stderr closed nothing is said, and the exit status is the same."""
+        self.patch(sys, "__stderr__", None)
+        self.assertEqual(cli.main(["restart"]), cli.WRONG_USAGE)
+
+    def test_sigint(self) -> None:
+        """SIGINT ends a command at once; where it is ignored it stays so."""
+        for before, after in (
+            (signal.default_int_handler, signal.SIG_DFL),
+            (signal.SIG_IGN, signal.SIG_IGN),
+        ):
+            signal.signal(signal.SIGINT, before)
+            cli.main(["restart"])
+            self.assertEqual(signal.getsignal(signal.SIGINT), after)
+
+    def test_as_a_module(self) -> None:
+        """C{python -m acme_alpn_proxy.cli} is the console script too."""
+        done = subprocess.run(
+            [sys.executable, "-m", "acme_alpn_proxy.cli", "--version"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.assertRegex(done.stdout, r"^acme-alpn-proxy \d")

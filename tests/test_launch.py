@@ -1,0 +1,135 @@
+"""The daemon's report to C{start}."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.logger import globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy import launch
+from acme_alpn_proxy.errors import AlreadyRunning
+from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.pidfile import NoPIDFile
+
+
+class ReportCase(SynchronousTestCase):
+    """A report, and what C{start} gets of it."""
+
+    def setUp(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.addCleanup(self.ours.close)
+        self.addCleanup(self.theirs.close)
+        # A hook of a process's forks is there for good: those of the tests' own come to nothing.
+        self.patch(os, "register_at_fork", self.remember)
+        self.report = launch.Report(self.theirs)
+
+    def remember(self, *, after_in_parent: Any) -> None:
+        self.after_fork_in_parent = after_in_parent
+
+    def told(self) -> Any:
+        return json.loads(self.ours.makefile("rb").readline())
+
+
+class ReportTests(ReportCase):
+    def test_started(self) -> None:
+        """C{start} hears that it went well, and what was warned of; it answers."""
+        self.ours.sendall(b"1")
+        self.report.warnings.append("careful")
+        self.assertTrue(self.report.started())
+        self.assertEqual(self.told(), {"error": None, "running": False, "warnings": ["careful"]})
+
+    def test_nobody_listens(self) -> None:
+        """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
+        self.ours.close()
+        self.assertFalse(self.report.started())
+        self.report.failed("no", running=False)
+
+    def test_process_left_behind(self) -> None:
+        """A process that twistd leaves behind when it forks lets go of the socket."""
+        self.after_fork_in_parent()
+        self.assertEqual(self.ours.recv(1), b"")
+
+    def test_told_already(self) -> None:
+        """Once it has told, forks are no matter: the socket is open until the process ends."""
+        self.report.failed("no", running=True)
+        self.after_fork_in_parent()
+        self.assertEqual(self.told(), {"error": "no", "running": True, "warnings": []})
+        self.ours.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            self.ours.recv(1)
+
+
+class DaemonTests(ReportCase):
+    """What becomes of errors in the daemon."""
+
+    def daemon(self, problem: Exception | None = None) -> int:
+        def run(*args: object) -> None:
+            if problem is not None:
+                raise problem
+
+        self.patch(launch, "run", run)
+        self.patch(launch, "_drop_descriptors", lambda keep: None)
+        self.addCleanup(globalLogPublisher.removeObserver, self.report)
+        options = ConsoleOptions()
+        options.environment = {}
+        options.parseOptions(["start"])
+        return launch.be_the_daemon(options, NoPIDFile(), self.report)  # type: ignore[arg-type]
+
+    def test_ends(self) -> None:
+        """A daemon that was stopped in order exits 0."""
+        self.assertEqual(self.daemon(), 0)
+
+    def test_already_running(self) -> None:
+        """That an instance runs already is told as such."""
+        self.assertEqual(self.daemon(AlreadyRunning("as PID 7")), 1)
+        told = self.told()
+        self.assertEqual((told["error"], told["running"]), ("as PID 7", True))
+
+    def test_internal_error(self) -> None:
+        """A defect of ours is one line too, and names the log; the traceback goes there."""
+        with self.assertRaises(ZeroDivisionError):
+            self.daemon(ZeroDivisionError("oh"))
+        error = self.told()["error"]
+        self.assertIn("internal error: ZeroDivisionError('oh'); see /var/log/", error)
+
+
+class StartedTests(SynchronousTestCase):
+    """The last service of the daemon to start."""
+
+    def setUp(self) -> None:
+        self.ends = 0
+
+    def start(self, *, ending: bool, heard: bool) -> int:
+        """How often it was told, with the program in that state."""
+        program = SimpleNamespace(ending=ending, end=self.end)
+        told: list[None] = []
+
+        def started() -> bool:
+            told.append(None)
+            return heard
+
+        launch._Started(program, started).startService()  # type: ignore[arg-type]
+        return len(told)
+
+    def end(self) -> None:
+        self.ends += 1
+
+    def test_heard(self) -> None:
+        """It goes on when C{start} has heard."""
+        self.assertEqual(self.start(ending=False, heard=True), 1)
+        self.assertEqual(self.ends, 0)
+
+    def test_start_was_killed(self) -> None:
+        """It stops when C{start} is no more: nobody knows of it."""
+        self.assertEqual(self.start(ending=False, heard=False), 1)
+        self.assertEqual(self.ends, 1)
+
+    def test_signalled_meanwhile(self) -> None:
+        """It does not say that it steers when a signal has come that ends it."""
+        self.assertEqual(self.start(ending=True, heard=True), 0)
+        self.assertEqual(self.ends, 0)
