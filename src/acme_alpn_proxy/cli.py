@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -29,6 +30,10 @@ be slow; a healthy start takes a few tenths."""
 
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
+
+_PORT_ATTEMPTS: Final = 20
+_PORT_PAUSE: Final = 0.02
+"""A process that was killed gives up its files one by one: its lock goes before its port."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +90,11 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
+        clean_up(options)
         return DONE
     try:
         if pidfile.owner() != pid:  # it ended, and the PID may be another program's by now
+            clean_up(options)
             return DONE
         signal.pidfd_send_signal(process, signal.SIGTERM)
     except PermissionError:
@@ -96,6 +103,8 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         _await_let_go(process, pid, pidfile)
         if options["wait"]:
             _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
+        if _ended(process, 0):
+            clean_up(options)  # it may have been killed meanwhile
     finally:
         os.close(process)
     return DONE
@@ -116,13 +125,15 @@ def clean_up(options: ConsoleOptions) -> int:
         return 0
     redirect = IptablesRedirect(PORT, options["rulespec"])
     removed: list[int] = []
-    try:
-        with listening_socket("::", PORT):
-            for family in (4, 6):
-                cleaning = redirect.remove_leftovers(BlockingCommands(), family)
-                cleaning.addCallbacks(removed.append, lambda failure: None)
-    except OSError:
-        pass  # another instance, or another program
+    for _ in range(_PORT_ATTEMPTS):
+        try:
+            with listening_socket("::", PORT):
+                for family in (4, 6):
+                    cleaning = redirect.remove_leftovers(BlockingCommands(), family)
+                    cleaning.addCallbacks(removed.append, lambda failure: None)
+            break
+        except OSError:  # another instance, another program, or a killed one that is just ending
+            time.sleep(_PORT_PAUSE)
     return sum(removed)
 
 
