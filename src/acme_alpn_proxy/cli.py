@@ -28,6 +28,9 @@ START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
 be slow; a healthy start takes a few tenths."""
 
+RUNNER_DEADLINE: Final = 2.0
+"""Seconds for the process between C{start} and the daemon to end; it takes a few milliseconds."""
+
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
 
@@ -198,7 +201,17 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
             told_by.read()  # to the end of the daemon: its listener goes with it
         raise (AlreadyRunning if told["running"] else StartError)(told["error"])
     stream.sendall(b"1")
+    _await_runner(child)
     return DONE
+
+
+def _await_runner(child: int) -> None:
+    """twistd's parent process ends when the daemon has told it, and never if that was killed."""
+    process = os.pidfd_open(child)
+    if not _ended(process, RUNNER_DEADLINE):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(process)
 
 
 if __name__ == "__main__":
