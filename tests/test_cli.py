@@ -108,6 +108,19 @@ class ReportTests(CommandCase):
         with self.assertRaises(ProcessLookupError):
             os.kill(process.pid, 0)
 
+    def test_process_in_between_hangs(self) -> None:
+        """Should twistd's parent process wait for ever, C{start} ends it when it has succeeded."""
+        self.patch(cli, "RUNNER_DEADLINE", 0.1)
+        process = self.process()
+        ours, theirs = socket.socketpair()
+        theirs.sendall(b'{"error": null, "running": false, "warnings": []}\n')
+        with ours, theirs:
+            self.assertEqual(cli._await_report(self.options("start"), process.pid, ours), cli.DONE)
+            self.assertEqual(theirs.recv(1), b"1")
+        process.returncode = -signal.SIGKILL  # it was waited for
+        with self.assertRaises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
     def test_refusal_waits_for_the_end(self) -> None:
         """A daemon that could not start is let end before its error is told."""
         ours, theirs = socket.socketpair()

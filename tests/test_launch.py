@@ -28,8 +28,9 @@ class ReportCase(SynchronousTestCase):
         self.patch(os, "register_at_fork", self.remember)
         self.report = launch.Report(self.theirs)
 
-    def remember(self, *, after_in_parent: Any) -> None:
+    def remember(self, *, after_in_parent: Any, after_in_child: Any) -> None:
         self.after_fork_in_parent = after_in_parent
+        self.after_fork_in_child = after_in_child
 
     def told(self) -> Any:
         return json.loads(self.ours.makefile("rb").readline())
@@ -54,10 +55,12 @@ class ReportTests(ReportCase):
         self.after_fork_in_parent()
         self.assertEqual(self.ours.recv(1), b"")
 
-    def test_told_already(self) -> None:
-        """Once it has told, forks are no matter: the socket is open until the process ends."""
-        self.report.failed("no", running=True)
+    def test_forks_of_the_daemon(self) -> None:
+        """Behind twistd's two forks it is the daemon, which forks for commands and keeps it."""
+        self.after_fork_in_child()
+        self.after_fork_in_child()
         self.after_fork_in_parent()
+        self.report.failed("no", running=True)
         self.assertEqual(self.told(), {"error": "no", "running": True, "warnings": []})
         self.ours.setblocking(False)
         with self.assertRaises(BlockingIOError):

@@ -27,6 +27,9 @@ START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
 be slow; a healthy start takes a few tenths."""
 
+RUNNER_DEADLINE: Final = 2.0
+"""Seconds for the process between C{start} and the daemon to end; it takes a few milliseconds."""
+
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
 
@@ -85,9 +88,11 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
+        clean_up(options)
         return DONE
     try:
         if pidfile.owner() != pid:  # it ended, and the PID may be another program's by now
+            clean_up(options)
             return DONE
         signal.pidfd_send_signal(process, signal.SIGTERM)
     except PermissionError:
@@ -97,6 +102,8 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         pidfile.remove_of(pid)
         if options["wait"]:
             _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
+        if _ended(process, 0):
+            clean_up(options)  # it may have been killed meanwhile
     finally:
         os.close(process)
     return DONE
@@ -179,7 +186,17 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
             told_by.read()  # to the end of the daemon: its listener goes with it
         raise (AlreadyRunning if told["running"] else StartError)(told["error"])
     stream.sendall(b"1")
+    _await_runner(child)
     return DONE
+
+
+def _await_runner(child: int) -> None:
+    """twistd's parent process ends when the daemon has told it, and never if that was killed."""
+    process = os.pidfd_open(child)
+    if not _ended(process, RUNNER_DEADLINE):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(process)
 
 
 if __name__ == "__main__":

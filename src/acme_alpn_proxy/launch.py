@@ -40,6 +40,9 @@ from .tap import make_program
 _ACK_DEADLINE: Final = 5.0
 """Seconds for C{start}, which does nothing but wait, to answer."""
 
+_FORKS_OF_TWISTD: Final = 2
+"""After these it is the daemon that runs."""
+
 
 @implementer(ILogObserver)
 class Report:
@@ -57,9 +60,10 @@ class Report:
         # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
         # also says that none of them is about to change a rule.
         stream.set_inheritable(True)
-        # twistd's runner forks twice, and the processes it leaves behind must not hold the socket
-        # open: its end-of-file says that the daemon has died.
-        os.register_at_fork(after_in_parent=self._forget)
+        # The processes that twistd's runner leaves behind must not hold the socket open: its
+        # end-of-file says that the daemon has died. The daemon itself forks for its commands.
+        self._forks_to_come = _FORKS_OF_TWISTD
+        os.register_at_fork(after_in_parent=self._forget, after_in_child=self._go_on)
 
     def started(self) -> bool:
         """Tell that it steers. Whether C{start} is there and has heard."""
@@ -81,8 +85,11 @@ class Report:
             self.warnings.append(formatEvent(event))
 
     def _forget(self) -> None:
-        if not self._told:
+        if self._forks_to_come > 0:
             self.stream.close()
+
+    def _go_on(self) -> None:
+        self._forks_to_come -= 1
 
     def _tell(self, problem: str | None, *, running: bool) -> None:
         self._told = True

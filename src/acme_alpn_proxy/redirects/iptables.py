@@ -32,6 +32,9 @@ COMMENT: Final = "acme-alpn-proxy"
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
 
+LIFE_SIGN: Final = 1.0
+"""Seconds after which who still redirects is taken for alive."""
+
 _NO_SUCH_RULE: Final = 1
 """Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
 
@@ -195,7 +198,7 @@ class IptablesRedirect:
         @return: a Deferred of the number of rules removed.
         """
         total = 0
-        with (yield claim_redirect(commands, GUARD_PATIENCE)):
+        with (yield claim_redirect(commands, LIFE_SIGN)):
             for family in (4, 6):
                 try:
                     total += yield self._remove_leftovers(commands, family)
