@@ -113,7 +113,7 @@ class ReportTests(CommandCase):
         self.patch(cli, "RUNNER_DEADLINE", 0.1)
         process = self.process()
         ours, theirs = socket.socketpair()
-        theirs.sendall(b'{"error": null, "running": false, "warnings": []}\n')
+        theirs.sendall(b'{"error": null, "running": false, "lines": []}\n')
         with ours, theirs:
             self.assertEqual(cli._await_report(self.options("start"), process.pid, ours), cli.DONE)
             self.assertEqual(theirs.recv(1), b"1")
@@ -124,7 +124,7 @@ class ReportTests(CommandCase):
     def test_refusal_waits_for_the_end(self) -> None:
         """A daemon that could not start is let end before its error is told."""
         ours, theirs = socket.socketpair()
-        told = {"error": "no", "running": False, "warnings": ["careful"]}
+        told = {"error": "no", "running": False, "lines": ["warning: careful"]}
         theirs.sendall(json.dumps(told).encode() + b"\n")
         threading.Timer(0.1, theirs.close).start()
         with ours, self.assertRaisesRegex(StartError, "no"):

@@ -20,7 +20,7 @@ LAYERS = (
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options"),
     ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
-    ("redirects.iptables",),
+    ("redirects.iptables", "redirects.auto"),
     ("protocols",),
     ("service",),
     ("program",),
@@ -42,6 +42,7 @@ SEE_ONLY = {
         "redirects.guard",
         "redirects.hostfacts",
     },
+    "redirects.auto": {"errors", "interfaces"},
     "redirects.sklookup": {"errors", "interfaces", "redirects", "redirects.bpf"},
     "redirects.none": {"interfaces"},
 }

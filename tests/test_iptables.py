@@ -111,7 +111,7 @@ class ApplyTests(IptablesCase):
         verifyObject(IRedirect, redirect)
         verifyObject(ICommands, self.iptables)
         self.assertEqual(self.successResultOf(redirect.prepare(self.iptables)), ("::",))
-        self.assertEqual(str(redirect), "iptables to port 21443")
+        self.assertEqual(str(redirect), "iptables")
 
     def test_one_redirect_and_one_keeper_a_family(self) -> None:
         """Applied, there is one redirect and one keeper for each family."""

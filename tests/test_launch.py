@@ -40,9 +40,9 @@ class ReportTests(ReportCase):
     def test_started(self) -> None:
         """C{start} hears that it went well, and what was warned of; it answers."""
         self.ours.sendall(b"1")
-        self.report.warnings.append("careful")
+        self.report.lines.append("careful")
         self.assertTrue(self.report.started())
-        self.assertEqual(self.told(), {"error": None, "running": False, "warnings": ["careful"]})
+        self.assertEqual(self.told(), {"error": None, "running": False, "lines": ["careful"]})
 
     def test_nobody_listens(self) -> None:
         """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
@@ -61,7 +61,7 @@ class ReportTests(ReportCase):
         self.after_fork_in_child()
         self.after_fork_in_parent()
         self.report.failed("no", running=True)
-        self.assertEqual(self.told(), {"error": "no", "running": True, "warnings": []})
+        self.assertEqual(self.told(), {"error": "no", "running": True, "lines": []})
         self.ours.setblocking(False)
         with self.assertRaises(BlockingIOError):
             self.ours.recv(1)

@@ -168,7 +168,7 @@ def test_seconds(value: str, seconds: float) -> None:
 def test_unknown_redirect() -> None:
     """A way of steering that there is not is refused with those that there are."""
     assert refusal("start", "--redirect", "magic").endswith(
-        "--redirect 'magic': choose one of iptables, sk-lookup, none"
+        "--redirect 'magic': choose one of iptables, sk-lookup, auto, none"
     )
 
 

@@ -179,8 +179,8 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
         clean_up(options)
         raise StartError(f"it died before it had started; see {options['logfile']}")
     told = json.loads(line)
-    for warning in told["warnings"]:
-        _say(f"warning: {warning}")
+    for text in told["lines"]:
+        _say(text)
     if told["error"] is not None:
         with contextlib.suppress(TimeoutError):
             told_by.read()  # to the end of the daemon: its listener goes with it

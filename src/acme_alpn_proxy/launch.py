@@ -49,13 +49,13 @@ class Report:
     """The daemon's end of the socket to C{start}: how it went, in one JSON object on one line.
 
     Its fields: C{error}, the one line, or null; C{running}, whether that is because an instance
-    runs already; C{warnings}, a list of lines. C{start} answers with a byte before it exits 0, so
-    that a C{start} that was killed leaves nothing running that nobody knows of.
+    runs already; C{lines}, what else the operator is to read. C{start} answers with a byte before
+    it exits 0, so that a C{start} that was killed leaves nothing running that nobody knows of.
     """
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
-        self.warnings: list[str] = []
+        self.lines: list[str] = []
         self._told = False
         # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
         # also says that none of them is about to change a rule.
@@ -80,9 +80,13 @@ class Report:
             self._tell(problem, running=running)
 
     def __call__(self, event: LogEvent) -> None:
-        """As a log observer: C{start} prints what was warned of meanwhile."""
-        if not self._told and event.get("log_level") == LogLevel.warn:
-            self.warnings.append(formatEvent(event))
+        """As a log observer: C{start} prints warnings, and what is C{for_operator}."""
+        if self._told:
+            return
+        if event.get("log_level") == LogLevel.warn:
+            self.lines.append(f"warning: {formatEvent(event)}")
+        elif event.get("for_operator"):
+            self.lines.append(formatEvent(event))
 
     def _forget(self) -> None:
         if self._forks_to_come > 0:
@@ -93,7 +97,7 @@ class Report:
 
     def _tell(self, problem: str | None, *, running: bool) -> None:
         self._told = True
-        told = {"error": problem, "running": running, "warnings": self.warnings}
+        told = {"error": problem, "running": running, "lines": self.lines}
         self.stream.settimeout(_ACK_DEADLINE)
         self.stream.sendall(json.dumps(told).encode() + b"\n")
 

@@ -19,7 +19,7 @@ from .addresses import Address, BadAddress, parse_address
 PORT: Final = 21443
 """Where the proxy listens, as the original does. Rules in use out there name it."""
 
-REDIRECTS: Final = ("iptables", "sk-lookup", "none")
+REDIRECTS: Final = ("iptables", "sk-lookup", "auto", "none")
 
 PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
@@ -111,8 +111,8 @@ class ProxyOptions(Options):
             "redirect",
             None,
             "iptables",
-            "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), or none"
-            f" (you steer them to port {PORT})",
+            "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), auto"
+            f" (sk-lookup where it works, else iptables), or none (you steer them to port {PORT})",
             _redirect,
         ],
         [
@@ -154,8 +154,11 @@ class ProxyOptions(Options):
 
     def _with_two_dashes(self, word: str) -> str:
         name = re.match(r"-([a-z][a-z0-9-]+)", word)
-        known = {option.rstrip("=") for option in self.longOpt}
-        return f"-{word}" if name is not None and name[1] in known else word
+        return word if name is None or set(name[1]) <= set(self.shortOpt) else f"-{word}"
+
+    def opt_h(self) -> None:
+        """As --help"""
+        self.opt_help()
 
     def postOptions(self) -> None:
         """What depends on more than one option, or on the environment."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.application.service import IService
 
 from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
-from .options import PORT
+from .options import PORT, RULESPEC_VARIABLE
 from .options import ProxyOptions as Options
 from .program import Program
 from .protocols import ProxyServerFactory
+from .redirects.auto import AutoRedirect
 from .redirects.iptables import IptablesRedirect
 from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
@@ -25,12 +25,21 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
 def make_redirect(options: Options) -> IRedirect:
     """The redirect that C{--redirect} names."""
-    makers: dict[str, Callable[[], IRedirect]] = {
-        "iptables": lambda: IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"]),
-        "sk-lookup": lambda: SkLookupRedirect(ipv6=options["ipv6"]),
-        "none": NoRedirect,
-    }
-    return makers[options["redirect"]]()
+    ipv6, rulespec = options["ipv6"], options["rulespec"]
+
+    def iptables() -> IRedirect:
+        return IptablesRedirect(PORT, rulespec, ipv6=ipv6)
+
+    def sk_lookup() -> IRedirect:
+        return SkLookupRedirect(ipv6=ipv6)
+
+    def auto() -> IRedirect:
+        reason = f"{RULESPEC_VARIABLE} is set" if rulespec else None
+        return AutoRedirect(sk_lookup(), iptables(), reason)
+
+    makers = {"iptables": iptables, "sk-lookup": sk_lookup, "auto": auto, "none": NoRedirect}
+    redirect: IRedirect = makers[options["redirect"]]()
+    return redirect
 
 
 def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:

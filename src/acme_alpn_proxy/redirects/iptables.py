@@ -126,7 +126,7 @@ class IptablesRedirect:
         self._guard: Guard | None = None
 
     def __str__(self) -> str:
-        return f"iptables to port {self._port}"
+        return "iptables"
 
     def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
         """On all addresses: the kernel redirects to that of the interface a visitor comes in by."""

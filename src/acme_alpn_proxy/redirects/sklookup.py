@@ -16,8 +16,8 @@ import errno
 import os
 import platform
 import socket
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -130,7 +130,12 @@ class SkLookupRedirect:
         return "sk-lookup"
 
     def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
-        return succeed(self._hosts)
+        """On loopback alone. The kernel is asked whether it takes the program."""
+        try:
+            with _loaded_program([]):
+                return succeed(self._hosts)
+        except OSError as problem:
+            return fail(StartError(_why_refused(problem)))
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
@@ -156,16 +161,9 @@ class SkLookupRedirect:
         return succeed(None)
 
     def _attach(self, listeners: Sequence[socket.socket]) -> int:
-        """The link; raises L{OSError}. It holds the program, and the program the map."""
+        """The link; raises L{OSError}."""
         others = bpf.count_sk_lookup()
-        bpf.allow_locked_memory()
-        with ExitStack() as descriptors:
-            sockets = bpf.make_socket_map(len(_SLOTS))
-            descriptors.callback(os.close, sockets)
-            for listener in listeners:
-                bpf.put_socket(sockets, _SLOTS[listener.family], listener.fileno())
-            program = bpf.load_sk_lookup(steering_program(sockets), PROGRAM_NAME)
-            descriptors.callback(os.close, program)
+        with _loaded_program(listeners) as program:
             link = bpf.attach_sk_lookup(program)
         if others:
             self._log.warn(
@@ -174,6 +172,23 @@ class SkLookupRedirect:
                 " (see: bpftool link)"
             )
         return link
+
+
+@contextmanager
+def _loaded_program(listeners: Sequence[socket.socket]) -> Iterator[int]:
+    """The program's descriptor; raises L{OSError}.
+
+    A link to the program holds it, and the program its map: their descriptors are not needed then.
+    """
+    bpf.allow_locked_memory()
+    with ExitStack() as descriptors:
+        sockets = bpf.make_socket_map(len(_SLOTS))
+        descriptors.callback(os.close, sockets)
+        for listener in listeners:
+            bpf.put_socket(sockets, _SLOTS[listener.family], listener.fileno())
+        program = bpf.load_sk_lookup(steering_program(sockets), PROGRAM_NAME)
+        descriptors.callback(os.close, program)
+        yield program
 
 
 def _why_refused(problem: OSError) -> str:
