@@ -23,6 +23,8 @@ from tests.integration.proxy import PORT, Proxy
 SIZE = 200_000_000
 LAST_WORDS = 10_000_000
 """Sent after the other side has ended its direction."""
+RESETS = 100
+"""By each side: whether one is passed on may depend on the moment."""
 
 _WEB_PORT = 8443
 _SECONDS = 30.0
@@ -156,8 +158,9 @@ def soak(directory: Path, size: int) -> None:
                 case = _Soak(road, listener)
                 case.both_ways(size, visitor_ends_first=True)
                 case.both_ways(size, visitor_ends_first=False)
-                case.reset(by_visitor=True)
-                case.reset(by_visitor=False)
+                for _ in range(RESETS):
+                    case.reset(by_visitor=True)
+                    case.reset(by_visitor=False)
             except OSError as error:
                 raise SoakFailed(f"a connection broke: {error}") from error
             finally:
