@@ -1,11 +1,12 @@
 # make demo   a certificate from a test CA, in throwaway network namespaces, under visitors
 # make test   everything that CI runs
-# Both as root: they install what they need (Debian packages; Python packages in .venv).
+# make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
+# All as root: they install what they need (Debian packages; Python packages in .venv).
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
@@ -13,13 +14,21 @@ demo: $(VENV)/demo
 test: $(VENV)/tox
 	$(VENV)/bin/tox run
 
-$(VENV)/packages: tests/install-debian-packages
+bench: $(VENV)/bench
+	$(VENV)/bin/python -m bench $(BENCH)
+
+$(VENV)/packages: tests/install-debian-packages tests/debian-packages.sh
 	sh tests/install-debian-packages
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
 $(VENV)/demo: $(VENV)/packages pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages
+	sh bench/install-debian-packages
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
 	touch $@
 
 $(VENV)/tox: $(VENV)/packages

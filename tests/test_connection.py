@@ -18,8 +18,10 @@ from typing import Any
 
 from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogPublisher
+from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 from acme_alpn_proxy.addresses import parse_address
@@ -323,6 +325,21 @@ class EndTests(ConnectionTests):
             server.sendall(b"!")
             server.close()  # with bytes unread the kernel resets
             self.assertTrue(was_reset(visitor))
+
+    @inlineCallbacks
+    def test_reset_told_as_an_end(self) -> Any:
+        """A reset that the kernel is in the middle of, which the reactor takes for an end-of-file,
+        reaches the visitor as a reset."""
+        visitor, server = yield deferToThread(self.connect)
+        with visitor:
+            (connection,) = self.factory.live._live
+            back = connection.relay._back  # type: ignore[attr-defined]
+            reset(server)
+            poll = select.poll()
+            poll.register(back.fileno(), 0)
+            self.assertTrue(poll.poll(WAIT * 1000))
+            back.readConnectionLost(Failure(CONNECTION_DONE))
+            yield deferToThread(self.assertRaises, ConnectionResetError, visitor.recv, 1)
 
     @in_thread
     def test_all_ends_are_seen(self) -> None:

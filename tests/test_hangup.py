@@ -84,6 +84,15 @@ class EpollHangupWatchTests(SynchronousTestCase):
         self.look()
         self.assertEqual(self.hung_up, ["reset"])
 
+    def test_both_sides_ended(self) -> None:
+        """An end on both sides is no reset: what came before it may still be there to be read."""
+        _, ours, peer = self.connect("ended")
+        peer.sendall(b"bytes")
+        peer.shutdown(socket.SHUT_WR)
+        ours.shutdown(socket.SHUT_WR)
+        self.look()
+        self.assertEqual(self.hung_up, [])
+
     def test_discarded(self) -> None:
         """Nothing is told of one that is watched no longer, and discarding twice is no matter."""
         transport, _, peer = self.connect("discarded")

@@ -3,7 +3,8 @@
 A connection is not read while its bytes would only pile up (back-pressure), after its FIN, and
 while its target is being connected. Twisted's reactors keep no interest in such a descriptor, so
 they do not hear of a reset. epoll(7) reports EPOLLERR and EPOLLHUP whatever was asked for: an epoll
-of our own, itself a descriptor in the reactor, listens for these two alone.
+of our own, itself a descriptor in the reactor, listens for these two alone. EPOLLHUP without
+EPOLLERR is no reset: both sides have ended, and bytes may still wait to be read.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class EpollHangupWatch:
         for descriptor, _ in self._epoll.poll(0):
             # An earlier one of this batch may have ended it. And a closed one that a process about
             # to be spawned still holds is reported under its old number, once (EPOLLET).
-            if descriptor in self._watched and _is_hung_up(descriptor):
+            if descriptor in self._watched and _is_reset(descriptor):
                 transport, hung_up = self._watched[descriptor]
                 self.discard(transport)
                 hung_up()
@@ -86,11 +87,11 @@ class EpollHangupWatch:
         return "hangup watch"
 
 
-def _is_hung_up(descriptor: int) -> bool:
-    """Whether poll(2) has an error or a hang-up to report right now."""
+def _is_reset(descriptor: int) -> bool:
+    """Whether poll(2) has an error to report right now."""
     poll = select.poll()
     poll.register(descriptor, 0)
-    return bool(poll.poll(0))
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def hangup_watch(reactor: Any) -> IHangupWatch:

@@ -6,9 +6,15 @@ before it, and a reset as a reset. What one side cannot take yet is not read fro
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
-from twisted.internet.interfaces import IPushProducer, IUNIXTransport, IWriteDescriptor
+from twisted.internet.interfaces import (
+    IPushProducer,
+    ISystemHandle,
+    IUNIXTransport,
+    IWriteDescriptor,
+)
 from zope.interface import implementer
 
 from .interfaces import IHangupWatch, IRelay
@@ -70,6 +76,9 @@ class TransportRelay:
         self._flows[source].sink.write(data)
 
     def finished(self, source: object) -> None:
+        if _has_error(source):
+            self._hung_up(source)
+            return
         self._flows[source].finish()
         if all(flow.finished for flow in self._flows.values()):
             self._ended = True
@@ -113,3 +122,15 @@ class TransportRelay:
         if IWriteDescriptor.providedBy(sink):
             sink.doWrite()
         sink.abortConnection()
+
+
+def _has_error(transport: Any) -> bool:
+    """Whether its socket has an error to tell.
+
+    The kernel sets a socket's error before it shuts the socket down. Who looks in between sees
+    EPOLLERR alone, and Twisted's reactor takes that for an orderly end.
+    """
+    if not ISystemHandle.providedBy(transport):
+        return False
+    handle: Any = transport.getHandle()
+    return bool(handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

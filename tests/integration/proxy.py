@@ -12,6 +12,7 @@ from pathlib import Path
 from .netns import Namespace, ended, pidfd
 
 PORT = 21443
+PROGRAM = Path(sys.executable).parent / "acme-alpn-proxy"
 DRAIN_SECONDS = 30.0
 GUARD = "acme-alpn-proxy-guard"
 
@@ -24,7 +25,7 @@ class Proxy:
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.namespace = namespace
-        self.program = Path(sys.executable).parent / "acme-alpn-proxy"
+        self.program = PROGRAM
         self.pid_file = directory / "proxy.pid"
         self.log_file = directory / "proxy.log"
         self.env = {"ACME_ALPN_PROXY_PIDFILE": str(self.pid_file), **(env or {})}

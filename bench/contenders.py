@@ -1,0 +1,308 @@
+"""The contenders: each a proxy that sends C{acme-tls/1} to one backend and the rest to another.
+
+Each runs as Debian ships it, on one thread, with room for the connections of the bench and the same
+patience for a ClientHello, listening on the addresses of its namespace.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tests.integration.netns import Node, terminate
+from tests.integration.proxy import PORT, PROGRAM, Proxy
+from tests.integration.website import nginx
+
+UNPACKED = Path(__file__).resolve().parents[1] / ".cache"
+OURS = "acme-alpn-proxy"
+STEERED = f"{OURS}, steered"
+HAPROXY = "HAProxy"
+SPLICING = "HAProxy, splice-auto"
+
+_HELLO_SECONDS = 60
+"""Patience for a ClientHello: longer than it takes to measure 5,000 silent connections."""
+_DIALLED_PORT = 8080
+_MOST_CONNECTIONS = 6_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contender is to run, and the backends behind it on 127.0.0.1."""
+
+    host: Node
+    directory: Path
+    web_port: int
+    acme_port: int
+
+
+class Contender(Protocol):
+    """One way for visitors to get to the web server."""
+
+    name: str
+    ours: bool
+    most_open: int
+    """The connections that it can hold at all; 0 if it is no proxy."""
+
+    def version(self) -> str:
+        """What it is, in one line."""
+
+    def port(self, place: Place) -> int:
+        """Where visitors dial it."""
+
+    def running(self, place: Place) -> AbstractContextManager[int]:
+        """Runs it meanwhile; gives its first process, or 0 if there is none."""
+
+
+class Direct:
+    """No proxy: what the load, the backend and the kernel take by themselves."""
+
+    name = "direct"
+    ours = False
+    most_open = 0
+
+    def version(self) -> str:
+        """See L{Contender}."""
+        return "no proxy"
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return place.web_port
+
+    @contextmanager
+    def running(self, place: Place) -> Iterator[int]:
+        """See L{Contender}."""
+        yield 0
+
+
+class Ours:
+    """acme-alpn-proxy, as its console script starts it, dialled by its port."""
+
+    name = OURS
+    ours = True
+    most_open = _MOST_CONNECTIONS
+    redirect = "none"
+
+    def version(self) -> str:
+        """See L{Contender}."""
+        return _first_line(PROGRAM, "--version")
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return PORT
+
+    @contextmanager
+    def running(self, place: Place) -> Iterator[int]:
+        """See L{Contender}."""
+        proxy = Proxy(place.host.namespace, place.directory / "proxy")
+        proxy.start(*self.options(place))
+        try:
+            yield proxy.pid
+        finally:
+            proxy.stop(wait=True)
+
+    def options(self, place: Place) -> list[str]:
+        """What C{start} is given."""
+        options = {
+            "alpn": f"127.0.0.1:{place.acme_port}",
+            "fallback": f"127.0.0.1:{place.web_port}",
+            "redirect": self.redirect,
+            "hello-timeout": _HELLO_SECONDS,
+            "linger": 0,
+            "drain-timeout": 2,
+        }
+        return [f"--{name}={value}" for name, value in options.items()]
+
+
+class OursSteered(Ours):
+    """The same, with its iptables rules: visitors dial port 443."""
+
+    name = STEERED
+    redirect = "iptables"
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return 443
+
+
+class HAProxy:
+    """HAProxy in mode tcp."""
+
+    name = HAPROXY
+    ours = False
+    most_open = _MOST_CONNECTIONS
+    option = ""
+
+    _program = UNPACKED / "haproxy/usr/sbin/haproxy"
+    _configuration = """\
+global
+    maxconn {most}
+    nbthread 1
+defaults
+    mode tcp
+    {option}
+    timeout connect 10s
+    timeout client 10m
+    timeout server 10m
+frontend visitors
+    bind [::]:{port} v4v6
+    tcp-request inspect-delay {hello_seconds}s
+    tcp-request content accept if {{ req.ssl_hello_type 1 }}
+    use_backend acme if {{ req.ssl_alpn -m sub acme-tls/1 }}
+    default_backend web
+backend acme
+    server acme 127.0.0.1:{acme_port}
+backend web
+    server web 127.0.0.1:{web_port}
+"""
+
+    def version(self) -> str:
+        """See L{Contender}."""
+        return _first_line(self._program, "-v").partition(" - ")[0]
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return _DIALLED_PORT
+
+    def running(self, place: Place) -> AbstractContextManager[int]:
+        """See L{Contender}."""
+        path = _written(place, self._configuration, option=self.option)
+        return _server(place, self._program, "-db", "-f", path)
+
+
+class HAProxySplicing(HAProxy):
+    """The same with C{option splice-auto}: it splices where it sees fit."""
+
+    name = SPLICING
+    option = "option splice-auto"
+
+
+class NginxStream:
+    """nginx as a stream proxy that reads the ALPN list ahead."""
+
+    name = "nginx stream"
+    ours = False
+    most_open = _MOST_CONNECTIONS
+
+    _module = UNPACKED / "libnginx-mod-stream/usr/lib/nginx/modules/ngx_stream_module.so"
+    _configuration = """\
+load_module {module};
+daemon off;
+user root;
+worker_processes 1;
+worker_rlimit_nofile 16384;
+pid {directory}/contender.pid;
+error_log {directory}/contender.log;
+events {{ worker_connections 12288; }}
+stream {{
+    upstream acme {{ server 127.0.0.1:{acme_port}; }}
+    upstream web {{ server 127.0.0.1:{web_port}; }}
+    map $ssl_preread_alpn_protocols $backend {{
+        ~\\bacme-tls/1\\b acme;
+        default web;
+    }}
+    server {{
+        listen [::]:{port} ipv6only=off backlog=4096;
+        ssl_preread on;
+        preread_timeout {hello_seconds}s;
+        proxy_timeout 10m;
+        proxy_pass $backend;
+    }}
+}}
+"""
+
+    def version(self) -> str:
+        """See L{Contender}."""
+        return _first_line(nginx(), "-v").removeprefix("nginx version: ")
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return _DIALLED_PORT
+
+    def running(self, place: Place) -> AbstractContextManager[int]:
+        """See L{Contender}."""
+        path = _written(place, self._configuration, module=self._module)
+        log = place.directory / "contender.log"
+        return _server(place, nginx(), "-e", log, "-p", place.directory, "-c", path)
+
+
+class Sslh:
+    """sslh, the variant of one process, probing for TLS and ALPN."""
+
+    name = "sslh"
+    ours = False
+    most_open = 400
+    """It waits by select(2), which knows 1,024 descriptors."""
+
+    _program = UNPACKED / "sslh/usr/sbin/sslh-select"
+    _configuration = """\
+foreground: true;
+timeout: {hello_seconds};
+on_timeout: "tls";
+listen: ( {{ host: "{address}"; port: "{port}"; }},
+          {{ host: "127.0.0.1"; port: "{port}"; }} );
+protocols: (
+    {{ name: "tls"; host: "127.0.0.1"; port: "{acme_port}"; log_level: 0;
+       alpn_protocols: [ "acme-tls/1" ]; }},
+    {{ name: "tls"; host: "127.0.0.1"; port: "{web_port}"; log_level: 0; }}
+);
+"""
+
+    def version(self) -> str:
+        """See L{Contender}."""
+        return _first_line(self._program, "-V")
+
+    def port(self, place: Place) -> int:
+        """See L{Contender}."""
+        return _DIALLED_PORT
+
+    def running(self, place: Place) -> AbstractContextManager[int]:
+        """See L{Contender}."""
+        return _server(place, self._program, f"-F{_written(place, self._configuration)}")
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Direct(),
+    Ours(),
+    HAProxy(),
+    HAProxySplicing(),
+    NginxStream(),
+    Sslh(),
+    OursSteered(),
+)
+
+
+def _written(place: Place, text: str, **more: object) -> Path:
+    path = place.directory / "contender.conf"
+    path.write_text(
+        text.format(
+            address=place.host.ipv4,
+            port=_DIALLED_PORT,
+            most=_MOST_CONNECTIONS,
+            hello_seconds=_HELLO_SECONDS,
+            directory=place.directory,
+            web_port=place.web_port,
+            acme_port=place.acme_port,
+            **more,
+        )
+    )
+    return path
+
+
+@contextmanager
+def _server(place: Place, *command: str | Path) -> Iterator[int]:
+    namespace = place.host.namespace
+    process = namespace.popen(*command, log=place.directory / "contender.log")
+    try:
+        namespace.wait_until_listening(process, "127.0.0.1", _DIALLED_PORT)
+        yield process.pid
+    finally:
+        terminate(process)
+
+
+def _first_line(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return (done.stdout + done.stderr).partition("\n")[0].strip()

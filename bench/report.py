@@ -1,0 +1,175 @@
+"""Tables of a run: its figures, and its ratios to HAProxy beside what they must be. In Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from .contenders import HAPROXY, OURS, SPLICING, STEERED
+from .measures import GROWTH, MANY
+
+Run = dict[str, Any]
+"""What a run has written as JSON: C{measures} has measure, contender, name of the figure and the
+figures of all rounds."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One named figure of a measure, as a column of a table."""
+
+    measure: str
+    name: str
+    title: str
+    digits: int = 0
+
+    def of(self, run: Run, contender: str) -> float | None:
+        """The median over the rounds; L{None} if the contender took no part."""
+        rounds = run["measures"].get(self.measure, {}).get(contender, {}).get(self.name)
+        return median(rounds) if rounds else None
+
+
+TCP = Figure("tcp", "cpu_us", "TCP, µs CPU")
+TLS = Figure("tls", "cpu_us", "TLS, µs CPU")
+LATENCY = Figure("latency", "p50_us", "p50, µs")
+BYTES = {
+    kind: Figure(kind, "s_per_gb", f"{streams} {direction}", 2)
+    for kind, streams, direction in (
+        ("down1", "1 stream", "down"),
+        ("up1", "1 stream", "up"),
+        ("down8", "8 streams", "down"),
+        ("up8", "8 streams", "up"),
+    )
+}
+IDLE = Figure("idle", "mib", "idle, MiB", 1)
+IDLE_EACH = Figure("idle", "kib_each", "idle, KiB each", 2)
+GROWN = {n: Figure("growth", f"cpu_us_{n}", f"{n:,} open, µs CPU") for n in GROWTH}
+START = Figure("start", "seconds", "start, s", 2)
+
+TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
+    (
+        "Connections: CPU of the proxy for each, and how many a second",
+        (
+            TCP,
+            Figure("tcp", "per_s", "TCP, 1/s"),
+            Figure("tcp", "failed", "TCP, failed"),
+            TLS,
+            Figure("tls", "per_s", "TLS, 1/s"),
+            Figure("tls", "failed", "TLS, failed"),
+        ),
+    ),
+    (
+        "Latency: from connect to the first byte",
+        (LATENCY, Figure("latency", "p99_us", "p99, µs")),
+    ),
+    ("Bytes: seconds of CPU of the proxy for a GB", tuple(BYTES.values())),
+    (
+        "Bytes: GB a second",
+        tuple(Figure(kind, "gb_per_s", each.title, 2) for kind, each in BYTES.items()),
+    ),
+    (
+        f"Memory (PSS) with {MANY:,} connections",
+        (
+            Figure("idle", "base_mib", "none, MiB", 1),
+            IDLE,
+            IDLE_EACH,
+            Figure("idle", "descriptors_each", "descriptors each", 1),
+            Figure("silent", "mib", "silent, MiB", 1),
+            Figure("silent", "kib_each", "silent, KiB each", 2),
+        ),
+    ),
+    ("CPU of the proxy for a connection beside open ones", tuple(GROWN.values())),
+    ("acme-alpn-proxy start, until it steers", (START,)),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure of the proxy, or its ratio to another one, and the most that it may be."""
+
+    what: str
+    most: float
+    figure: Figure
+    ratio_to: tuple[Figure, str] | None = None
+    contender: str = OURS
+
+    def value(self, run: Run) -> float | None:
+        """What the run has measured; L{None} if it has not."""
+        ours = self.figure.of(run, self.contender)
+        if self.ratio_to is None or ours is None:
+            return ours
+        other, contender = self.ratio_to
+        theirs = other.of(run, contender)
+        return ours / theirs if theirs else None
+
+
+def _bytes_targets() -> Iterable[Target]:
+    for contender, most in ((HAPROXY, 0.5), (SPLICING, 1.1)):
+        for figure in BYTES.values():
+            what = f"CPU for a GB, {figure.title}, to {contender}'s"
+            yield Target(what, most, figure, (figure, contender))
+
+
+TARGETS = (
+    Target("CPU for a TCP connection, to HAProxy's", 1.5, TCP, (TCP, HAPROXY)),
+    Target("CPU for a TLS connection, to HAProxy's", 1.3, TLS, (TLS, HAPROXY)),
+    *_bytes_targets(),
+    Target("p50 latency, to HAProxy's", 1.25, LATENCY, (LATENCY, HAPROXY)),
+    Target(f"KiB for each of {MANY:,} idle pairs", 2.5, IDLE_EACH),
+    Target(f"MiB with {MANY:,} idle pairs", 52, IDLE),
+    Target(
+        f"CPU for a connection beside {GROWTH[-1]:,} open ones, to that beside {GROWTH[0]}",
+        1.1,
+        GROWN[GROWTH[-1]],
+        (GROWN[GROWTH[0]], OURS),
+    ),
+    Target("seconds until start steers", 0.5, START, contender=STEERED),
+)
+
+
+def figures(run: Run) -> str:
+    """All figures, one table a subject, one line a contender."""
+    found = []
+    for title, columns in TABLES:
+        lines = []
+        for contender in run["contenders"]:
+            values = [column.of(run, contender) for column in columns]
+            if any(value is not None for value in values):
+                lines.append([contender, *map(_shown, columns, values)])
+        if lines:
+            heads = ["", *(column.title for column in columns)]
+            found.append(f"**{title}**\n\n{_table(heads, lines)}")
+    return "\n\n".join(found)
+
+
+def targets(run: Run) -> str:
+    """What the proxy must reach, what it has reached, and whether that is enough."""
+    lines = []
+    for target in TARGETS:
+        value = target.value(run)
+        if value is not None:
+            met = "met" if value <= target.most else "**not met**"
+            lines.append([target.what, f"{value:.2f}", f"{target.most:g}", met])
+    return _table(["", "is", "at most", ""], lines) if lines else ""
+
+
+def facts(run: Run) -> str:
+    """The machine and what ran on it."""
+    return _table(["", ""], [[name, str(value)] for name, value in run["facts"].items()])
+
+
+def _shown(figure: Figure, value: float | None) -> str:
+    return "-" if value is None else f"{value:,.{figure.digits}f}"
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+
+    def row(cells: Sequence[str]) -> str:
+        first, *others = cells
+        shown = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        return f"| {' | '.join(shown)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([row(heads), row(rule), *map(row, lines)])
