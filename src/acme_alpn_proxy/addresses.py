@@ -133,6 +133,11 @@ def parse_address(text: str) -> Address:
 def _parse_endpoint(text: str) -> Address:
     try:
         clientFromString(_NoReactor(), text)
+    except TypeError:
+        raise BadAddress(
+            f"{text!r}: something is missing; an endpoint string looks like tcp:127.0.0.1:443 or"
+            " unix:/run/web.sock"
+        ) from None
     except Exception as problem:  # each kind of endpoint raises its own
         raise BadAddress(f"{text!r}: not an address nor an endpoint string: {problem}") from None
     host, port = "", 0
