@@ -74,6 +74,9 @@ class ProxyOptions(Options):
         "(TLS-ALPN-01, RFC 8737) to the ACME client and all others to the web server."
     )
 
+    optFlags = [  # noqa: RUF012
+        ["force", None, f"steer although the firewall seems to drop port {PORT}"],
+    ]
     optParameters = [  # noqa: RUF012
         [
             "alpn",

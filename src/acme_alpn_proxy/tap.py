@@ -25,7 +25,9 @@ def make_redirect(options: Options) -> IRedirect:
     """The redirect that C{--redirect} names."""
     if options["redirect"] == "none":
         return NoRedirect()
-    return IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
+    return IptablesRedirect(
+        PORT, options["rulespec"], ipv6=options["ipv6"], force=bool(options["force"])
+    )
 
 
 def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:

@@ -9,7 +9,6 @@ before the redirect is, and goes only when the last steered connection has ended
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import socket
 from collections.abc import Generator, Sequence
@@ -23,16 +22,13 @@ from ..commands import NOT_FOUND, Result
 from ..errors import StartError
 from ..interfaces import ICommands, IRedirect
 from . import hostfacts
+from .firewall import look
+from .xtables import BINARIES, LOCK_WAIT, listed
 
 COMMENT: Final = "acme-alpn-proxy"
 
-LOCK_WAIT: Final = "5"
-"""Seconds that iptables waits for its lock (C{-w})."""
-
 _NO_SUCH_RULE: Final = 1
 """Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
-
-_BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
 
 def default_rulespec(port: int) -> list[str]:
@@ -58,22 +54,6 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             at = words.index(flag)
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
-
-
-def listed(output: str) -> list[list[str]]:
-    """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
-
-    A comment may hold anything, line ends too: what cannot be taken apart is left out, and is no
-    rule of ours. Warnings that stand between the rules are left out as well.
-    """
-    found = []
-    for command in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
-        if command.startswith("-"):
-            try:
-                found.append(shlex.split(command))
-            except ValueError:
-                pass
-    return found
 
 
 def is_leftover(words: Sequence[str], port: int) -> bool:
@@ -110,17 +90,24 @@ class IptablesRedirect:
     _log = Logger()
 
     def __init__(
-        self, port: int, rulespec: Sequence[str] | None = None, *, ipv6: bool = True
+        self,
+        port: int,
+        rulespec: Sequence[str] | None = None,
+        *,
+        ipv6: bool = True,
+        force: bool = False,
     ) -> None:
         """
         @param port: where the listener is.
         @param rulespec: what stands behind C{-t nat -I PREROUTING}, one word an item.
         @param ipv6: whether to steer IPv6 too, where there is any.
+        @param force: whether to steer even if the firewall seems to drop who is steered.
         """
         self._port = port
         self._custom = rulespec is not None
         self._rulespec = list(rulespec) if rulespec is not None else default_rulespec(port)
         self._ipv6 = ipv6
+        self._force = force
         self._redirected: list[int] = []
         self._kept: list[int] = []
 
@@ -133,6 +120,8 @@ class IptablesRedirect:
     ) -> Generator[Deferred[Any], Any, None]:
         families = self._families(listeners)
         self._refuse_unnumbered(families)
+        if not self._force:
+            yield self._refuse_firewall(commands, families)
         idle = hostfacts.tracked_connections() == 0
         try:
             for family in families:
@@ -184,7 +173,7 @@ class IptablesRedirect:
             self._log.warn(
                 "Removed {count} {binary} rules that a killed instance had left",
                 count=count,
-                binary=_BINARIES[family],
+                binary=BINARIES[family],
             )
         return count
 
@@ -214,6 +203,18 @@ class IptablesRedirect:
                     f"ACME_ALPN_PROXY_RULESPEC='{shlex.join(_as_dnat(self._rulespec))}', "
                     "which keeps the address they dialled"
                 )
+
+    @inlineCallbacks
+    def _refuse_firewall(
+        self, commands: ICommands, families: Sequence[int]
+    ) -> Generator[Deferred[Any], Any, None]:
+        for family in families:
+            reason = yield look(commands, family, self._port)
+            if reason is not None:
+                remedy = "use --redirect sk-lookup, for which the firewall need not be changed,"
+                if os.geteuid() != 0:
+                    remedy = f"run this as root, {remedy}"
+                raise StartError(f"{reason}; {remedy} or steer all the same with --force")
 
     def _warn_of_small_table(self) -> None:
         limit = hostfacts.max_tracked_connections()
@@ -273,7 +274,7 @@ class IptablesRedirect:
             raise self._refusal(family, result)
         self._log.warn(
             "The {binary} rule in {table} was gone before it was removed",
-            binary=_BINARIES[family],
+            binary=BINARIES[family],
             table=table,
         )
 
@@ -287,10 +288,10 @@ class IptablesRedirect:
         return result
 
     def _argv(self, family: int, table: str, *words: str) -> list[str]:
-        return [_BINARIES[family], "-w", LOCK_WAIT, "-t", table, *words]
+        return [BINARIES[family], "-w", LOCK_WAIT, "-t", table, *words]
 
     def _refusal(self, family: int, result: Result) -> StartError:
-        binary = _BINARIES[family]
+        binary = BINARIES[family]
         if result.code == NOT_FOUND:
             remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
         elif os.geteuid() != 0:
