@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
 import pytest
 
+from .firewalls import Firewalld, Ufw
 from .netns import Namespace, Street
 from .proxy import PORT, Proxy
 from .website import PAGE, Website
 
 QUICK = ("--linger", "0")
-RECORDED = Path(__file__).resolve().parents[1] / "data" / "firewalls"
 
 USUAL = """
 -A INPUT -i lo -j ACCEPT
@@ -184,37 +182,32 @@ def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, tmp_pat
     proxy.stop(wait=True)
 
 
-def _ufw(name: str) -> str:
-    """ufw's rules of IPv4, as they are restored."""
-    answers = json.loads((RECORDED / f"{name}.json").read_text())
-    listing = answers["iptables-nft -w 5 -t filter -S"]
-    listing = re.sub(r"^-P (\S+) (\S+)", r":\1 \2 [0:0]", listing, flags=re.MULTILINE)
-    listing = re.sub(r"^-N (\S+)", r":\1 - [0:0]", listing, flags=re.MULTILINE)
-    return f"*filter\n{listing}COMMIT\n"
-
-
-def test_ufw(road: Street, site: Website, tmp_path: Path) -> None:
-    """Under the rules of ufw start refuses until 21443 is allowed, too."""
-    host = road.host.namespace
-    proxy = Proxy(host, tmp_path, {"ACME_ALPN_PROXY_DISABLEV6": "y"})
-    rules = tmp_path / "rules"
-    rules.write_text(_ufw("ufw"))
-    host.run("iptables-restore", rules)
+def test_ufw(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
+    """Under ufw that allows 443 start refuses, and rightly so, until 21443 is allowed, too."""
+    ufw = Ufw(road.host.namespace, tmp_path)
+    ufw.run("allow", "443/tcp")
+    ufw.run("--force", "enable")
     _refused(road, site, proxy, "INPUT")
-    rules.write_text(_ufw("ufw-with-port"))
-    host.run("iptables-restore", rules)
-    proxy.start(*QUICK)
-    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-        assert visit.get().steered
+    proxy.start("--force", *QUICK)
+    assert _lost(road)
     proxy.stop(wait=True)
-
-
-@pytest.mark.parametrize("name", ["firewalld", "firewalld-with-port"])
-def test_firewalld(road: Street, site: Website, proxy: Proxy, tmp_path: Path, name: str) -> None:
-    """Under the rules of firewalld visitors are served, with or without 21443 in the zone: it
-    accepts what was redirected."""
-    answers = json.loads((RECORDED / f"{name}.json").read_text())
-    _load_nft(road.host.namespace, answers["nft -j list ruleset"], tmp_path)
+    ufw.run("allow", f"{PORT}/tcp")
     proxy.start(*QUICK)
     assert _steered(road, site)
     proxy.stop(wait=True)
+
+
+def test_firewalld(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
+    """Under firewalld that has https alone in its zone visitors are served, since it accepts what
+    was redirected; that 21443 itself is closed is no matter."""
+    firewalld = Firewalld(road.host.namespace, tmp_path)
+    with firewalld.running():
+        firewalld.run("--add-service", "https")
+        proxy.start(*QUICK)
+        assert not road.visitor.namespace.accepts(road.host.ipv4, PORT)
+        assert _steered(road, site)
+        proxy.stop(wait=True)
+        firewalld.run("--add-port", f"{PORT}/tcp")
+        proxy.start(*QUICK)
+        assert _steered(road, site)
+        proxy.stop(wait=True)
