@@ -96,6 +96,8 @@ class IptablesTests(SynchronousTestCase):
     def test_named(self) -> None:
         """What would drop is named as the command that would make it."""
         self.assertEqual(caught_by("-P INPUT DROP\n"), "iptables -t filter -P INPUT DROP")
+        two_lines = '-P INPUT ACCEPT\n-A INPUT -m comment --comment "no\nmore" -j DROP\n'
+        self.assertIn("'no more'", caught_by(two_lines))
         closing = "-A INPUT -j REJECT --reject-with icmp6-adm-prohibited"
         self.assertEqual(
             caught_by(f"-P INPUT ACCEPT\n{closing}\n", visit=Visit(6, PORT)),
@@ -439,10 +441,11 @@ class LookTests(HostCase):
 
     def test_not_translated(self) -> None:
         """Extensions of iptables that only iptables can show are doubt where it cannot."""
-        for listing in ((NOT_FOUND, ""), (3, "no such table"), "-P INPUT DROP\n"):
+        mixed = (1, "table `filter' is incompatible, use 'nft' tool.")
+        for listing in ((NOT_FOUND, ""), (3, "no such table"), mixed, "-P INPUT DROP\n"):
             commands = recorded("ufw-with-port")
             commands.answers[FILTER] = listing
-            self.assertNotEqual(self.reason(commands), "")
+            self.assertIn("of the nftables chain 'ip filter ", self.reason(commands))
 
     def test_legacy(self) -> None:
         """Tables of the legacy iptables are consulted, by either name of the program."""

@@ -238,6 +238,8 @@ def _listings(
         result: Result = yield commands.run([binary, *listing])
         if result.code == NOT_FOUND:
             result = yield commands.run([BINARIES[family], *listing])
+        if "incompatible" in result.output:  # has rules of nft's own: what nft shows must do
+            continue
         if result.code not in (0, NOT_FOUND, _NO_SUCH_TABLE):
             raise _CannotLook(_failure(result))
         if variant == "legacy" and "legacy tables present" in result.output:

@@ -125,7 +125,7 @@ def iptables_chains(table: str, listing: str, visit: Visit) -> dict[str, Chain]:
     chains: dict[str, Chain] = {words[1]: Chain() for words in commands}
     for words in commands:
         command, name, *rest = words
-        text = shlex.join([binary, "-t", table, *words])
+        text = " ".join(shlex.join([binary, "-t", table, *words]).split())  # one line
         if command == "-P":
             policy = Action.ACCEPT if rest[:1] == ["ACCEPT"] else Action.DROP
             chains[name].policy, chains[name].policy_text = policy, text
