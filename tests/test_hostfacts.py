@@ -140,6 +140,16 @@ class UnnumberedInterfacesTests(HostCase):
             self.assertEqual(hostfacts.unnumbered_interfaces(family, self.proc), [])
 
 
+class LegacyTablesTests(HostCase):
+    def test_tables(self) -> None:
+        """The tables of the legacy iptables are those that the kernel has, family by family."""
+        self.write("net/ip_tables_names", "nat\nfilter\n")
+        self.assertEqual(hostfacts.legacy_tables(4, self.proc), ["nat", "filter"])
+        self.assertEqual(hostfacts.legacy_tables(6, self.proc), [])
+        self.write("net/ip6_tables_names", "raw\n")
+        self.assertEqual(hostfacts.legacy_tables(6, self.proc), ["raw"])
+
+
 class ConnectionTests(HostCase):
     def test_tracking_not_loaded(self) -> None:
         """Where nothing tracks connections there are no entries, and there is no limit."""

@@ -17,10 +17,12 @@ PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses"),
-    ("redirects", "redirects.hostfacts", "redirects.bpf"),
-    ("routing", "commands", "pidfile", "hangup", "drain", "options"),
-    ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
-    ("redirects.iptables", "redirects.auto"),
+    ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
+    ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
+    ("relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
+    ("redirects.nftrules",),
+    ("redirects.firewall",),
+    ("redirects.iptables", "redirects.sklookup", "redirects.auto"),
     ("protocols",),
     ("service",),
     ("program",),
@@ -33,20 +35,14 @@ LAYERS = (
 SEE_ONLY = {
     "clienthello": set(),
     "routing": {"clienthello"},
-    "redirects.guard": {"errors", "interfaces"},
-    "redirects.iptables": {
-        "commands",
-        "errors",
-        "interfaces",
-        "redirects",
-        "redirects.guard",
-        "redirects.hostfacts",
-    },
     "redirects.auto": {"errors", "interfaces"},
-    "redirects.sklookup": {"errors", "interfaces", "redirects", "redirects.bpf"},
     "redirects.none": {"interfaces"},
+    "redirects.guard": {"errors", "interfaces", "redirects.xtables"},
 }
 """Modules that see less of the project than their layer would let them."""
+
+REDIRECTS_SEE = {"commands", "errors", "interfaces"}
+"""What redirects see besides each other."""
 
 SEEN_BY = {"tap": {"launch"}, "launch": {"cli"}, "cli": set()}
 """Modules that hardly anybody imports."""
@@ -141,6 +137,13 @@ def test_narrow_views(module: str) -> None:
     """Parsing and routing know each other alone, and redirects only their contract."""
     wrong = _project_imports(module) - SEE_ONLY[module]
     assert not wrong, f"{module} imports {', '.join(wrong)}: see SEE_ONLY"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if "redirects" in module])
+def test_redirects(module: str) -> None:
+    """Redirects know their contract and how to run commands, and nothing of the proxy."""
+    others = {seen for seen in _project_imports(module) if not seen.startswith("redirects")}
+    assert others <= REDIRECTS_SEE, f"{module} imports {', '.join(others - REDIRECTS_SEE)}"
 
 
 @pytest.mark.parametrize("module", SEEN_BY)

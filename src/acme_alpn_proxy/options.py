@@ -91,6 +91,9 @@ class ProxyOptions(Options):
         "(TLS-ALPN-01, RFC 8737) to the ACME client and all others to the web server."
     )
 
+    optFlags = [  # noqa: RUF012
+        ["force", None, "steer although the firewall seems to be in the way"],
+    ]
     optParameters = [  # noqa: RUF012
         [
             "alpn",

@@ -25,13 +25,13 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
 def make_redirect(options: Options) -> IRedirect:
     """The redirect that C{--redirect} names."""
-    ipv6, rulespec = options["ipv6"], options["rulespec"]
+    rulespec, how = options["rulespec"], {name: bool(options[name]) for name in ("ipv6", "force")}
 
     def iptables() -> IRedirect:
-        return IptablesRedirect(PORT, rulespec, ipv6=ipv6)
+        return IptablesRedirect(PORT, rulespec, **how)
 
     def sk_lookup() -> IRedirect:
-        return SkLookupRedirect(ipv6=ipv6)
+        return SkLookupRedirect(**how)
 
     def auto() -> IRedirect:
         reason = f"{RULESPEC_VARIABLE} is set" if rulespec else None
