@@ -384,7 +384,7 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
     """Who is not root is told so by C{start} and by C{stop}."""
     command = (*NOBODY_WHO_MAY_WRITE, proxy.program)
     start = host.run(*command, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
-    _refused(start, "'ip6tables .*' failed with status 4: .*; run this as root")
+    _refused(start, "failed with status 1: Operation not permitted .*; run this as root")
     _nothing_is_left(proxy)
     stop = host.run(*command, "stop", check=False, env=proxy.env)
     _said(stop, "not running")

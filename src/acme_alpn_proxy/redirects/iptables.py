@@ -263,10 +263,13 @@ class IptablesRedirect:
         for family in self._families:
             reason = yield look(commands, family, self._port)
             if reason is not None:
-                remedy = "use --redirect sk-lookup, for which the firewall need not be changed,"
-                if os.geteuid() != 0:
-                    remedy = f"run this as root, {remedy}"
-                raise StartError(f"{reason}; {remedy} or steer all the same with --force")
+                remedy = "run this as root"
+                if os.geteuid() == 0:
+                    remedy = (
+                        "use --redirect sk-lookup, for which the firewall need not be changed, or"
+                        " steer all the same with --force"
+                    )
+                raise StartError(f"{reason}; {remedy}")
 
     def _warn_of_small_table(self) -> None:
         limit = hostfacts.max_tracked_connections()
