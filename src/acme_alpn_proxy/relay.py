@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 from twisted.internet.interfaces import IPushProducer, IUNIXTransport, IWriteDescriptor
 from zope.interface import implementer
 
+from .hangup import NoHangupWatch
 from .interfaces import IDescriptorTransport, IHangupWatch, IRelay
 
 PIPE_SIZE: Final = 1_048_576
@@ -290,13 +291,18 @@ def _splice(source: int, sink: int, count: int) -> int:
 
 
 class SpliceRelay(TransportRelay):
-    """The relay over two transports whose descriptors it may use."""
+    """The relay over two transports whose descriptors it may use, and which tell of resets."""
 
     __slots__ = ("_pipes",)
 
-    def __init__(self, front: Any, back: Any, hangups: IHangupWatch, pipes: PipePool) -> None:
+    def __init__(self, front: Any, back: Any, pipes: PipePool) -> None:
         self._pipes = pipes
-        super().__init__(front, back, hangups)
+        super().__init__(front, back, NoHangupWatch())
+
+    def watch(self, transport: object) -> None:
+        """There is no need to."""
+
+    unwatch = watch
 
     def _flow(self, source: Any, sink: Any) -> _SpliceFlow:
         return _SpliceFlow(self, source, sink, self._pipes)
@@ -305,5 +311,5 @@ class SpliceRelay(TransportRelay):
 def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipes: PipePool) -> TransportRelay:
     """The relay that suits both transports."""
     if IDescriptorTransport.providedBy(front) and IDescriptorTransport.providedBy(back):
-        return SpliceRelay(front, back, hangups, pipes)
+        return SpliceRelay(front, back, pipes)
     return TransportRelay(front, back, hangups)

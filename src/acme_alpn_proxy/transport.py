@@ -237,6 +237,7 @@ class Connection:
         "_producer",
         "_reader",
         "_registered",
+        "_reported",
         "_socket",
         "_streaming",
         "_writer",
@@ -257,7 +258,7 @@ class Connection:
         self.protocol = protocol
         self.connected = True
         self._registered = False
-        self._events = _READ
+        self._events = self._reported = _READ
         self._buffer = b""
         self._ending: Callable[[], None] | None = None
         self._producer: Any = None
@@ -270,6 +271,7 @@ class Connection:
         if self.connected:
             self._poller.add(self._socket.fileno(), self, self._events)
             self._registered = True
+            self._reported = self._events
 
     def ready(self, events: int) -> None:
         if events & (_READ | _ENDED) and self._events & _READ:
@@ -285,10 +287,14 @@ class Connection:
             self.failed(OSError(problem, os.strerror(problem)))
 
     def _want(self, events: int) -> None:
-        if events != self._events and self.connected:
+        if self.connected:
             self._events = events
-            if self._registered:
-                self._poller.change(self._socket.fileno(), events)
+            self._update()
+
+    def _update(self) -> None:
+        if self._registered and self._events != self._reported:
+            self._reported = self._events
+            self._poller.change(self._socket.fileno(), self._events)
 
     # Reading
 
@@ -310,9 +316,10 @@ class Connection:
 
     def readConnectionLost(self, reason: Failure) -> None:
         """The peer's end-of-file; it is told again if reading is resumed."""
-        self.pauseProducing()
+        self._events &= ~_READ
         if IHalfCloseableProtocol.providedBy(self.protocol):
             self.protocol.readConnectionLost()
+            self._update()
         else:
             self.connectionLost(reason)
 
@@ -441,6 +448,7 @@ class Connection:
             return
         self.connected = False
         if self._registered:
+            self._registered = False
             self._poller.remove(self._socket.fileno())
         self._events = 0
         self._socket.close()
