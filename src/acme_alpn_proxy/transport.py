@@ -732,9 +732,9 @@ class Connector:
         sock = self._socket
         assert sock is not None
         self._leave_poller()
+        protocol = self._factory.buildProtocol(self._dialer.destination)
         self._end()
         self._socket = None
-        protocol = self._factory.buildProtocol(self._dialer.destination)
         if protocol is None:
             sock.close()
             return
