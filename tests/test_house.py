@@ -16,11 +16,11 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines"),
     ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
-    ("relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
-    ("redirects.nftrules",),
+    ("transport", "relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
+    ("network", "redirects.nftrules"),
     ("redirects.firewall",),
     ("redirects.iptables", "redirects.sklookup", "redirects.auto"),
     ("protocols",),

@@ -69,6 +69,18 @@ class Address:
         kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
         return kind(reactor, self.host, self.port, timeout)
 
+    def socket_address(self) -> tuple[int, Any] | None:
+        """Address family and address as the socket module has them, of a numeric address."""
+        if self.is_endpoint:
+            return None
+        try:
+            (found, *_) = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        except OSError:
+            return None
+        return found[0], found[4]
+
     def is_local_port(self, port: int) -> bool:
         """Whether a connection to this address ends at C{port} of this host.
 

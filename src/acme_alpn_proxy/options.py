@@ -56,6 +56,15 @@ def _seconds(option: str) -> Callable[[str], float]:
     return coerce
 
 
+def _count(option: str) -> Callable[[str], int]:
+    def coerce(value: str) -> int:
+        if not (value.isascii() and value.isdigit()):
+            raise ValueError(f"--{option} {value!r}: a whole number is needed, 0 or more")
+        return int(value)
+
+    return coerce
+
+
 def _redirect(value: str) -> str:
     if value not in REDIRECTS:
         raise ValueError(f"--redirect {value!r}: choose one of {', '.join(REDIRECTS)}")
@@ -132,6 +141,21 @@ class ProxyOptions(Options):
             10.0,
             "Seconds for a target to accept a connection; then the visitor is reset",
             _seconds("connect-timeout"),
+        ],
+        [
+            "idle-timeout",
+            None,
+            0.0,
+            "Seconds without a byte until an established connection is reset; 0: never",
+            _seconds("idle-timeout"),
+        ],
+        [
+            "max-connections",
+            None,
+            0,
+            "How many visitors at a time, the others wait; 0: as many as the limit on open files"
+            " allows",
+            _count("max-connections"),
         ],
         [
             "linger",

@@ -9,6 +9,7 @@ from twisted.application.service import IService
 
 from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
+from .network import network_for
 from .options import PORT, RULESPEC_VARIABLE
 from .options import ProxyOptions as Options
 from .program import Program
@@ -47,22 +48,25 @@ def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) 
     acme = Route("acme", options["alpn"].text)
     fallback = Route("fallback", options["fallback"].text)
     patience = options["connect-timeout"]
+    network = network_for(reactor)
     factory = ProxyServerFactory(
         Routing(acme, fallback),
         {
-            acme: options["alpn"].endpoint(reactor, patience),
-            fallback: options["fallback"].endpoint(reactor, patience),
+            acme: network.target(options["alpn"], patience),
+            fallback: network.target(options["fallback"], patience),
         },
         reactor,
         hello_timeout=options["hello-timeout"],
-        connect_timeout=patience,
     )
     return ProxyService(
         reactor,
         factory,
         make_redirect(options),
         pidfile,
+        network=network,
         port=PORT,
+        max_connections=options["max-connections"],
+        idle_timeout=options["idle-timeout"],
         linger=options["linger"],
         drain_timeout=options["drain-timeout"],
     )
