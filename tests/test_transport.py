@@ -445,6 +445,41 @@ class WriteTests(TransportCase):
         protocol.transport.doWrite()
         self.assertEqual(len(protocol.transport._buffer), waiting)
 
+    def test_kernel_full(self) -> None:
+        """What is written when the kernel takes nothing waits, and goes out in pieces later."""
+        visitor, protocol = self.connect()
+        count = 0
+        try:
+            while True:
+                count += protocol.transport._socket.send(bytes(65_536))
+        except BlockingIOError:
+            pass
+        protocol.transport.write(bytes(20_000_000))
+        self.assertEqual(len(protocol.transport._buffer), 20_000_000)
+        self.read_all(visitor, count + 20_000_000)
+        self.turn_all()
+        self.assertEqual(protocol.transport._buffer, b"")
+
+    def test_reset_before_the_rest(self) -> None:
+        """A reset that is met when the rest is written ends the connection."""
+        visitor, protocol = self.connect()
+        self.fill_from_here(protocol)
+        reset(visitor)
+        protocol.transport.doWrite()
+        self.assertEqual(protocol.story, ["made", "lost"])
+
+    def test_producer_gone_before_the_rest(self) -> None:
+        """A producer that goes meanwhile does not hasten the end."""
+        visitor, protocol = self.connect()
+        protocol.transport.registerProducer(Producer(), True)
+        written = self.fill_from_here(protocol)
+        protocol.transport.loseConnection()
+        protocol.transport.unregisterProducer()
+        self.assertEqual(protocol.story, ["made"])
+        self.read_all(visitor, written)
+        self.turn_all()
+        self.assertEqual(protocol.story, ["made", "lost"])
+
     def test_reads_by_another(self) -> None:
         """Another reader and writer are called instead, until the connection is lost."""
         visitor, protocol = self.connect()
@@ -660,6 +695,11 @@ class ConnectorTests(TransportCase):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             address = closed.getsockname()
         self.dial(address)
+        self.client.failures[0].trap(ConnectError)
+
+    def test_no_way(self) -> None:
+        """An address that the kernel will not connect to is a failure at once."""
+        self.dial(("255.255.255.255", 1))
         self.client.failures[0].trap(ConnectError)
 
     def wait_for_answer(self) -> None:
