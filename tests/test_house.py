@@ -16,15 +16,17 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "finding"),
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options"),
     ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
     ("redirects.iptables", "redirects.auto"),
-    ("protocols",),
+    ("protocols", "samplehellos", "redirects.interfacerules"),
     ("service",),
     ("program",),
     ("tap",),
+    ("probe",),
+    ("check",),
     ("launch",),
     ("cli",),
 )
@@ -44,23 +46,32 @@ SEE_ONLY = {
     },
     "redirects.auto": {"errors", "interfaces"},
     "redirects.sklookup": {"errors", "interfaces", "redirects", "redirects.bpf"},
+    "redirects.interfacerules": {"commands", "interfaces", "redirects", "redirects.iptables"},
     "redirects.none": {"interfaces"},
 }
 """Modules that see less of the project than their layer would let them."""
 
-SEEN_BY = {"tap": {"launch"}, "launch": {"cli"}, "cli": set()}
+SEEN_BY = {
+    "tap": {"launch", "probe"},
+    "probe": {"check"},
+    "check": {"cli"},
+    "launch": {"cli"},
+    "cli": set(),
+}
 """Modules that hardly anybody imports."""
 
 WITHOUT_TWISTED = (
     "errors",
     "clienthello",
+    "finding",
     "routing",
+    "samplehellos",
     "pidfile",
     "redirects.hostfacts",
     "redirects.bpf",
 )
 
-MAY_TAKE_THE_REACTOR = {"tap", "launch"}
+MAY_TAKE_THE_REACTOR = {"tap", "launch", "check"}
 """By an import within a function, at the last moment."""
 
 
