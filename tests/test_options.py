@@ -110,7 +110,10 @@ def test_check() -> None:
         ((), "one command is needed, start, stop or check"),
         (("restart",), "one command is needed, start, stop or check, not 'restart'"),
         (("start", "stop"), "one command is needed, start, stop or check, not 'start stop'"),
-        (("start", "--", "--wait"), "one command is needed, start, stop or check, not 'start --wait'"),
+        (
+            ("start", "--", "--wait"),
+            "one command is needed, start, stop or check, not 'start --wait'",
+        ),
     ],
 )
 def test_commands(words: tuple[str, ...], why: str) -> None:

@@ -409,8 +409,7 @@ def _steer_and_dial(
     try:
         program.privilegedStartService()
         yield proxy.when_started()
-        if not program.ending:
-            calls = yield _dial_all(namespace, who)
+        calls = yield _dial_all(namespace, who)
         yield proxy.stopService()
     finally:
         yield port.stopListening()
