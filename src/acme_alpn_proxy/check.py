@@ -36,7 +36,7 @@ from .redirects.hostfacts import has_ipv6
 from .redirects.iptables import IptablesRedirect, is_dead_keeper, is_leftover, listed
 from .redirects.sklookup import SkLookupRedirect
 from .routing import ACME_TLS_1
-from .samplehellos import server_name, tls_client
+from .samplehellos import TLS_ANSWERS, server_name, tls_client
 
 HANDSHAKE_DEADLINE: Final = 10.0
 """Seconds for a target to answer TLS."""
@@ -70,21 +70,27 @@ LOOKOUTS: Final[tuple[Lookout, ...]] = ()
 """What else is looked for."""
 
 
+class OnlyAlert(Exception):
+    """The other end speaks TLS, but no handshake comes of it."""
+
+
 class Handshake(Protocol):
     """A TLS client that goes no further than the handshake.
 
-    @ivar done: fires with the application protocol that was agreed on, or fails with L{OSError},
-        of which L{ssl.SSLError} is one.
+    @ivar done: fires with the application protocol that was agreed on, or fails with L{OnlyAlert},
+        L{ssl.SSLError} or L{ConnectionResetError}.
     """
 
     def __init__(self, name: str | None, *alpn: str) -> None:
-        self.done: Deferred[str | None] = Deferred()
+        self.done: Deferred[str | None] = Deferred(lambda done: self._abort())
         self._tls, self._incoming, self._outgoing = tls_client(name, *alpn)
+        self._first = b""
 
     def connectionMade(self) -> None:
         self._go_on()
 
     def dataReceived(self, data: bytes) -> None:
+        self._first = self._first or data
         self._incoming.write(data)
         self._go_on()
 
@@ -97,19 +103,18 @@ class Handshake(Protocol):
         except ssl.SSLWantReadError:
             self.transport.write(self._outgoing.read())  # type: ignore[union-attr]
         except ssl.SSLError as problem:
-            self._end(problem)
+            speaks_tls = self._first.startswith(TLS_ANSWERS)
+            self._end(OnlyAlert(problem.reason) if speaks_tls else problem)
         else:
             self._end(self._tls.selected_alpn_protocol())
 
     def _end(self, result: Any) -> None:
         if not self.done.called:
-            self.done.callback(Failure(result) if isinstance(result, OSError) else result)
-            self.transport.abortConnection()  # type: ignore[union-attr]
+            self.done.callback(Failure(result) if isinstance(result, Exception) else result)
+            self._abort()
 
-
-def is_alert(problem: BaseException) -> bool:
-    """Whether this is what the other end says by TLS."""
-    return isinstance(problem, ssl.SSLError) and "ALERT" in str(problem.reason)
+    def _abort(self) -> None:
+        self.transport.abortConnection()  # type: ignore[union-attr]
 
 
 @inlineCallbacks
@@ -231,9 +236,9 @@ class Check:
         target = self._options["fallback"]
         try:
             yield handshake(self._reactor, target, self._options["connect-timeout"])
+        except OnlyAlert as problem:
+            return Finding("fallback", Level.OK, f"answers TLS, by refusing: {problem}")
         except Exception as problem:  # each kind of endpoint fails in its own way
-            if is_alert(problem):
-                return Finding("fallback", Level.OK, f"answers with an alert: {_why(problem)}")
             return Finding(
                 "fallback",
                 Level.FAILED,

@@ -35,9 +35,9 @@ from .finding import Finding, Level
 from .options import PORT, ConsoleOptions
 from .program import Program
 from .protocols import ProxyServerFactory
-from .redirects.hostfacts import has_ipv6
+from .redirects.hostfacts import has_ipv6, new_interfaces_have_ipv6
 from .redirects.interfacerules import names_interfaces
-from .samplehellos import acme_hello, server_name, visitor_hello
+from .samplehellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
 from .tap import make_proxy
 
 DIAL_DEADLINE: Final = 3.0
@@ -49,9 +49,6 @@ PAUSE: Final = 0.05
 
 ANSWER: Final = b"\x15\x03\x03\x00\x02\x02\x50"
 """What the throwaway responder answers: the alert internal_error (RFC 8446 section 6)."""
-
-_TLS_ANSWERS: Final = (b"\x15\x03", b"\x16\x03")
-"""How an alert and a ServerHello begin."""
 
 _CLONE_NEWNET: Final = 0x40000000
 _RECORD_HEADER: Final = 5
@@ -117,6 +114,7 @@ class Namespace:
         self._link = link
         self._commands = BlockingCommands()
         self._inside = ThreadPoolExecutor(1)
+        self._joined = False
         self.subnets: dict[int, Subnet] = {}
         try:
             self._join(families)
@@ -131,7 +129,8 @@ class Namespace:
 
     def close(self) -> None:
         """Remove the pair at once, and let the namespace go."""
-        self._commands.run(["ip", "link", "delete", self._link])
+        if self._joined:
+            self._commands.run(["ip", "link", "delete", self._link])
         self._inside.shutdown()
 
     def _join(self, families: Sequence[int]) -> None:
@@ -142,6 +141,7 @@ class Namespace:
         thread = self._in_there(_unshare)
         pair = ["type", "veth", "peer", "name", self._link, "netns", str(thread)]
         self._ip("link", "add", self._link, *pair)  # one step: neither end is ever alone
+        self._joined = True
         self._number([subnet.host for subnet in self.subnets.values()])
         self._in_there(lambda: self._number([subnet.dialler for subnet in self.subnets.values()]))
 
@@ -289,7 +289,7 @@ def judge(
             f"the responder's answer did not come back: {call.problem or 'another one did'}",
             "see whether a firewall drops what goes out from port 443",
         )
-    if caller.role == "visitor" and steered and call.answer.startswith(_TLS_ANSWERS):
+    if caller.role == "visitor" and steered and call.answer.startswith(TLS_ANSWERS):
         return Finding(caller.name, Level.OK)
     if not steered:
         return Finding(caller.name, Level.FAILED, *_not_steered(call, redirect))
@@ -365,7 +365,14 @@ def probe(
     @param tell: is called with each finding.
     @param names: whether the firewall names interfaces, for a family.
     """
-    families = [4, 6] if options["ipv6"] and has_ipv6() else [4]
+    families = [4]
+    if options["ipv6"] and has_ipv6():
+        if new_interfaces_have_ipv6():
+            families = [4, 6]
+        else:
+            cause = "IPv6 is not dialled: new interfaces have none here"
+            remedy = "set net.ipv6.conf.default.disable_ipv6=0, or dial port 443 from outside"
+            tell(Finding("probe", Level.WARNING, cause, remedy))
     try:
         namespace = Namespace(f"aap{os.getpid()}", families)
     except StartError as problem:
@@ -409,8 +416,10 @@ def _steer_and_dial(
     try:
         program.privilegedStartService()
         yield proxy.when_started()
-        calls = yield _dial_all(namespace, who)
-        yield proxy.stopService()
+        try:
+            calls = yield _dial_all(namespace, who)
+        finally:
+            yield proxy.stopService()
     finally:
         yield port.stopListening()
     if program.ending:

@@ -14,6 +14,9 @@ from .routing import ACME_TLS_1
 ACME_HELLO_BYTES: Final = 1_700
 """Of a validator's hello with an ML-KEM key share: 1,490 to 1,770 are seen, more than a segment."""
 
+TLS_ANSWERS: Final = (b"\x15\x03", b"\x16\x03")
+"""How an alert and a ServerHello begin."""
+
 _X25519MLKEM768: Final = 0x11EC
 _MLKEM_SHARE_BYTES: Final = 1_216
 _X25519: Final = 0x001D

@@ -101,6 +101,7 @@ def test_probe(site: Website, proxy: Proxy, redirect: str) -> None:
     found = levels(done.stdout)
     assert set(found.values()) == {"ok"}, done.stdout
     assert [name for name in found if name.startswith("probe ")] == CALLS
+    assert ("Steering by sk-lookup" in done.stdout) == (redirect == "auto")
     assert done.returncode == 0
     assert "aap" not in proxy.namespace.ip("-brief link"), "the link is gone at once"
     _nothing_is_left(proxy.namespace)
@@ -138,6 +139,15 @@ def test_no_ipv6(host: Namespace, site: Website, proxy: Proxy) -> None:
     done = check(proxy, "--probe", "--redirect", "sk-lookup")
     assert done.returncode == 0, done.stdout
     assert line_of(done.stdout, "IPv6") == "ok      IPv6: this host has none"
+
+
+def test_new_interfaces_without_ipv6(host: Namespace, site: Website, proxy: Proxy) -> None:
+    """Where IPv6 cannot be dialled, since new interfaces have none, that is a warning."""
+    host.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+    done = check(proxy, "--probe")
+    assert done.returncode == 0, done.stdout
+    assert levels(done.stdout)["probe"] == "warning"
+    assert [levels(done.stdout)[call] for call in CALLS[:2]] == ["ok"] * 2
 
 
 def test_json(site: Website, proxy: Proxy) -> None:

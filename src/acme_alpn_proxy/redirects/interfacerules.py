@@ -16,7 +16,9 @@ from ..commands import Result
 from ..interfaces import ICommands
 from .iptables import listed
 
-_TABLES: Final = ("raw", "mangle", "nat", "filter")
+_TABLES: Final = ("raw", "mangle", "filter")
+"""Those that turn away. Container engines name interfaces in the nat table."""
+
 _HOOKS: Final = ("PREROUTING", "INPUT")
 
 _Rule = tuple[bool, set[str]]
@@ -73,7 +75,11 @@ def _iptables_rules(output: str) -> dict[str, list[_Rule]]:
 def _nft_hooks(objects: list[Any]) -> list[str]:
     hooks = [name.lower() for name in _HOOKS]
     chains = [each["chain"] for each in objects if "chain" in each]
-    return [_chain(each, each["name"]) for each in chains if each.get("hook") in hooks]
+    return [
+        _chain(each, each["name"])
+        for each in chains
+        if each.get("hook") in hooks and each.get("type") != "nat"
+    ]
 
 
 def _nft_rules(objects: list[Any]) -> dict[str, list[_Rule]]:
