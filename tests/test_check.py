@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,6 @@ from acme_alpn_proxy.finding import Finding, Level
 from acme_alpn_proxy.interfaces import ICommands
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.redirects.guard import claim_redirect
-from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
 
 from .fake_iptables import FakeIptables
 from .integration.pki import Authority
@@ -79,15 +79,14 @@ class CheckCase(SynchronousTestCase):
         self.patch(check, "handshake", self.handshake)
         self.patch(check, "has_ipv6", lambda: True)
         self.patch(check, "port_is_free", lambda port: True)
-        self.kernel(None)
+        self.refusals: dict[str, StartError] = {}
+        self.patch(check, "make_redirect", self.make_redirect)
 
-    def kernel(self, problem: StartError | None) -> None:
-        """What the kernel says of the BPF program."""
-
-        def prepare(redirect: object, commands: ICommands) -> Deferred[Any]:
-            return succeed(()) if problem is None else fail(problem)
-
-        self.patch(SkLookupRedirect, "prepare", prepare)
+    def make_redirect(self, options: Any) -> Any:
+        """A redirect that refuses as told before it does anything."""
+        refusal = self.refusals.get(options["redirect"])
+        prepared = succeed(()) if refusal is None else fail(refusal)
+        return SimpleNamespace(prepare=lambda commands: prepared)
 
     def handshake(self, reactor: Any, target: Any, patience: float, *alpn: str) -> Deferred[Any]:
         if target.text not in self.handshakes:
@@ -225,7 +224,7 @@ class TargetTests(CheckCase):
 class RedirectTests(CheckCase):
     def test_sk_lookup(self) -> None:
         """What the kernel refuses failed if it was asked for, and is a warning if not."""
-        self.kernel(StartError("too old; run a newer one"))
+        self.refusals["sk-lookup"] = StartError("too old; run a newer one")
         self.found("sk-lookup", Level.WARNING, "too old; run")
         self.found("sk-lookup", Level.FAILED, "too old; run", "--redirect", "sk-lookup")
 
@@ -235,6 +234,12 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, "'iptables .* status 4: no lock; see why")
         self.commands.calls.clear()
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
+
+    def test_iptables_would_not_reach(self) -> None:
+        """So it is with what the redirect itself refuses before it does anything."""
+        self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
+        self.found("iptables", Level.FAILED, "they would be dropped; use DNAT")
+        self.found("iptables", Level.WARNING, "dropped; use", "--redirect", "sk-lookup")
 
     def test_iptables_remedies(self) -> None:
         """It is to be installed, or run as root."""
@@ -254,7 +259,7 @@ class RedirectTests(CheckCase):
         environment = {"ACME_ALPN_PROXY_RULESPEC": "-j DNAT"}
         self.found("iptables", Level.FAILED, "no lock", *words, environment=environment)
         self.commands.calls.clear()
-        self.kernel(StartError("too old; run a newer one"))
+        self.refusals["sk-lookup"] = StartError("too old; run a newer one")
         self.found("iptables", Level.FAILED, "no lock", *words)
 
     def test_lookouts(self) -> None:

@@ -52,7 +52,7 @@ SEE_ONLY = {
 """Modules that see less of the project than their layer would let them."""
 
 SEEN_BY = {
-    "tap": {"launch", "probe"},
+    "tap": {"launch", "probe", "check"},
     "probe": {"check"},
     "check": {"cli"},
     "launch": {"cli"},

@@ -28,15 +28,15 @@ from .addresses import Address
 from .commands import NOT_FOUND, Result, commands_for
 from .errors import StartError
 from .finding import Finding, Level, worst
-from .interfaces import ICommands, IRedirect
+from .interfaces import ICommands
 from .options import PORT, ConsoleOptions
 from .pidfile import PIDFile
 from .redirects.guard import LOCK_WAIT, claim_redirect
 from .redirects.hostfacts import has_ipv6
-from .redirects.iptables import IptablesRedirect, is_dead_keeper, is_leftover, listed
-from .redirects.sklookup import SkLookupRedirect
+from .redirects.iptables import is_dead_keeper, is_leftover, listed
 from .routing import ACME_TLS_1
 from .samplehellos import TLS_ANSWERS, server_name, tls_client
+from .tap import make_redirect
 
 HANDSHAKE_DEADLINE: Final = 10.0
 """Seconds for a target to answer TLS."""
@@ -266,23 +266,21 @@ class Check:
 
     @inlineCallbacks
     def _look_at_sk_lookup(self) -> Generator[Deferred[Any], Any, Finding]:
-        redirect = SkLookupRedirect(ipv6=self._options["ipv6"])
-        finding: Finding = yield self._prepare("sk-lookup", "sk-lookup", redirect)
+        finding: Finding = yield self._prepare("sk-lookup")
         if self._redirect == "auto":
             works = finding.level is Level.OK and self._options["rulespec"] is None
             self._redirect = "sk-lookup" if works else "iptables"
         return finding
 
     @inlineCallbacks
-    def _prepare(
-        self, name: str, kind: str, redirect: IRedirect
-    ) -> Generator[Deferred[Any], Any, Finding]:
+    def _prepare(self, redirect: str) -> Generator[Deferred[Any], Any, Finding]:
         """What the redirect itself knows before it does anything."""
+        options: Any = {**self._options, "redirect": redirect}
         try:
-            yield redirect.prepare(self._commands)
+            yield make_redirect(options).prepare(self._commands)
         except StartError as problem:
-            return Finding.refused(name, problem, self._level(kind))
-        return Finding(name, Level.OK)
+            return Finding.refused(redirect, problem, self._level(redirect))
+        return Finding(redirect, Level.OK)
 
     @inlineCallbacks
     def _look_at_iptables(self, family: int) -> Generator[Deferred[Any], Any, Finding]:
@@ -294,9 +292,7 @@ class Check:
                 return Finding(name, level, f"{cause}: {result.one_line}", _remedy(name, result))
         if family == 6:
             return Finding(name, Level.OK)
-        rulespec, ipv6 = self._options["rulespec"], self._options["ipv6"]
-        redirect = IptablesRedirect(PORT, rulespec, ipv6=ipv6)  # it knows of both families
-        finding: Finding = yield self._prepare(name, "iptables", redirect)
+        finding: Finding = yield self._prepare("iptables")  # which looks at both families
         return finding
 
     def _list(self, family: int, table: str) -> Deferred[Result]:
