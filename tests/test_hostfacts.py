@@ -65,6 +65,13 @@ class IPv6Tests(HostCase):
     def test_not_in_the_kernel(self) -> None:
         """Nor has one whose kernel was built without it."""
         self.assertFalse(hostfacts.has_ipv6(self.proc))
+        self.assertFalse(hostfacts.new_interfaces_have_ipv6(self.proc))
+
+    def test_new_interfaces(self) -> None:
+        """A host may have IPv6, and give new interfaces none."""
+        for setting, have in (("0\n", True), ("1\n", False)):
+            self.write("sys/net/ipv6/conf/default/disable_ipv6", setting)
+            self.assertEqual(hostfacts.new_interfaces_have_ipv6(self.proc), have)
 
 
 class UnnumberedInterfacesTests(HostCase):

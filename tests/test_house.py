@@ -16,17 +16,19 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding"),
     ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
     ("transport", "relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
-    ("network", "redirects.nftrules"),
-    ("redirects.firewall",),
+    ("network", "redirects.nftrules", "redirects.interfacerules"),
+    ("redirects.firewall", "samplehellos"),
     ("redirects.iptables", "redirects.sklookup", "redirects.auto"),
     ("protocols",),
     ("service",),
     ("program",),
     ("tap",),
+    ("probe",),
+    ("check",),
     ("launch",),
     ("cli",),
 )
@@ -44,19 +46,27 @@ SEE_ONLY = {
 REDIRECTS_SEE = {"commands", "errors", "interfaces"}
 """What redirects see besides each other."""
 
-SEEN_BY = {"tap": {"launch"}, "launch": {"cli"}, "cli": set()}
+SEEN_BY = {
+    "tap": {"launch", "probe", "check"},
+    "probe": {"check"},
+    "check": {"cli"},
+    "launch": {"cli"},
+    "cli": set(),
+}
 """Modules that hardly anybody imports."""
 
 WITHOUT_TWISTED = (
     "errors",
     "clienthello",
+    "finding",
     "routing",
+    "samplehellos",
     "pidfile",
     "redirects.hostfacts",
     "redirects.bpf",
 )
 
-MAY_TAKE_THE_REACTOR = {"tap", "launch"}
+MAY_TAKE_THE_REACTOR = {"tap", "launch", "check"}
 """By an import within a function, at the last moment."""
 
 

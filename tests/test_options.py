@@ -93,13 +93,27 @@ def test_wait() -> None:
     assert refusal("start", "--wait") == "--wait goes with stop"
 
 
+def test_check() -> None:
+    """C{check} goes by the name of C{doctor} too; its flags go with nothing else."""
+    options = console("doctor", "--probe", "--json")
+    assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
+    assert refusal("start", "--probe") == "--probe goes with check"
+    assert refusal("stop", "-json") == "--json goes with check"
+    words = ("check", "--probe", "--redirect", "none")
+    assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
+    assert console("check", "--redirect", "none")["probe"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start or stop"),
-        (("restart",), "one command is needed, start or stop, not 'restart'"),
-        (("start", "stop"), "one command is needed, start or stop, not 'start stop'"),
-        (("start", "--", "--wait"), "one command is needed, start or stop, not 'start --wait'"),
+        ((), "one command is needed, start, stop or check"),
+        (("restart",), "one command is needed, start, stop or check, not 'restart'"),
+        (("start", "stop"), "one command is needed, start, stop or check, not 'start stop'"),
+        (
+            ("start", "--", "--wait"),
+            "one command is needed, start, stop or check, not 'start --wait'",
+        ),
     ],
 )
 def test_commands(words: tuple[str, ...], why: str) -> None:
@@ -228,7 +242,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         console("--help")
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop"
+    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|check"
     for beginning in (
         "start ",
         "stop ",

@@ -1,4 +1,4 @@
-"""The console script: C{acme-alpn-proxy start|stop}."""
+"""The console script: C{acme-alpn-proxy start|stop|check}."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options["command"] == "stop":
             return stop(options, pidfile)
+        if options["command"] == "check":
+            return check(options, pidfile)
         return start(options, pidfile)
     except AlreadyRunning as instance:
         _say(str(instance))
@@ -107,6 +109,13 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     finally:
         os.close(process)
     return DONE
+
+
+def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Look whether the proxy would work here."""
+    from .check import run
+
+    return DONE if run(options, pidfile) else FAILED
 
 
 def clean_up(options: ConsoleOptions) -> int:

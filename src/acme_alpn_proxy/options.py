@@ -30,6 +30,9 @@ DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
 _LONGEST: Final = 86_400.0
 
+_COMMANDS: Final = {"start": "start", "stop": "stop", "check": "check", "doctor": "check"}
+"""What may be asked for, and what is done then."""
+
 
 def _address(option: str) -> Callable[[str], Address]:
     def coerce(value: str) -> Address:
@@ -206,11 +209,13 @@ class ProxyOptions(Options):
 class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
-    synopsis = "Usage: acme-alpn-proxy [options] start|stop"
+    synopsis = "Usage: acme-alpn-proxy [options] start|stop|check"
     longdesc = (
         f"{ProxyOptions.longdesc}\n\n"
         "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
-        "stop   steer no more; exit 0 once that is so; connections under way go on\n\n"
+        "stop   steer no more; exit 0 once that is so; connections under way go on\n"
+        "check  look whether it would work here: one line each, ok, warning or failed\n"
+        "doctor the same\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
@@ -221,6 +226,8 @@ class ConsoleOptions(ProxyOptions):
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
         ["wait", None, "stop: wait until the last connection has ended"],
+        ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
+        ["json", None, "check: print one JSON document"],
     ]
     optParameters = [  # noqa: RUF012
         ["logfile", None, DEFAULT_LOGFILE, "start: where to log in the background"],
@@ -256,16 +263,19 @@ class ConsoleOptions(ProxyOptions):
 
     def parseArgs(self, *words: str) -> None:
         """Exactly one command."""
-        if len(words) != 1 or words[0] not in ("start", "stop"):
+        if len(words) != 1 or words[0] not in _COMMANDS:
             got = f", not {shlex.join(words)!r}" if words else ""
-            raise UsageError(f"one command is needed, start or stop{got}")
-        self["command"] = words[0]
+            raise UsageError(f"one command is needed, start, stop or check{got}")
+        self["command"] = _COMMANDS[words[0]]
 
     def postOptions(self) -> None:
         """Which option goes with which command, and the paths."""
         super().postOptions()
-        if self["wait"] and self["command"] != "stop":
-            raise UsageError("--wait goes with stop")
+        for flag, command in (("wait", "stop"), ("probe", "check"), ("json", "check")):
+            if self[flag] and self["command"] != command:
+                raise UsageError(f"--{flag} goes with {command}")
+        if self["probe"] and self["redirect"] == "none":
+            raise UsageError("--probe steers: choose one by --redirect, not none")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.application.service import IService
@@ -43,13 +44,21 @@ def make_redirect(options: Options) -> IRedirect:
     return redirect
 
 
-def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:
-    """The proxy that the options describe, to be given to an application."""
+def make_proxy(
+    options: Options,
+    reactor: Any,
+    pidfile: IPIDFile | None = None,
+    factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
+) -> ProxyService:
+    """The proxy that the options describe, to be given to an application.
+
+    @param factory: makes what takes the visitors.
+    """
     acme = Route("acme", options["alpn"].text)
     fallback = Route("fallback", options["fallback"].text)
     patience = options["connect-timeout"]
     network = network_for(reactor)
-    factory = ProxyServerFactory(
+    visitors = factory(
         Routing(acme, fallback),
         {
             acme: network.target(options["alpn"], patience),
@@ -60,7 +69,7 @@ def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) 
     )
     return ProxyService(
         reactor,
-        factory,
+        visitors,
         make_redirect(options),
         pidfile,
         network=network,

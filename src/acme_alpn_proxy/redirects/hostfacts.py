@@ -113,6 +113,11 @@ def _number(path: Path) -> int | None:
         return None
 
 
+def new_interfaces_have_ipv6(proc: Path = PROC) -> bool:
+    """Whether an interface that is made now will have IPv6."""
+    return _number(proc / "sys/net/ipv6/conf/default/disable_ipv6") == 0
+
+
 def tracked_connections(proc: Path = PROC) -> int:
     """Entries in the connection tracking table; 0 where it is not loaded."""
     return _number(proc / "sys/net/netfilter/nf_conntrack_count") or 0
