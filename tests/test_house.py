@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "notify"),
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options"),
     ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
@@ -56,6 +56,7 @@ WITHOUT_TWISTED = (
     "clienthello",
     "routing",
     "pidfile",
+    "notify",
     "redirects.hostfacts",
     "redirects.bpf",
 )
