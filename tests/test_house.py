@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding", "notify"),
     ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
     ("transport", "relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
@@ -62,6 +62,7 @@ WITHOUT_TWISTED = (
     "routing",
     "samplehellos",
     "pidfile",
+    "notify",
     "redirects.hostfacts",
     "redirects.bpf",
 )
