@@ -429,6 +429,7 @@ class WriteTests(TransportCase):
             visitor, protocol = self.connect()
             written = self.fill_from_here(protocol)
             end(protocol.transport)
+            end(protocol.transport)
             self.assertEqual(protocol.story, ["made"])
             protocol.transport.write(b"too late")
             self.read_all(visitor, written)
