@@ -44,7 +44,7 @@ class ClientHello:
     @ivar alpn: the protocol names offered, in order (RFC 7301 section 3.1); empty without the
         extension.
     @ivar server_name: the host name asked for (RFC 6066 section 3), or L{None}. It is the peer's
-        word and may hold any byte; what is not ASCII is backslash-escaped.
+        word and may hold any byte; what is not printable ASCII is backslash-escaped.
     """
 
     alpn: tuple[bytes, ...] = ()
@@ -162,7 +162,7 @@ def _parse_server_name(extension: _Reader) -> str | None:
         kind = names.number(1, "server name type")
         name = names.vector(2, "server name").rest()
         if kind == _HOST_NAME and host is None:
-            host = name.decode("ascii", "backslashreplace")
+            host = name.decode("latin-1").encode("unicode_escape").decode("ascii")
     return host
 
 
