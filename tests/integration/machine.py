@@ -30,15 +30,24 @@ mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount -t tmpfs run run
 mount -t tmpfs dev dev
 mkdir dev/shm dev/pts
-for device in null:3 zero:5 full:7 random:8 urandom:9; do
-    mknod -m 666 "dev/${device%:*}" c 1 "${device#*:}"
-done
+while read -r name major minor; do mknod -m 666 "dev/$name" c "$major" "$minor"; done <<DEVICES
+null 1 3
+zero 1 5
+full 1 7
+random 1 8
+urandom 1 9
+tty 5 0
+ptmx 5 2
+DEVICES
 # None of the host's services, nor what sets the kernel up.
 rm -rf etc/systemd/system/*.wants usr/lib/systemd/system/*.wants
 mkdir etc/systemd/system/sysinit.target.wants
 ln -s /usr/lib/systemd/system/systemd-journald.service etc/systemd/system/sysinit.target.wants
-exec chroot . env -i container=docker PATH=/usr/sbin:/usr/bin:/sbin:/bin \
-    /lib/systemd/systemd --unit=basic.target --log-target=null
+mount --bind "$base/changes" media
+pivot_root . mnt
+umount --lazy mnt
+exec env -i container=docker PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+    /lib/systemd/systemd --unit=basic.target --log-target=journal
 """
 
 _serial = itertools.count(1)
@@ -49,11 +58,9 @@ class Machine:
     """What runs in there has the network of a namespace of ours.
 
     @ivar init: the PID that its systemd has outside.
-    @ivar changes: the folder of what is not as on the host.
     """
 
     init: int
-    changes: Path
 
     def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command in there to its end."""
@@ -80,9 +87,8 @@ class Machine:
     def changed(self) -> set[str]:
         """Every file that is not as on the host, but for those where dpkg and others keep book."""
         books = r"^(var/lib/(dpkg|systemd|apt)|var/cache|var/log/(dpkg.log|alternatives.log)|run)\b"
-        enter = ("nsenter", f"--target={self.init}", "--mount")
-        find = ("find", self.changes, "-not", "-type", "d", "-printf", r"%P\n")
-        found = subprocess.run([*enter, *find], capture_output=True, text=True, check=True)
+        # The boot has left there the folder of what is not as on the host.
+        found = self.run("find", "/media", "-not", "-type", "d", "-printf", r"%P\n")
         return {path for path in found.stdout.splitlines() if not re.match(books, path)}
 
 
@@ -108,7 +114,7 @@ def machine(namespace: Namespace, directory: Path) -> Iterator[Machine]:
         wait_until(lambda: _init(process) is not None, "it boots")
         init = _init(process)
         assert init is not None
-        booted = Machine(init, directory / "changes")
+        booted = Machine(init)
         wait_until(lambda: _is_up(booted), f"it has booted, see {directory}.log", 30)
         yield booted
     finally:

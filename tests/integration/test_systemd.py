@@ -37,11 +37,12 @@ def test_exposure() -> None:
 
 
 @pytest.fixture
-def manager() -> Iterator[socket.socket]:
-    """Listens where the proxy's environment will say."""
+def manager(proxy: Proxy, tmp_path: Path) -> Iterator[socket.socket]:
+    """Listens where the proxy's environment says."""
+    proxy.env["NOTIFY_SOCKET"] = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        listener.bind("")  # the kernel chooses an abstract name
+        listener.bind(proxy.env["NOTIFY_SOCKET"])
         listener.settimeout(20)
         yield listener
 
@@ -58,7 +59,6 @@ def test_told(
     road: Street, site: Website, proxy: Proxy, manager: socket.socket, tmp_path: Path
 ) -> None:
     """With -n, its manager is told when it steers, when it stops, and what it waits for."""
-    proxy.env["NOTIFY_SOCKET"] = manager.getsockname().decode().replace("\0", "@")
     words = proxy.start_words("-n", "--linger", "0.5", "--drain-timeout", "60")
     process = proxy.namespace.popen(proxy.program, *words, log=tmp_path / "log", env=proxy.env)
     try:
@@ -81,7 +81,6 @@ def test_told(
 
 def test_background_is_silent(proxy: Proxy, manager: socket.socket) -> None:
     """A hook's C{start} says nothing to the manager of whatever service the hook belongs to."""
-    proxy.env["NOTIFY_SOCKET"] = manager.getsockname().decode().replace("\0", "@")
     proxy.start(*AT_ONCE)
     proxy.stop(wait=True)
     manager.setblocking(False)
