@@ -162,7 +162,7 @@ def _parse_server_name(extension: _Reader) -> str | None:
         kind = names.number(1, "server name type")
         name = names.vector(2, "server name").rest()
         if kind == _HOST_NAME and host is None:
-            host = name.decode("latin-1").encode("unicode_escape").decode("ascii")
+            host = ascii(name.decode("latin-1"))[1:-1]
     return host
 
 

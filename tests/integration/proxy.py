@@ -87,7 +87,10 @@ class Proxy:
 
 def _argument(pid: int, number: int) -> str:
     """A word of the command line of a process; empty if there is none."""
-    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except FileNotFoundError:  # it has ended
+        return ""
     return words[number] if len(words) > number else ""
 
 
