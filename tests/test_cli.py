@@ -13,7 +13,7 @@ import threading
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy import cli
+from acme_alpn_proxy import cli, launch
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.options import ConsoleOptions
 
@@ -115,7 +115,7 @@ class ReportTests(CommandCase):
         ours, theirs = socket.socketpair()
         theirs.sendall(b'{"error": null, "running": false, "lines": []}\n')
         with ours, theirs:
-            self.assertEqual(cli._await_report(self.options("start"), process.pid, ours), cli.DONE)
+            cli._await_report(self.options("start"), process.pid, ours)
             self.assertEqual(theirs.recv(1), b"1")
         process.returncode = -signal.SIGKILL  # it was waited for
         with self.assertRaises(ProcessLookupError):
@@ -140,13 +140,51 @@ class StartTests(CommandCase):
         pair = socket.socketpair
         self.patch(socket, "socketpair", lambda: made.extend(pair()) or tuple(made))
         self.patch(os, "fork", lambda: 0)
-        self.patch(cli, "Report", lambda stream: stream)
-        self.patch(cli, "be_the_daemon", lambda options, pidfile, report: report)
+        reports: list[launch.Report] = []
+        self.patch(os, "register_at_fork", lambda **hooks: None)
+        self.patch(launch, "be_the_daemon", lambda *words: reports.append(words[2]) or 7)
         options = self.options("--logfile", os.devnull, "start")
-        theirs = cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
+        with self.assertRaises(SystemExit) as end:
+            cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
         self.addCleanup(made[1].close)
-        self.assertIs(theirs, made[1])
+        self.assertEqual(end.exception.code, 7)
+        self.assertIs(reports[0].stream, made[1])
+        self.assertFalse(reports[0].keep)
         self.assertEqual(made[0].fileno(), -1)
+
+
+class RunTests(CommandCase):
+    """C{run}, with start and stop of another instance played by the PID file."""
+
+    def run_true(self, *owners: int | None, words: tuple[str, ...] = ("--", "true")) -> int:
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        self.theirs = theirs
+        self.patch(cli, "_start_in_background", lambda options, pidfile: ours)
+        self.patch(cli, "clean_up", lambda options: self.cleaned.append(None))
+        self.cleaned: list[None] = []
+        return cli.run(self.options("run", *words), OwnerFile(*owners))  # type: ignore[arg-type]
+
+    def test_was_stopped(self) -> None:
+        """Somebody stopped the proxy meanwhile: C{run} says so, and what was left is removed."""
+        self.assertEqual(self.run_true(7, None), 0)
+        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertEqual(self.cleaned, [None])
+        self.assertEqual(self.theirs.recv(1), b"")
+
+    def test_another_instance(self) -> None:
+        """Somebody started another one meanwhile: that one is left alone."""
+        self.assertEqual(self.run_true(7, 8), 0)
+        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertEqual(self.cleaned, [])
+
+    def test_does_not_let_go(self) -> None:
+        """A proxy that keeps :443 is an error even if the command succeeded."""
+        self.patch(cli, "STOP_DEADLINE", 0.1)
+        pid = self.process().pid
+        self.assertEqual(self.run_true(pid), cli.FAILED)
+        self.assertRegex(self.stderr.getvalue(), "has not let go")
+        self.assertEqual(self.run_true(pid, words=("--", "sh", "-c", "exit 7")), 7)
 
 
 class MainTests(CommandCase):

@@ -18,7 +18,7 @@ PACKAGE = "acme_alpn_proxy"
 LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses"),
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
-    ("routing", "commands", "pidfile", "hangup", "drain", "options"),
+    ("routing", "commands", "pidfile", "hangup", "drain", "options", "run"),
     ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
     ("redirects.iptables", "redirects.auto"),
     ("protocols",),
@@ -56,6 +56,7 @@ WITHOUT_TWISTED = (
     "clienthello",
     "routing",
     "pidfile",
+    "run",
     "redirects.hostfacts",
     "redirects.bpf",
 )

@@ -11,6 +11,8 @@ from twisted.python.usage import UsageError
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
 
+RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+
 
 def console(*words: str, environment: Mapping[str, str] | None = None) -> ConsoleOptions:
     """The console script's options, parsed."""
@@ -88,23 +90,50 @@ def test_foreground(words: tuple[str, ...]) -> None:
 
 
 def test_wait() -> None:
-    """C{--wait} goes with stop, and with nothing else."""
+    """C{--wait} goes with stop and with run, and with nothing else."""
     assert console("stop", "--wait")["wait"]
-    assert refusal("start", "--wait") == "--wait goes with stop"
+    assert console("run", "--wait", "--", "true")["wait"]
+    assert refusal("start", "--wait") == "--wait goes with stop or run"
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start or stop"),
-        (("restart",), "one command is needed, start or stop, not 'restart'"),
-        (("start", "stop"), "one command is needed, start or stop, not 'start stop'"),
-        (("start", "--", "--wait"), "one command is needed, start or stop, not 'start --wait'"),
+        ((), "one command is needed, start, stop or run"),
+        (("restart",), "one command is needed, start, stop or run, not 'restart'"),
+        (("start", "stop"), "one command is needed, start, stop or run, not 'start stop'"),
+        (("start", "--", "-x"), "one command is needed, start, stop or run, not 'start -x'"),
+        (("--", "start"), "one command is needed, start, stop or run, not 'start'"),
+        (("run",), RUN_NEEDS),
+        (("run", "--"), RUN_NEEDS),
+        (("run", "lego"), RUN_NEEDS),
+        (("run", "lego", "--", "run"), RUN_NEEDS),
     ],
 )
 def test_commands(words: tuple[str, ...], why: str) -> None:
     """Anything but one known command is refused, and shown."""
     assert refusal(*words) == why
+
+
+@pytest.mark.parametrize(
+    "words", [("stop", "-n"), ("run", "--nodaemon", "--", "true"), ("-n", "stop")]
+)
+def test_foreground_with_start_alone(words: tuple[str, ...]) -> None:
+    """C{-n} goes with start alone."""
+    assert refusal(*words) == "--nodaemon goes with start"
+
+
+def test_run() -> None:
+    """Behind C{run --} is another program's command line, and none of it is taken for ours."""
+    options = console("run", "-alpn", "[::1]:5001", "--", "lego", "-alpn", "-x", "--", "run")
+    assert (options["command"], options["alpn"].port) == ("run", 5001)
+    assert options["argv"] == ["lego", "-alpn", "-x", "--", "run"]
+
+
+def test_shared() -> None:
+    """C{--shared} goes with run alone."""
+    assert console("run", "--shared", "--", "true")["shared"]
+    assert refusal("start", "--shared") == "--shared goes with run"
 
 
 @pytest.mark.parametrize(
@@ -229,13 +258,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop"
+    assert lines[1] == "       acme-alpn-proxy [options] run -- COMMAND..."
     for beginning in (
         "start ",
         "stop ",
+        "run ",
         "ACME_ALPN_PROXY_PIDFILE ",
         "ACME_ALPN_PROXY_RULESPEC ",
         "ACME_ALPN_PROXY_DISABLEV6=y ",
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage.",
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;",
     ):
         assert [line for line in lines if line.startswith(beginning)] != [], beginning
 

@@ -1,4 +1,7 @@
-"""The console script: C{acme-alpn-proxy start|stop}."""
+"""The console script: C{acme-alpn-proxy start|stop|run}.
+
+What needs Twisted's reactor or twistd is imported where it is needed, by the commands that start.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,24 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from twisted.python.usage import UsageError
 
 from .errors import AlreadyRunning, StartError
-from .launch import Report, be_the_daemon, run
 from .options import PORT, ConsoleOptions
 from .pidfile import PIDFile
+from .run import CannotRun, run_command
 
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
+TRY_LATER: Final = os.EX_TEMPFAIL
+"""75: C{run} while an instance runs already."""
+
+TARGET_VARIABLE: Final = "ACME_ALPN_PROXY_TARGET"
+"""Where the ACME client is to answer, for the command that C{run} runs."""
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -48,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     pidfile = PIDFile(options["pidfile"])
     try:
-        if options["command"] == "stop":
-            return stop(options, pidfile)
-        return start(options, pidfile)
+        return COMMANDS[options["command"]](options, pidfile)
     except AlreadyRunning as instance:
         _say(str(instance))
         return DONE
@@ -61,21 +67,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Start the proxy; raises L{StartError}."""
-    pid = pidfile.owner()
-    if pid is not None:
-        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
     if options["nodaemon"]:
-        run(options, pidfile, lambda: True)
-        return DONE
-    _check_logfile(options["logfile"])
-    ours, theirs = socket.socketpair()
-    child = os.fork()
-    if not child:
-        ours.close()
-        return be_the_daemon(options, pidfile, Report(theirs))
-    theirs.close()
-    with ours:
-        return _await_report(options, child, ours)
+        from . import launch
+
+        _refuse_if_running(pidfile)
+        launch.run(options, pidfile, lambda: True)
+    else:
+        _start_in_background(options, pidfile).close()
+    return DONE
+
+
+def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Steer while a command runs, and give that one's exit status; raises L{StartError}.
+
+    However this process ends, the proxy lets go: it holds the other end of a socket.
+    """
+    try:
+        leash = _start_in_background(options, pidfile)
+    except AlreadyRunning as instance:
+        if options["shared"]:
+            return _run_command(options)
+        _say(f"{instance}; wait until it has ended, or run the command with it by --shared")
+        return TRY_LATER
+    with leash:
+        pid = pidfile.owner()
+        status = _run_command(options)
+        owner = pidfile.owner()
+        if owner is not None and owner == pid:
+            try:
+                stop(options, pidfile)
+            except StartError as problem:
+                _say(str(problem))
+                return status or FAILED
+        else:  # it was stopped, or killed
+            _say(f"the proxy has ended before the command did; see {options['logfile']}")
+            if owner is None:
+                clean_up(options)
+    return status
 
 
 def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -107,6 +135,13 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     finally:
         os.close(process)
     return DONE
+
+
+COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
+    "start": start,
+    "stop": stop,
+    "run": run,
+}
 
 
 def clean_up(options: ConsoleOptions) -> int:
@@ -154,6 +189,42 @@ def _say(text: str) -> None:
         print(f"acme-alpn-proxy: {text}", file=stream, flush=True)
 
 
+def _refuse_if_running(pidfile: PIDFile) -> None:
+    pid = pidfile.owner()
+    if pid is not None:
+        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
+
+
+def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
+    """Start the daemon; gives the socket to it, which that of C{run} keeps open, too."""
+    from . import launch
+
+    _refuse_if_running(pidfile)
+    _check_logfile(options["logfile"])
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        ours.close()
+        report = launch.Report(theirs, keep=options["command"] == "run")
+        raise SystemExit(launch.be_the_daemon(options, pidfile, report))
+    theirs.close()
+    try:
+        _await_report(options, child, ours)
+    except BaseException:
+        ours.close()
+        raise
+    return ours
+
+
+def _run_command(options: ConsoleOptions) -> int:
+    """Run the command that C{run} was given; gives its exit status."""
+    try:
+        return run_command(options["argv"], {TARGET_VARIABLE: options["alpn"].host_and_port})
+    except CannotRun as problem:
+        _say(str(problem))
+        return problem.status
+
+
 def _check_logfile(path: str) -> None:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
@@ -164,8 +235,8 @@ def _check_logfile(path: str) -> None:
         ) from None
 
 
-def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> int:
-    """The caller's side: print what the daemon tells and give the exit status."""
+def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> None:
+    """The caller's side: print what the daemon tells; raises L{StartError} if that is an error."""
     stream.settimeout(START_DEADLINE + options["linger"])
     told_by = stream.makefile("rb")
     try:
@@ -187,7 +258,6 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
         raise (AlreadyRunning if told["running"] else StartError)(told["error"])
     stream.sendall(b"1")
     _await_runner(child)
-    return DONE
 
 
 def _await_runner(child: int) -> None:

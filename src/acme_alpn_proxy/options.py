@@ -25,6 +25,15 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
+COMMANDS: Final = ("start", "stop", "run")
+
+GO_WITH: Final = {
+    "nodaemon": ("start",),
+    "wait": ("stop", "run"),
+    "shared": ("run",),
+}
+"""The commands that a flag goes with."""
+
 DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
@@ -179,26 +188,33 @@ class ProxyOptions(Options):
 class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
-    synopsis = "Usage: acme-alpn-proxy [options] start|stop"
+    synopsis = (
+        "Usage: acme-alpn-proxy [options] start|stop\n"
+        "       acme-alpn-proxy [options] run -- COMMAND..."
+    )
     longdesc = (
         f"{ProxyOptions.longdesc}\n\n"
         "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
-        "stop   steer no more; exit 0 once that is so; connections under way go on\n\n"
+        "stop   steer no more; exit 0 once that is so; connections under way go on\n"
+        "run    steer, run COMMAND, steer no more; exit as COMMAND did\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
         f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage."
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;\n"
+        "run: that of COMMAND, 128 + N if signal N ended it, 127 not found, 126 no program,\n"
+        "75 an instance runs already (COMMAND was not run)."
     )
 
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
-        ["wait", None, "stop: wait until the last connection has ended"],
+        ["wait", None, "stop, run: wait until the last connection has ended"],
+        ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
     optParameters = [  # noqa: RUF012
-        ["logfile", None, DEFAULT_LOGFILE, "start: where to log in the background"],
-        ["uid", None, None, "start: user to run as once it steers", _user],
-        ["gid", None, None, "start: group to run as (default: that of --uid)", _group],
+        ["logfile", None, DEFAULT_LOGFILE, "start, run: where to log in the background"],
+        ["uid", None, None, "start, run: user to run as once it steers", _user],
+        ["gid", None, None, "start, run: group to run as (default: that of --uid)", _group],
     ]
 
     def getUsage(self, width: int | None = None) -> str:
@@ -211,8 +227,11 @@ class ConsoleOptions(ProxyOptions):
         return f"{usage.rstrip()}\n\n{folded}\n"
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Options may stand before and after the command."""
-        words = [self._with_two_dashes(word) for word in options or ()]
+        """Options may stand before and after the command; what is behind C{--} is not ours."""
+        given = list(options or ())
+        end = given.index("--") if "--" in given else len(given)
+        self["argv"] = given[end + 1 :]
+        words = [self._with_two_dashes(word) for word in given[:end]]
         try:
             parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
         except getopt.error as problem:
@@ -228,17 +247,24 @@ class ConsoleOptions(ProxyOptions):
         raise SystemExit(0)
 
     def parseArgs(self, *words: str) -> None:
-        """Exactly one command."""
-        if len(words) != 1 or words[0] not in ("start", "stop"):
-            got = f", not {shlex.join(words)!r}" if words else ""
-            raise UsageError(f"one command is needed, start or stop{got}")
+        """Exactly one command, and for C{run} another program's."""
+        argv = self["argv"]
+        if words[:1] == ("run",) and (len(words) > 1 or not argv):
+            raise UsageError(
+                "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+            )
+        if len(words) != 1 or words[0] not in COMMANDS or (argv and words[0] != "run"):
+            got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""
+            *but_last, last = COMMANDS
+            raise UsageError(f"one command is needed, {', '.join(but_last)} or {last}{got}")
         self["command"] = words[0]
 
     def postOptions(self) -> None:
         """Which option goes with which command, and the paths."""
         super().postOptions()
-        if self["wait"] and self["command"] != "stop":
-            raise UsageError("--wait goes with stop")
+        for flag, commands in GO_WITH.items():
+            if self[flag] and self["command"] not in commands:
+                raise UsageError(f"--{flag} goes with {' or '.join(commands)}")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])
