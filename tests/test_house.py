@@ -18,9 +18,10 @@ PACKAGE = "acme_alpn_proxy"
 LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses"),
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
-    ("routing", "commands", "pidfile", "hangup", "drain", "options", "run"),
-    ("relay", "redirects.guard", "redirects.sklookup", "redirects.none"),
+    ("routing", "commands", "pidfile", "hangup", "drain", "options", "run", "status"),
+    ("relay", "statussocket", "redirects.guard", "redirects.sklookup", "redirects.none"),
     ("redirects.iptables", "redirects.auto"),
+    ("statistics",),
     ("protocols",),
     ("service",),
     ("program",),
@@ -33,6 +34,7 @@ LAYERS = (
 SEE_ONLY = {
     "clienthello": set(),
     "routing": {"clienthello"},
+    "statistics": {"clienthello", "routing"},
     "redirects.guard": {"errors", "interfaces"},
     "redirects.iptables": {
         "commands",
@@ -57,6 +59,8 @@ WITHOUT_TWISTED = (
     "routing",
     "pidfile",
     "run",
+    "statistics",
+    "status",
     "redirects.hostfacts",
     "redirects.bpf",
 )

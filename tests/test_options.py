@@ -99,11 +99,14 @@ def test_wait() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start, stop or run"),
-        (("restart",), "one command is needed, start, stop or run, not 'restart'"),
-        (("start", "stop"), "one command is needed, start, stop or run, not 'start stop'"),
-        (("start", "--", "-x"), "one command is needed, start, stop or run, not 'start -x'"),
-        (("--", "start"), "one command is needed, start, stop or run, not 'start'"),
+        ((), "one command is needed, start, stop, run or status"),
+        (("restart",), "one command is needed, start, stop, run or status, not 'restart'"),
+        (("start", "stop"), "one command is needed, start, stop, run or status, not 'start stop'"),
+        (
+            ("start", "--", "-x"),
+            "one command is needed, start, stop, run or status, not 'start -x'",
+        ),
+        (("--", "start"), "one command is needed, start, stop, run or status, not 'start'"),
         (("run",), RUN_NEEDS),
         (("run", "--"), RUN_NEEDS),
         (("run", "lego"), RUN_NEEDS),
@@ -131,7 +134,10 @@ def test_run() -> None:
 
 
 def test_shared() -> None:
-    """C{--shared} goes with run alone."""
+    """C{--shared} goes with run alone, C{--json} and C{--watch} with status."""
+    assert console("status", "--json", "--watch")["watch"]
+    assert refusal("stop", "--json") == "--json goes with status"
+    assert refusal("stop", "--watch") == "--watch goes with status"
     assert console("run", "--shared", "--", "true")["shared"]
     assert refusal("start", "--shared") == "--shared goes with run"
 
@@ -257,12 +263,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         console("--help")
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop"
+    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|status"
     assert lines[1] == "       acme-alpn-proxy [options] run -- COMMAND..."
     for beginning in (
         "start ",
         "stop ",
         "run ",
+        "status ",
         "ACME_ALPN_PROXY_PIDFILE ",
         "ACME_ALPN_PROXY_RULESPEC ",
         "ACME_ALPN_PROXY_DISABLEV6=y ",

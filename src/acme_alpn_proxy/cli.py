@@ -1,4 +1,4 @@
-"""The console script: C{acme-alpn-proxy start|stop|run}.
+"""The console script: C{acme-alpn-proxy start|stop|run|status}.
 
 What needs Twisted's reactor or twistd is imported where it is needed, by the commands that start.
 """
@@ -12,24 +12,34 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from twisted.python.usage import UsageError
 
+from .addresses import parse_address
 from .errors import AlreadyRunning, StartError
 from .options import PORT, ConsoleOptions
 from .pidfile import PIDFile
 from .run import CannotRun, run_command
+from .status import SILENT, VERSION, instances, remove_stale, show
 
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
+NOT_RUNNING: Final = 3
+"""Of C{status}, as of init scripts (LSB Core)."""
+
 TRY_LATER: Final = os.EX_TEMPFAIL
 """75: C{run} while an instance runs already."""
 
 TARGET_VARIABLE: Final = "ACME_ALPN_PROXY_TARGET"
 """Where the ACME client is to answer, for the command that C{run} runs."""
+
+WATCH_SECONDS: Final = 1.0
+CLEAR: Final = "\x1b[H\x1b[J"
+"""To the terminal: go to its first line, erase what is below (ECMA-48 CUP, ED)."""
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -86,12 +96,12 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
         leash = _start_in_background(options, pidfile)
     except AlreadyRunning as instance:
         if options["shared"]:
-            return _run_command(options)
+            return _run_command(options, _target_of_the_running(options, pidfile))
         _say(f"{instance}; wait until it has ended, or run the command with it by --shared")
         return TRY_LATER
     with leash:
         pid = pidfile.owner()
-        status = _run_command(options)
+        status = _run_command(options, options["alpn"].host_and_port)
         owner = pidfile.owner()
         if owner is not None and owner == pid:
             try:
@@ -137,10 +147,27 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     return DONE
 
 
+def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Show the instances that run or drain; raises L{StartError}."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a few lines alone gets no traceback
+    while True:
+        found = instances(pidfile.path, pidfile.owner())
+        if options["json"]:
+            text = json.dumps({"version": VERSION, "instances": found}) + "\n"
+        else:
+            text = show(found, time.time())
+        clear = CLEAR if options["watch"] and sys.stdout.isatty() else ""
+        print(clear + text, end="", flush=True)
+        if not options["watch"]:
+            return DONE if found else NOT_RUNNING
+        time.sleep(WATCH_SECONDS)
+
+
 COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "start": start,
     "stop": stop,
     "run": run,
+    "status": status,
 }
 
 
@@ -149,11 +176,12 @@ def clean_up(options: ConsoleOptions) -> int:
 
     @return: the number of rules removed; 0, too, if it cannot be done: this is a kindness.
     """
+    remove_stale(options["pidfile"])
+    if options["redirect"] == "none" or os.geteuid() != 0:
+        return 0
     from .commands import BlockingCommands
     from .redirects.iptables import IptablesRedirect
 
-    if options["redirect"] == "none" or os.geteuid() != 0:
-        return 0
     redirect = IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
     removed: list[int] = []
     redirect.clean_up(BlockingCommands()).addCallbacks(removed.append, lambda failure: None)
@@ -216,10 +244,19 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
     return ours
 
 
-def _run_command(options: ConsoleOptions) -> int:
+def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
+    """Where the instance that runs already has its ACME client."""
+    owner = pidfile.owner()
+    for answer in instances(pidfile.path, owner):
+        if answer["pid"] == owner and answer["state"] != SILENT:
+            return parse_address(answer["routes"]["acme"]["target"]).host_and_port
+    return str(options["alpn"].host_and_port)
+
+
+def _run_command(options: ConsoleOptions, target: str) -> int:
     """Run the command that C{run} was given; gives its exit status."""
     try:
-        return run_command(options["argv"], {TARGET_VARIABLE: options["alpn"].host_and_port})
+        return run_command(options["argv"], {TARGET_VARIABLE: target})
     except CannotRun as problem:
         _say(str(problem))
         return problem.status

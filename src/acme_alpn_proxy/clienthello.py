@@ -8,7 +8,7 @@ size and says, as soon as it can be said, what it is. Each byte is looked at onc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 MAX_MESSAGE: Final = 65_536
 """Bytes of handshake message accepted: what Go's crypto/tls takes, the strictest of the usual web
@@ -54,9 +54,13 @@ class NotClientHello:
     """The bytes are not, and cannot become, a ClientHello that this parser takes.
 
     @ivar reason: which field says so, for a log line.
+    @ivar kind: one of L{KINDS}.
     """
 
+    KINDS: ClassVar[tuple[str, ...]] = ("not_tls", "deadline", "end_of_file")
+
     reason: str
+    kind: str = "not_tls"
 
 
 Verdict: TypeAlias = NeedMore | ClientHello | NotClientHello

@@ -25,12 +25,14 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
-COMMANDS: Final = ("start", "stop", "run")
+COMMANDS: Final = ("start", "stop", "run", "status")
 
 GO_WITH: Final = {
     "nodaemon": ("start",),
     "wait": ("stop", "run"),
     "shared": ("run",),
+    "json": ("status",),
+    "watch": ("status",),
 }
 """The commands that a flag goes with."""
 
@@ -189,26 +191,29 @@ class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
     synopsis = (
-        "Usage: acme-alpn-proxy [options] start|stop\n"
+        "Usage: acme-alpn-proxy [options] start|stop|status\n"
         "       acme-alpn-proxy [options] run -- COMMAND..."
     )
     longdesc = (
         f"{ProxyOptions.longdesc}\n\n"
         "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
         "stop   steer no more; exit 0 once that is so; connections under way go on\n"
-        "run    steer, run COMMAND, steer no more; exit as COMMAND did\n\n"
+        "run    steer, run COMMAND, steer no more; exit as COMMAND did\n"
+        "status show what runs, and what it has done so far\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
         f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
         "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;\n"
         "run: that of COMMAND, 128 + N if signal N ended it, 127 not found, 126 no program,\n"
-        "75 an instance runs already (COMMAND was not run)."
+        "75 an instance runs already (COMMAND was not run); status: 3 nothing runs."
     )
 
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
         ["wait", None, "stop, run: wait until the last connection has ended"],
+        ["json", None, "status: for programs, one line"],
+        ["watch", None, "status: show it again every second"],
         ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
     optParameters = [  # noqa: RUF012

@@ -34,6 +34,7 @@ from .hangup import NoHangupWatch
 from .interfaces import IHangupWatch
 from .relay import TransportRelay
 from .routing import Route, Routing
+from .statistics import Passage, Statistics
 
 
 def _tune(transport: Any) -> None:
@@ -106,6 +107,7 @@ class ProxyServer(Protocol):
     def __init__(self) -> None:
         self._parser = ClientHelloParser()
         self._connecting: Deferred[Any] | None = None
+        self._passage: Passage | None = None
         self._relaying = False
         self._ends = 0
 
@@ -115,7 +117,9 @@ class ProxyServer(Protocol):
         _tune(self.transport)
         seconds = self.factory.hello_timeout
         self._deadline = self.factory.clock.callLater(
-            seconds, self._decide, NotClientHello(f"no whole ClientHello within {seconds:g} s")
+            seconds,
+            self._decide,
+            NotClientHello(f"no whole ClientHello within {seconds:g} s", "deadline"),
         )
 
     def dataReceived(self, data: bytes) -> None:
@@ -130,7 +134,7 @@ class ProxyServer(Protocol):
         if self._relaying:
             self.relay.finished(self.transport)
         else:
-            self._decide(NotClientHello("end of file before a whole ClientHello"))
+            self._decide(NotClientHello("end of file before a whole ClientHello", "end_of_file"))
 
     def writeConnectionLost(self) -> None:
         """Our own FIN went out: nothing to do."""
@@ -149,6 +153,9 @@ class ProxyServer(Protocol):
             self.relay.lost(transport)
         self._ends -= 1
         if not self._ends:
+            if self._passage is not None:
+                moved = self.relay.moved if self._relaying else (0, 0)
+                self.factory.statistics.ended(self._passage, *moved)
             self.factory.live.leave(self)
 
     def abort(self) -> None:
@@ -165,6 +172,11 @@ class ProxyServer(Protocol):
         self.factory.hangups.add(self.transport, self.abort)
         route = self.factory.routing.route(verdict)
         self.factory.log_route(self.transport.getPeer(), route, verdict)  # type: ignore[union-attr]
+        self._passage = self.factory.statistics.decided(
+            route,
+            verdict,
+            lambda: _show(self.transport.getPeer()),  # type: ignore[union-attr]
+        )
         self._connecting = self.factory.connect(route, self)
         self._connecting.addCallbacks(self._connected, self._unreachable, errbackArgs=(route,))
 
@@ -180,6 +192,8 @@ class ProxyServer(Protocol):
     def _unreachable(self, failure: Failure, route: Route) -> None:
         self._connecting = None
         if failure.check(CancelledError, ConnectingCancelledError) is None:
+            assert self._passage is not None
+            self.factory.statistics.unreachable(self._passage, failure.getErrorMessage())
             self.factory.log_unreachable(route, failure)
             self.abort()
 
@@ -188,6 +202,7 @@ class ProxyServerFactory(ServerFactory):
     """Makes a L{ProxyServer} for each visitor, and holds what they share.
 
     @ivar live: the connections that have not ended.
+    @ivar statistics: the numbers of all connections.
     @ivar hangups: set by whoever starts and ends the service.
     """
 
@@ -213,6 +228,7 @@ class ProxyServerFactory(ServerFactory):
         self.clock = clock
         self.hello_timeout = hello_timeout
         self.live = LiveConnections()
+        self.statistics = Statistics(routing)
         self.hangups: IHangupWatch = NoHangupWatch()
         self._endpoints = endpoints
         self._connect_timeout = connect_timeout

@@ -32,6 +32,7 @@ class _Flow:
         self._relay = relay
         self.source = source
         self.sink = sink
+        self.moved = 0
         self.finished = False
 
     def pauseProducing(self) -> None:
@@ -66,14 +67,22 @@ class TransportRelay:
         }
         self._ended = False
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes passed on so far, from the front and from the back."""
+        return self._flows[self._front].moved, self._flows[self._back].moved
+
     def start(self, first: bytes) -> None:
+        self._flows[self._front].moved = len(first)
         for flow in self._flows.values():
             flow.sink.registerProducer(flow, True)
         self._front.resumeProducing()
         self._back.write(first)
 
     def received(self, source: object, data: bytes) -> None:
-        self._flows[source].sink.write(data)
+        flow = self._flows[source]
+        flow.moved += len(data)
+        flow.sink.write(data)
 
     def finished(self, source: object) -> None:
         if _has_error(source):

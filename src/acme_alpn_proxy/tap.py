@@ -19,6 +19,7 @@ from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
 from .routing import Route, Routing
 from .service import ProxyService
+from .statussocket import StatusService
 
 __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
@@ -70,7 +71,11 @@ def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) 
 
 def make_program(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> Program:
     """The proxy as the whole program of this process: it takes the signals."""
-    return Program(reactor, make_proxy(options, reactor, pidfile))
+    proxy = make_proxy(options, reactor, pidfile)
+    program = Program(reactor, proxy)
+    if pidfile is not None:
+        StatusService(reactor, options["pidfile"], proxy.as_json).setServiceParent(program)
+    return program
 
 
 def exit_with_line(problem: StartError) -> NoReturn:
