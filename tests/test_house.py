@@ -22,7 +22,7 @@ LAYERS = (
     ("relay", "statussocket", "redirects.guard", "redirects.sklookup", "redirects.none"),
     ("redirects.iptables", "redirects.auto"),
     ("statistics",),
-    ("protocols",),
+    ("protocols", "logs"),
     ("service",),
     ("program",),
     ("tap",),

@@ -207,6 +207,21 @@ def test_unknown_redirect() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "default", "choices"),
+    [
+        ("log-format", "text", "text, json"),
+        ("log-level", "info", "debug, info, warn, error"),
+    ],
+)
+def test_logs(option: str, default: str, choices: str) -> None:
+    """Format and level of the log are one of a few."""
+    assert console("start")[option] == default
+    for choice in choices.split(", "):
+        assert console("start", f"--{option}={choice}")[option] == choice
+    assert refusal("start", f"--{option}=no").endswith(f"--{option} 'no': choose one of {choices}")
+
+
 def test_user_and_group() -> None:
     """A user and a group are taken by name or number; one that does not exist is refused."""
     options = console("start", "--uid", "nobody", "--gid", "7")

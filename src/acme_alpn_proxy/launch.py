@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -19,22 +20,19 @@ from typing import Any, Final
 from twisted.application.service import Service
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import (
-    FilteringLogObserver,
     ILogObserver,
     LogEvent,
     Logger,
     LogLevel,
-    LogLevelFilterPredicate,
     formatEvent,
     globalLogPublisher,
-    textFileLogObserver,
 )
 from twisted.python.failure import Failure
-from twisted.python.logfile import LogFile
 from twisted.scripts.twistd import ServerOptions, runApp  # type: ignore[attr-defined]
 from zope.interface import implementer
 
 from .errors import AlreadyRunning, StartError
+from .logs import observer, open_log_file, reopen
 from .options import ConsoleOptions
 from .pidfile import PIDFile
 from .program import Program
@@ -224,20 +222,13 @@ def run(
     config["no_save"] = True
     config["nodaemon"] = bool(options["nodaemon"])
     config["uid"], config["gid"] = options["uid"], options["gid"]
-    config["logger"] = _log_observer(options)
+    stream: Any = sys.__stderr__
+    if not options["nodaemon"]:
+        stream = file = open_log_file(options["logfile"])
+        threads: Any = reactor
+        signal.signal(signal.SIGUSR1, lambda *_: threads.callFromThread(reopen, file))
+    log = observer(stream, options["log-format"], options["log-level"])
+    config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}
     runApp(config)
-
-
-def _log_observer(options: ConsoleOptions) -> Callable[[], Any]:
-    """A factory for twistd: to the log file, or with C{-n} to stderr; C{info} and above."""
-
-    def observer() -> Any:
-        stream: Any = sys.__stderr__
-        if not options["nodaemon"]:
-            stream = LogFile.fromFullPath(options["logfile"])
-        level = LogLevelFilterPredicate(LogLevel.info)
-        return FilteringLogObserver(textFileLogObserver(stream), [level])
-
-    return observer

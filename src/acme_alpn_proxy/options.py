@@ -67,10 +67,13 @@ def _seconds(option: str) -> Callable[[str], float]:
     return coerce
 
 
-def _redirect(value: str) -> str:
-    if value not in REDIRECTS:
-        raise ValueError(f"--redirect {value!r}: choose one of {', '.join(REDIRECTS)}")
-    return value
+def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
+    def coerce(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"--{option} {value!r}: choose one of {', '.join(choices)}")
+        return value
+
+    return coerce
 
 
 def _user(value: str) -> int:
@@ -124,7 +127,7 @@ class ProxyOptions(Options):
             "iptables",
             "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), auto"
             f" (sk-lookup where it works, else iptables), or none (you steer them to port {PORT})",
-            _redirect,
+            _choice("redirect", REDIRECTS),
         ],
         [
             "hello-timeout",
@@ -218,6 +221,20 @@ class ConsoleOptions(ProxyOptions):
     ]
     optParameters = [  # noqa: RUF012
         ["logfile", None, DEFAULT_LOGFILE, "start, run: where to log in the background"],
+        [
+            "log-format",
+            None,
+            "text",
+            "start, run: text, or json: one object a line",
+            _choice("log-format", ("text", "json")),
+        ],
+        [
+            "log-level",
+            None,
+            "info",
+            "start, run: the least that is logged: debug (each visitor), info, warn, error",
+            _choice("log-level", ("debug", "info", "warn", "error")),
+        ],
         ["uid", None, None, "start, run: user to run as once it steers", _user],
         ["gid", None, None, "start, run: group to run as (default: that of --uid)", _group],
     ]
