@@ -19,7 +19,7 @@ LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses"),
     ("redirects", "redirects.hostfacts", "redirects.bpf"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options", "run", "status"),
-    ("relay", "statussocket", "redirects.guard", "redirects.sklookup", "redirects.none"),
+    ("relay", "statussocket", "metrics", "redirects.guard", "redirects.sklookup", "redirects.none"),
     ("redirects.iptables", "redirects.auto"),
     ("statistics",),
     ("protocols", "logs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getopt
+import importlib.util
 import math
 import os
 import re
@@ -74,6 +75,27 @@ def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
         return value
 
     return coerce
+
+
+def _metrics(value: str) -> str:
+    """An endpoint string to listen at; on this host alone if nothing but a port is given."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ValueError(
+            "--metrics needs prometheus_client: pip install 'acme-alpn-proxy[metrics]', or"
+            " apt install python3-prometheus-client"
+        )
+    from twisted.internet.endpoints import serverFromString
+
+    port = re.fullmatch("(?:tcp:)?([0-9]+)", value)
+    text = f"tcp:{port[1]}:interface=127.0.0.1" if port else value
+    try:
+        serverFromString(None, text)
+    except Exception as problem:  # each kind of endpoint raises its own
+        raise ValueError(
+            f"--metrics {value!r}: a port or a server endpoint string is needed, such as"
+            f" tcp:9443:interface=127.0.0.1: {problem}"
+        ) from None
+    return text
 
 
 def _user(value: str) -> int:
@@ -157,6 +179,14 @@ class ProxyOptions(Options):
             180.0,
             "Seconds to wait at stop for live connections; then they are reset",
             _seconds("drain-timeout"),
+        ],
+        [
+            "metrics",
+            None,
+            None,
+            "Where to serve numbers to Prometheus: a port of 127.0.0.1 or a Twisted server endpoint"
+            " string",
+            _metrics,
         ],
     ]
 

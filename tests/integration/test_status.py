@@ -162,6 +162,24 @@ def test_shared_run_has_its_target(proxy: Proxy) -> None:
     proxy.stop(wait=True)
 
 
+def test_metrics(proxy: Proxy) -> None:
+    """With --metrics Prometheus reads the numbers from a port of the loopback, until it stops; if
+    another program has that port the proxy does not start."""
+    with proxy.namespace.listen("127.0.0.1", 9443):
+        done = proxy.start(*AT_ONCE, "--metrics", "9443", check=False)
+        assert done.returncode == 1
+        assert re.fullmatch("acme-alpn-proxy: --metrics tcp:9443:.* in use.*\n", done.stderr)
+        assert proxy.namespace.rules() == []
+    proxy.start(*AT_ONCE, "--metrics", "9443")
+    with proxy.namespace.connect("127.0.0.1", 9443) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        page = scraper.makefile().read()
+    assert "\nacme_alpn_proxy_running 1.0\n" in page
+    proxy.stop(wait=True)
+    assert not proxy.namespace.accepts("127.0.0.1", 9443)
+    assert "GET" not in proxy.log
+
+
 def test_fast(proxy: Proxy) -> None:
     """The whole command takes less than 250 ms of a processor, the best of a few times."""
     environment = {name: v for name, v in os.environ.items() if "COVERAGE" not in name}
