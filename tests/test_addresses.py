@@ -150,3 +150,17 @@ def test_unknown_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     assert not parse_address(f"{host}:443").is_local_port(443)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("web.example:443", "web.example:443"),
+        ("tcp:host=127.0.0.1:port=443", "127.0.0.1:443"),
+        (r"tcp:host=\:\:1:port=443", "[::1]:443"),
+        ("unix:/run/web.sock", "unix:/run/web.sock"),
+    ],
+)
+def test_host_and_port(text: str, shown: str) -> None:
+    """Other programs are told host and port, wherever there are any."""
+    assert parse_address(text).host_and_port == shown

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy import cli, launch
-from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.options import ConsoleOptions
 
 
@@ -185,6 +186,66 @@ class RunTests(CommandCase):
         self.assertEqual(self.run_true(pid), cli.FAILED)
         self.assertRegex(self.stderr.getvalue(), "has not let go")
         self.assertEqual(self.run_true(pid, words=("--", "sh", "-c", "exit 7")), 7)
+
+
+class SharedRunTests(CommandCase):
+    """C{run --shared}, with an instance played by a PID file."""
+
+    def run_shared(self, *answers: dict[str, object]) -> str:
+        """What the command is told to be its target."""
+
+        def running(options: object, pidfile: object) -> None:
+            raise AlreadyRunning("already running as PID 7")
+
+        told: list[str] = []
+        self.patch(cli, "_start_in_background", running)
+        self.patch(cli, "instances", lambda path, owner: answers)
+        self.patch(cli, "_run_command", lambda options, target: told.append(target))
+        cli.run(self.options("run", "--shared", "--", "true"), OwnerFile(7))  # type: ignore[arg-type]
+        return told[0]
+
+    def test_target(self) -> None:
+        """The command is told where that one has its ACME client, not one that drains beside it."""
+        answers = [
+            {"pid": pid, "state": "running", "routes": {"acme": {"target": f"10.0.0.{pid}:5001"}}}
+            for pid in (6, 7)
+        ]
+        self.assertEqual(self.run_shared(*answers), "10.0.0.7:5001")
+
+    def test_silent(self) -> None:
+        """If that one does not answer, it is told what the options say."""
+        self.assertEqual(self.run_shared({"pid": 7, "state": cli.SILENT}), "127.0.0.1:31443")
+
+
+class Terminal(io.StringIO):
+    """Standard output that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Interrupted(Exception):
+    """Somebody has seen enough."""
+
+
+class WatchTests(CommandCase):
+    def test_redraws(self) -> None:
+        """On a terminal C{status --watch} wipes what it told before, every second."""
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                raise Interrupted
+
+        terminal = Terminal()
+        self.patch(sys, "stdout", terminal)
+        self.patch(time, "sleep", pause)
+        self.addCleanup(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
+        with self.assertRaises(Interrupted):
+            cli.status(self.options("status", "--watch"), OwnerFile(None))  # type: ignore[arg-type]
+        self.assertEqual(terminal.getvalue(), f"{cli.CLEAR}not running\n" * 2)
+        self.assertEqual(pauses, [1.0, 1.0])
 
 
 class MainTests(CommandCase):
