@@ -1,12 +1,15 @@
 # make demo   a certificate from a test CA, in throwaway network namespaces, under visitors
 # make test   everything that CI runs
+# make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
+# make deb    the Debian package, below dist/; make wheel is there, too
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
 # All as root: they install what they need (Debian packages; Python packages in .venv).
 
 PYTHON ?= python3
 VENV := .venv
+DIST := dist
 
-.PHONY: demo test bench clean
+.PHONY: demo test wheel pyz deb bench clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
@@ -17,6 +20,17 @@ test: $(VENV)/tox
 bench: $(VENV)/bench
 	$(VENV)/bin/python -m bench $(BENCH)
 
+wheel: $(VENV)/build
+	rm -f $(DIST)/*.whl $(DIST)/*.tar.gz
+	$(VENV)/bin/hatchling build --target sdist --target wheel --directory $(DIST)
+
+pyz: wheel
+	PYTHON=$(VENV)/bin/python sh packaging/build-pyz $(DIST)/*.whl $(DIST)/acme-alpn-proxy.pyz
+
+deb: wheel
+	rm -f $(DIST)/*.deb
+	PYTHON=$(VENV)/bin/python sh packaging/build-deb $(DIST)/*.whl $(DIST)
+
 $(VENV)/packages: tests/install-debian-packages tests/debian-packages.sh
 	sh tests/install-debian-packages
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +38,10 @@ $(VENV)/packages: tests/install-debian-packages tests/debian-packages.sh
 
 $(VENV)/demo: $(VENV)/packages pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/build: $(VENV)/packages pyproject.toml
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv 'twisted>=22.4'
 	touch $@
 
 $(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages

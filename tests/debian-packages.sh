@@ -33,25 +33,24 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $missing
 }
 
-# unpack PACKAGE LIBRARY...: PACKAGE below .cache/, so that the host gets no server that runs. Its
-# libraries become packages of the host, since they start nothing.
+# unpack FOLDER PACKAGE...: below .cache/, so that the host gets no service that runs.
 unpack() {
-    package_to_unpack=$1
+    folder=.cache/$1
     shift
-    need_root "$package_to_unpack"
-    install_packages "$@"
+    need_root "$@"
     update_once
     # In a folder of its own, so that what failed half-way is not taken for done the next time.
-    part=.cache/$package_to_unpack.part
-    rm -rf "$part"
-    mkdir -p "$part"
+    rm -rf "$folder.part"
+    mkdir -p "$folder.part"
     (
-        cd "$part"
+        cd "$folder.part"
         # As root: the sandbox user of apt may not write here, which is no more than a warning.
-        apt-get -q -o APT::Sandbox::User=root download "$package_to_unpack"
-        dpkg -x "$package_to_unpack"_*.deb .
-        rm "$package_to_unpack"_*.deb
+        apt-get -q -o APT::Sandbox::User=root download "$@"
+        for package in *.deb; do
+            dpkg -x "$package" .
+            rm "$package"
+        done
     )
-    rm -rf ".cache/$package_to_unpack"
-    mv "$part" ".cache/$package_to_unpack"
+    rm -rf "$folder"
+    mv "$folder.part" "$folder"
 }

@@ -10,7 +10,7 @@ from socket import socket
 from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
-from acme_alpn_proxy.commands import Result
+from acme_alpn_proxy.commands import NOT_FOUND, Result
 from acme_alpn_proxy.interfaces import ICommands
 
 NO_SUCH_RULE = "iptables: Bad rule (does a matching rule exist in that chain?)."
@@ -62,9 +62,18 @@ class FakeIptables:
         }
 
     def _do(self, argv: Sequence[str]) -> tuple[int, str]:
-        binary, wait, _, flag, table, command, chain, *words = argv
+        if argv[0] not in ("iptables", "ip6tables"):
+            return NOT_FOUND, f"{argv[0]}: not found on PATH"
+        if argv[1:] == ["-V"]:
+            return 0, f"{argv[0]} v1.8.9 (nf_tables)"
+        binary, wait, _, flag, table, command, *rest = argv
         assert (wait, flag) == ("-w", "-t"), argv
-        assert binary in ("iptables", "ip6tables"), argv
+        if not rest:
+            assert command == "-S", argv
+            names = [name for of, within, name in self.chains if (of, within) == (binary, table)]
+            listings = [self._listing(name, self.chains[binary, table, name]) for name in names]
+            return 0, "".join(line for listing in listings for line in listing)
+        chain, *words = rest
         rules = self.chains[binary, table, chain]
         rule = [part for word in words for part in _AS_LISTED.get(word, [word])]
         if command == "-S":

@@ -48,6 +48,7 @@ def test_addresses(text: str, host: str, port: int, is_endpoint: bool) -> None:
         ("[::1]", "a host and a port are needed, as in 127.0.0.1:443"),
         (":443", "a host is needed before the port, as in 127.0.0.1:443"),
         ("tcp::443", "a host is needed, as in tcp:127.0.0.1:443"),
+        ("tcp:127.0.0.1", "something is missing; an endpoint string looks like tcp:127.0.0.1:443"),
         ("tcp:host=:port=443", "a host is needed, as in tcp:127.0.0.1:443"),
         ("127.0.0.1:", "the port must be a number from 1 to 65535, not ''"),
         ("127.0.0.1:0", "the port must be a number from 1 to 65535, not '0'"),
@@ -62,7 +63,6 @@ def test_addresses(text: str, host: str, port: int, is_endpoint: bool) -> None:
         ("[127.0.0.1]:443", "'127.0.0.1' is not an IPv6 address; one looks like [::1]:443"),
         ("1.2.3:443", "'1.2.3' is not an IPv4 address"),
         ("256.0.0.1:443", "'256.0.0.1' is not an IPv4 address"),
-        ("tcp:127.0.0.1", "not an address nor an endpoint string"),
         ("pigeon:coop=7:colour=grey", "not an address nor an endpoint string"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,16 @@ class SpawningCommandsTests(TestCase):
         """A program that is not there is a result that names it."""
         result = self.successResultOf(self.commands.run(NO_SUCH_PROGRAM))
         self.assertEqual((result.code, result.output), (127, "no-such-program: not found on PATH"))
+
+    @inlineCallbacks
+    def test_inheritance(self) -> Any:
+        """A command holds what is inheritable, and nothing else: a guard waits for its end."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.set_inheritable(True)
+            each = f"readlink /proc/self/fd/{theirs.fileno()} /proc/self/fd/{ours.fileno()}"
+            result = yield self.commands.run(["sh", "-c", f"{each}; true"])
+        self.assertRegex(result.output, r"^socket:\S+\n$")
 
     @inlineCallbacks
     def test_killed(self) -> Any:

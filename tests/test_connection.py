@@ -26,8 +26,11 @@ from twisted.trial.unittest import TestCase
 
 from acme_alpn_proxy.addresses import parse_address
 from acme_alpn_proxy.hangup import hangup_watch
+from acme_alpn_proxy.interfaces import INetwork
+from acme_alpn_proxy.network import LeanNetwork, TwistedNetwork
 from acme_alpn_proxy.protocols import ProxyServerFactory
 from acme_alpn_proxy.routing import Route, Routing
+from acme_alpn_proxy.service import listening_socket
 
 from . import hellos
 
@@ -94,6 +97,7 @@ class ConnectionTests(TestCase):
     """One proxy on a loopback port, with a responder and a web server behind it."""
 
     timeout = 60
+    network: Callable[[Any], INetwork] = LeanNetwork
     hello_timeout = 30.0
     connect_timeout = 30.0
 
@@ -110,28 +114,38 @@ class ConnectionTests(TestCase):
         """Start the proxy (in the reactor's thread)."""
         acme = Route("acme", self.responder.address)
         web = Route("fallback", fallback or self.website.address)
+        self.transports = self.network(reactor)
+        self.transports.open()
         self.factory = ProxyServerFactory(
             Routing(acme, web),
-            {way: parse_address(way.target).endpoint(reactor, 30) for way in (acme, web)},
+            {
+                way: self.transports.target(parse_address(way.target), self.connect_timeout)
+                for way in (acme, web)
+            },
             reactor,
             hello_timeout=self.hello_timeout,
-            connect_timeout=self.connect_timeout,
         )
         self.factory.hangups = hangup_watch(reactor)
-        self.port = reactor.listenTCP(0, self.factory, backlog=4_096, interface="127.0.0.1")
+        self.listener = listening_socket("127.0.0.1", 0)
+        self.port = self.transports.listen(self.listener, self.factory)
         self.addCleanup(self.end)
 
     @inlineCallbacks
     def end(self) -> Any:
         """Stop it; every connection must leave the live set."""
         yield self.port.stopListening()
+        self.listener.close()
         self.factory.live.abort_all()
         yield self.factory.live.drained(reactor, 5)
+        self.assertEqual(self.factory.held, 0)
+        self.assertEqual(self.factory.pipes.lent, 0)
+        self.factory.close()
         self.factory.hangups.close()
+        self.transports.close()
 
     def visit(self, hello: bytes = b"") -> socket.socket:
         """Connect, from the test's thread, and send C{hello}."""
-        connection = socket.create_connection(("127.0.0.1", self.port.getHost().port), WAIT)
+        connection = socket.create_connection(("127.0.0.1", self.listener.getsockname()[1]), WAIT)
         connection.sendall(hello)
         return connection
 
@@ -183,7 +197,7 @@ class RouteTests(ConnectionTests):
         visitor = self.visit()
         visitor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         visitor.sendall(ACME_HELLO[:100])
-        while not any(len(c._parser.received) == 100 for c in list(self.factory.live._live)):  # type: ignore[attr-defined]
+        while self.factory.held != 200:  # each byte twice
             time.sleep(0.001)
         visitor.sendall(ACME_HELLO[100:])
         with visitor, self.responder.accept() as responder:
@@ -326,21 +340,6 @@ class EndTests(ConnectionTests):
             server.close()  # with bytes unread the kernel resets
             self.assertTrue(was_reset(visitor))
 
-    @inlineCallbacks
-    def test_reset_told_as_an_end(self) -> Any:
-        """A reset that the kernel is in the middle of, which the reactor takes for an end-of-file,
-        reaches the visitor as a reset."""
-        visitor, server = yield deferToThread(self.connect)
-        with visitor:
-            (connection,) = self.factory.live._live
-            back = connection.relay._back  # type: ignore[attr-defined]
-            reset(server)
-            poll = select.poll()
-            poll.register(back.fileno(), 0)
-            self.assertTrue(poll.poll(WAIT * 1000))
-            back.readConnectionLost(Failure(CONNECTION_DONE))
-            yield deferToThread(self.assertRaises, ConnectionResetError, visitor.recv, 1)
-
     @in_thread
     def test_all_ends_are_seen(self) -> None:
         """After any kind of end no connection is left in the live set."""
@@ -380,9 +379,14 @@ def fill(connection: socket.socket) -> int:
 class BulkTests(ConnectionTests):
     """Many bytes, many connections."""
 
+    most_held = 65_536
+
     def setUp(self) -> None:
         super().setUp()
         self.start()
+
+    def held(self, transport: Any) -> int:
+        return len(transport._buffer)
 
     @in_thread
     def test_back_pressure(self) -> None:
@@ -391,12 +395,10 @@ class BulkTests(ConnectionTests):
         with visitor, server:
             for sender, receiver in ((visitor, server), (server, visitor)):
                 sent = fill(sender)
-                (connection,) = self.factory.live._live
-                held = sum(
-                    len(end.dataBuffer) + end._tempDataLen  # type: ignore[attr-defined]
-                    for end in connection.relay._flows  # type: ignore[attr-defined]
-                )
-                self.assertLessEqual(held, 2 * 131_072)
+                (connection,) = self.factory.live
+                relay = connection.relay  # type: ignore[attr-defined]
+                for flow in (relay._from_front, relay._from_back):
+                    self.assertLessEqual(self.held(flow.sink), self.most_held)
                 receiver.settimeout(WAIT)
                 self.assertEqual(len(read_exactly(receiver, sent)), sent)
 
@@ -509,7 +511,7 @@ class TargetTests(ConnectionTests):
 
             def leave() -> None:
                 visitor = self.visit(WEB_HELLO)
-                while not any(c._connecting for c in list(self.factory.live._live)):  # type: ignore[attr-defined]
+                while not any(c._connecting for c in list(self.factory.live)):  # type: ignore[attr-defined]
                     time.sleep(0.001)
                 reset(visitor)
 
@@ -563,3 +565,52 @@ class TargetTests(ConnectionTests):
         self.connect_timeout = 10.0
         self.start(f"localhost:{self.website.listener.getsockname()[1]}")
         yield deferToThread(self.visit_and_greet, self.website.listener)
+
+
+class TwistedRouteTests(RouteTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+
+class TwistedSilenceTests(SilenceTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+
+class TwistedEndTests(EndTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+    @inlineCallbacks
+    def test_reset_told_as_an_end(self) -> Any:
+        """A reset that the kernel is in the middle of, which the reactor takes for an end-of-file,
+        reaches the visitor as a reset."""
+        visitor, server = yield deferToThread(self.connect)
+        with visitor:
+            (connection,) = self.factory.live._live
+            back = connection.relay._from_front.sink  # type: ignore[attr-defined]
+            reset(server)
+            poll = select.poll()
+            poll.register(back.fileno(), 0)
+            self.assertTrue(poll.poll(WAIT * 1000))
+            back.readConnectionLost(Failure(CONNECTION_DONE))
+            yield deferToThread(self.assertRaises, ConnectionResetError, visitor.recv, 1)
+
+
+class TwistedBulkTests(BulkTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+    most_held = 131_072
+
+    def held(self, transport: Any) -> int:
+        return len(transport.dataBuffer) + transport._tempDataLen  # type: ignore[no-any-return]
+
+
+class TwistedTargetTests(TargetTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork

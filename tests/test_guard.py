@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 from twisted.internet.defer import Deferred, succeed
@@ -55,8 +56,9 @@ class Impatient(BlockingCommands):
 
 class GuardTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.rules = Path(self.mktemp()).absolute()
-        self.rules.mkdir(parents=True)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.rules = Path(folder.name)
         for name in ("v4", "v6"):
             (self.rules / name).write_text(FAKE.format(rules=self.rules))
             (self.rules / name).chmod(0o755)

@@ -65,6 +65,13 @@ class IPv6Tests(HostCase):
     def test_not_in_the_kernel(self) -> None:
         """Nor has one whose kernel was built without it."""
         self.assertFalse(hostfacts.has_ipv6(self.proc))
+        self.assertFalse(hostfacts.new_interfaces_have_ipv6(self.proc))
+
+    def test_new_interfaces(self) -> None:
+        """A host may have IPv6, and give new interfaces none."""
+        for setting, have in (("0\n", True), ("1\n", False)):
+            self.write("sys/net/ipv6/conf/default/disable_ipv6", setting)
+            self.assertEqual(hostfacts.new_interfaces_have_ipv6(self.proc), have)
 
 
 class UnnumberedInterfacesTests(HostCase):
@@ -138,6 +145,16 @@ class UnnumberedInterfacesTests(HostCase):
         """A family that the kernel has not has no interface without an address."""
         for family in (4, 6):
             self.assertEqual(hostfacts.unnumbered_interfaces(family, self.proc), [])
+
+
+class LegacyTablesTests(HostCase):
+    def test_tables(self) -> None:
+        """The tables of the legacy iptables are those that the kernel has, family by family."""
+        self.write("net/ip_tables_names", "nat\nfilter\n")
+        self.assertEqual(hostfacts.legacy_tables(4, self.proc), ["nat", "filter"])
+        self.assertEqual(hostfacts.legacy_tables(6, self.proc), [])
+        self.write("net/ip6_tables_names", "raw\n")
+        self.assertEqual(hostfacts.legacy_tables(6, self.proc), ["raw"])
 
 
 class ConnectionTests(HostCase):

@@ -16,16 +16,21 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
-    ("", "errors", "interfaces", "clienthello", "addresses"),
-    ("redirects", "redirects.hostfacts", "redirects.bpf"),
-    ("routing", "commands", "pidfile", "hangup", "drain", "options", "run", "status"),
-    ("relay", "statussocket", "metrics", "redirects.guard", "redirects.sklookup", "redirects.none"),
-    ("redirects.iptables", "redirects.auto"),
-    ("statistics",),
-    ("protocols", "logs"),
+    ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding", "notify"),
+    ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
+    ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
+    ("run", "status"),
+    ("statussocket", "metrics", "statistics", "logs"),
+    ("transport", "relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
+    ("network", "redirects.nftrules", "redirects.interfacerules"),
+    ("redirects.firewall", "samplehellos"),
+    ("redirects.iptables", "redirects.sklookup", "redirects.auto"),
+    ("protocols",),
     ("service",),
     ("program",),
     ("tap",),
+    ("probe",),
+    ("check",),
     ("launch",),
     ("cli",),
 )
@@ -35,37 +40,40 @@ SEE_ONLY = {
     "clienthello": set(),
     "routing": {"clienthello"},
     "statistics": {"clienthello", "routing"},
-    "redirects.guard": {"errors", "interfaces"},
-    "redirects.iptables": {
-        "commands",
-        "errors",
-        "interfaces",
-        "redirects",
-        "redirects.guard",
-        "redirects.hostfacts",
-    },
     "redirects.auto": {"errors", "interfaces"},
-    "redirects.sklookup": {"errors", "interfaces", "redirects", "redirects.bpf"},
     "redirects.none": {"interfaces"},
+    "redirects.guard": {"errors", "interfaces", "redirects.xtables"},
 }
 """Modules that see less of the project than their layer would let them."""
 
-SEEN_BY = {"tap": {"launch"}, "launch": {"cli"}, "cli": set()}
+REDIRECTS_SEE = {"commands", "errors", "interfaces"}
+"""What redirects see besides each other."""
+
+SEEN_BY = {
+    "tap": {"launch", "probe", "check"},
+    "probe": {"check"},
+    "check": {"cli"},
+    "launch": {"cli"},
+    "cli": set(),
+}
 """Modules that hardly anybody imports."""
 
 WITHOUT_TWISTED = (
     "errors",
     "clienthello",
+    "finding",
     "routing",
+    "samplehellos",
     "pidfile",
     "run",
     "statistics",
     "status",
+    "notify",
     "redirects.hostfacts",
     "redirects.bpf",
 )
 
-MAY_TAKE_THE_REACTOR = {"tap", "launch"}
+MAY_TAKE_THE_REACTOR = {"tap", "launch", "check"}
 """By an import within a function, at the last moment."""
 
 
@@ -146,6 +154,13 @@ def test_narrow_views(module: str) -> None:
     """Parsing and routing know each other alone, and redirects only their contract."""
     wrong = _project_imports(module) - SEE_ONLY[module]
     assert not wrong, f"{module} imports {', '.join(wrong)}: see SEE_ONLY"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if "redirects" in module])
+def test_redirects(module: str) -> None:
+    """Redirects know their contract and how to run commands, and nothing of the proxy."""
+    others = {seen for seen in _project_imports(module) if not seen.startswith("redirects")}
+    assert others <= REDIRECTS_SEE, f"{module} imports {', '.join(others - REDIRECTS_SEE)}"
 
 
 @pytest.mark.parametrize("module", SEEN_BY)

@@ -11,7 +11,7 @@ from typing import Any
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.testing import MemoryReactor
-from twisted.logger import globalLogPublisher
+from twisted.logger import LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
@@ -195,3 +195,42 @@ class StartedTests(SynchronousTestCase):
         """It does not say that it steers when a signal has come that ends it."""
         self.assertEqual(self.start(ending=True, heard=True), 0)
         self.assertEqual(self.ends, 0)
+
+
+class ServiceManagerTests(SynchronousTestCase):
+    """What systemd is told."""
+
+    def setUp(self) -> None:
+        self.told: list[dict[str, object]] = []
+        self.patch(launch, "notify", lambda environment, **fields: self.told.append(fields))
+        self.program = SimpleNamespace(ending=False)
+        self.manager = launch.ServiceManager(self.program, 1.5)  # type: ignore[arg-type]
+
+    def test_start_and_stop(self) -> None:
+        """It is told when the proxy steers, by which process, and how long a stop may take."""
+        self.manager.startService()
+        self.manager.stopService()
+        self.assertEqual(
+            self.told,
+            [
+                {"READY": 1, "MAINPID": os.getpid()},
+                {"STOPPING": 1, "EXTEND_TIMEOUT_USEC": 1_500_000},
+            ],
+        )
+
+    def test_signalled_meanwhile(self) -> None:
+        """It is not told that the proxy is ready when a signal has come that ends it."""
+        self.program.ending = True
+        self.manager.startService()
+        self.assertEqual(self.told, [])
+
+    def log(self, namespace: str | None) -> None:
+        event = {"log_level": LogLevel.info, "log_format": "Draining {count}", "count": 2}
+        self.manager({**event, "log_namespace": namespace})
+
+    def test_status(self) -> None:
+        """What the service logs of itself is its status; what others log is not."""
+        self.log(None)
+        self.log("acme_alpn_proxy.protocols.ProxyServer")
+        self.log("acme_alpn_proxy.service.ProxyService")
+        self.assertEqual(self.told, [{"STATUS": "Draining 2"}])

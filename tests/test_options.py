@@ -96,17 +96,31 @@ def test_wait() -> None:
     assert refusal("start", "--wait") == "--wait goes with stop or run"
 
 
+def test_check() -> None:
+    """C{check} goes by the name of C{doctor} too; its flags go with nothing else."""
+    options = console("doctor", "--probe", "--json")
+    assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
+    assert refusal("start", "--probe") == "--probe goes with check"
+    assert refusal("stop", "-json") == "--json goes with status or check"
+    words = ("check", "--probe", "--redirect", "none")
+    assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
+    assert console("check", "--redirect", "none")["probe"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start, stop, run or status"),
-        (("restart",), "one command is needed, start, stop, run or status, not 'restart'"),
-        (("start", "stop"), "one command is needed, start, stop, run or status, not 'start stop'"),
+        ((), "one command is needed, start, stop, run, status or check"),
+        (("restart",), "one command is needed, start, stop, run, status or check, not 'restart'"),
+        (
+            ("start", "stop"),
+            "one command is needed, start, stop, run, status or check, not 'start stop'",
+        ),
         (
             ("start", "--", "-x"),
-            "one command is needed, start, stop, run or status, not 'start -x'",
+            "one command is needed, start, stop, run, status or check, not 'start -x'",
         ),
-        (("--", "start"), "one command is needed, start, stop, run or status, not 'start'"),
+        (("--", "start"), "one command is needed, start, stop, run, status or check, not 'start'"),
         (("run",), RUN_NEEDS),
         (("run", "--"), RUN_NEEDS),
         (("run", "lego"), RUN_NEEDS),
@@ -278,7 +292,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         console("--help")
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|status"
+    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|status|check"
     assert lines[1] == "       acme-alpn-proxy [options] run -- COMMAND..."
     for beginning in (
         "start ",

@@ -119,11 +119,12 @@ class ClaimTests(PIDFileCase):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_claim_and_release(self) -> None:
-        """While it is claimed the file tells the PID, to everybody; released it is gone."""
+        """While it is claimed the file tells the PID, to its owner alone: whoever can open it could
+        lock it and pass for the instance. Released it is gone."""
         self.assertIsNone(self.file.owner())
         self.file.claim()
         self.assert_claimed()
-        self.assertEqual(self.path.stat().st_mode & 0o777, 0o644)
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
         self.file.release()
         self.assertFalse(self.path.exists())
         self.assertIsNone(self.file.owner())

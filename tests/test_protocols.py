@@ -24,6 +24,7 @@ from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.addresses import parse_address
 from acme_alpn_proxy.interfaces import IHangupWatch, IRelay
+from acme_alpn_proxy.network import TwistedNetwork
 from acme_alpn_proxy.protocols import ProxyClient, ProxyServer, ProxyServerFactory
 from acme_alpn_proxy.routing import Route, Routing
 
@@ -81,13 +82,14 @@ class ProxyCase(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = MemoryReactorClock()
+        network = TwistedNetwork(self.reactor)
         self.factory = ProxyServerFactory(
             Routing(ACME, WEB),
-            {way: parse_address(way.target).endpoint(self.reactor, 30) for way in (ACME, WEB)},
+            {way: network.target(parse_address(way.target), 10.0) for way in (ACME, WEB)},
             self.reactor,
             hello_timeout=5.0,
-            connect_timeout=10.0,
         )
+        self.addCleanup(self.factory.close)
         self.watch = NotingWatch()
         self.factory.hangups = self.watch
         logs = capturedLogs()
@@ -188,7 +190,8 @@ class DecisionTests(ProxyCase):
         self.assertEqual(self.dialled, [("127.0.0.1", 31_443)])
         _, back = self.answer()
         self.assertEqual(back.value(), ACME_HELLO)
-        self.assertEqual(self.reactor.getDelayedCalls(), [])
+        self.reactor.advance(60)
+        self.assertEqual(len(self.dialled), 1)
 
     def test_deadline(self) -> None:
         """Half a hello waits for the rest until the deadline; then it is the web server's."""
@@ -241,13 +244,9 @@ class LineTests(ProxyCase):
         )
 
     def test_visitor(self) -> None:
-        """A visitor is a line at debug, which no log shows that was not asked for it."""
-        level, line = self.routed(b"GET / HTTP/1.0\r\n\r\n")
-        self.assertEqual(level, LogLevel.debug)
-        self.assertTrue(
-            line.startswith("Routed 192.0.2.7:50000 to fallback target 127.0.0.1:443: "), line
-        )
-        self.assertIn("NotClientHello", line)
+        """A visitor is no line: a busy site would fill a disk."""
+        self.server.dataReceived(b"GET / HTTP/1.0\r\n\r\n")
+        self.assertEqual(self.lines, [])
 
     def test_peers(self) -> None:
         """IPv6 addresses are in brackets; IPv4 by the dual-stack listener is shown as IPv4."""
@@ -257,12 +256,6 @@ class LineTests(ProxyCase):
         ):
             _, line = self.routed(ACME_HELLO, IPv6Address("TCP", host, 9))
             self.assertTrue(line.startswith(f"Routed {shown} to acme "), line)
-
-    def test_deadline(self) -> None:
-        """The line of a silent visitor says how long it was waited for."""
-        self.reactor.advance(5)
-        ((_, line),) = self.lines
-        self.assertIn("no whole ClientHello within 5 s", line)
 
 
 class UnreachableTests(ProxyCase):
@@ -281,6 +274,7 @@ class UnreachableTests(ProxyCase):
         )
         self.server.connectionLost(Failure(CONNECTION_LOST))
         self.assertEqual(len(self.factory.live), 0)
+        self.reactor.advance(60)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_refused(self) -> None:
@@ -303,6 +297,7 @@ class UnreachableTests(ProxyCase):
         self.assertEqual(self.lines, [])
         self.assertEqual(self.watch.watched, {})
         self.assertEqual(len(self.factory.live), 0)
+        self.reactor.advance(60)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_visitor_hangs_up(self) -> None:
@@ -324,6 +319,7 @@ class LiveTests(ProxyCase):
         self.assertEqual(len(self.factory.live), 1)
         self.server.connectionLost(Failure(CONNECTION_DONE))
         self.assertEqual(len(self.factory.live), 0)
+        self.reactor.advance(60)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         self.assertEqual(self.dialled, [])
 
@@ -371,7 +367,7 @@ class RelayTests(ProxyCase):
         self.server.readConnectionLost()
         self.assertEqual((self.front.story, self.back.story), ([], ["FIN"]))
         self.client.readConnectionLost()
-        self.assertEqual((self.front.story, self.back.story), (["FIN", "close"], ["FIN", "close"]))
+        self.assertEqual((self.front.story, self.back.story), (["close"], ["FIN", "close"]))
         self.server.connectionLost(Failure(CONNECTION_DONE))
         self.client.connectionLost(Failure(CONNECTION_DONE))
         self.assertNotIn("reset", self.front.story + self.back.story)
@@ -395,7 +391,7 @@ class RelayTests(ProxyCase):
         hung_up = self.watch.watched[self.front]
         self.client.readConnectionLost()
         hung_up()
-        self.assertEqual(self.front.story, ["FIN", "close", "reset"])
+        self.assertEqual(self.front.story, ["close", "reset"])
         self.assertEqual(self.back.story, ["FIN", "close"])
 
     def test_abort(self) -> None:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
@@ -19,7 +19,7 @@ from zope.interface.verify import verifyObject
 from acme_alpn_proxy.commands import BlockingCommands
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.interfaces import IRedirect
-from acme_alpn_proxy.redirects import bpf
+from acme_alpn_proxy.redirects import bpf, sklookup
 from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect, steering_program
 
 COMMANDS = BlockingCommands()
@@ -92,6 +92,7 @@ class RedirectTests(SynchronousTestCase):
         self.sockets: list[tuple[int, int]] = []
         self.lines: list[str] = []
         self.attached: list[int] = []
+        self.patch(sklookup, "look_whether_sent_elsewhere", lambda commands, family: succeed(None))
         self.kernel("count_sk_lookup", lambda: 0)
         self.kernel("allow_locked_memory", lambda: None)
         self.kernel("make_socket_map", lambda slots: os.dup(0))
@@ -130,7 +131,10 @@ class RedirectTests(SynchronousTestCase):
             raise problem
 
         self.kernel("load_sk_lookup", refuse)
-        return str(self.failureResultOf(self.apply(), StartError).value)
+        prepared = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError)
+        applied = self.failureResultOf(self.apply(), StartError)
+        self.assertEqual(str(prepared.value), str(applied.value))
+        return str(applied.value)
 
     def is_open(self, descriptor: int) -> bool:
         try:
@@ -171,6 +175,7 @@ class RedirectTests(SynchronousTestCase):
 
     def test_others(self) -> None:
         """Who wins is said where another program is attached."""
+        self.patch(sklookup, "look_whether_sent_elsewhere", lambda commands, family: succeed(None))
         self.kernel("count_sk_lookup", lambda: 1)
         self.successResultOf(self.apply())
         self.assertRegex(self.lines[0], "^Another sk_lookup program .*the one attached last wins")

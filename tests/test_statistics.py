@@ -11,7 +11,6 @@ from acme_alpn_proxy.routing import Route, Routing
 from acme_alpn_proxy.statistics import Statistics
 
 ROUTING = Routing(Route("acme", "127.0.0.1:31443"), Route("fallback", "127.0.0.1:443"))
-ACME = ClientHello((b"acme-tls/1",), "site.example")
 
 
 def statistics() -> Statistics:
@@ -27,12 +26,13 @@ def statistics() -> Statistics:
         (NotClientHello("not a handshake record"), "not_tls"),
         (NotClientHello("no whole ClientHello within 5 s", "deadline"), "deadline"),
         (NotClientHello("end of file before a whole ClientHello", "end_of_file"), "end_of_file"),
+        (NotClientHello("too many half hellos", "crowded"), "crowded"),
     ],
 )
 def test_visitor(verdict: Verdict, reason: str) -> None:
     """A visitor counts as live until it has ended, and for good under the reason of its route."""
     numbers = statistics()
-    passage = numbers.decided(ROUTING.fallback, verdict, lambda: "nobody asks")
+    passage = numbers.visitor(verdict)
     assert (numbers.fallback.live, numbers.fallback.total) == (1, 1)
     numbers.ended(passage, 100, 2_000)
     shown = numbers.as_json()["routes"]["fallback"]
@@ -45,7 +45,7 @@ def test_visitor(verdict: Verdict, reason: str) -> None:
 def test_unreachable_web_server() -> None:
     """A web server that cannot be reached counts as a failure, and is no validation's result."""
     numbers = statistics()
-    passage = numbers.decided(ROUTING.fallback, ClientHello(), lambda: "nobody asks")
+    passage = numbers.visitor(ClientHello())
     numbers.unreachable(passage, "refused")
     numbers.ended(passage, 0, 0)
     assert (numbers.fallback.failures, numbers.fallback.live) == (1, 0)
@@ -54,15 +54,15 @@ def test_unreachable_web_server() -> None:
 def test_validation() -> None:
     """The last validation is told with peer, name, time, and whether the ACME client answered."""
     numbers = statistics()
-    passage = numbers.decided(ROUTING.acme, ACME, lambda: "192.0.2.7:50000")
+    passage = numbers.validation("192.0.2.7:50000", "site.example")
     shown = {"peer": "192.0.2.7:50000", "server_name": "site.example", "at": 1_000.0}
     assert numbers.as_json()["last_validation"] == shown | {"result": "under way"}
     numbers.ended(passage, 300, 900)
     assert numbers.as_json()["last_validation"] == shown | {"result": "answered"}
-    silent = numbers.decided(ROUTING.acme, ACME, lambda: "192.0.2.8:50000")
+    silent = numbers.validation("192.0.2.8:50000", "site.example")
     numbers.ended(silent, 300, 0)
     assert numbers.as_json()["last_validation"]["result"] == "not answered"
-    nobody = numbers.decided(ROUTING.acme, ACME, lambda: "192.0.2.9:50000")
+    nobody = numbers.validation("192.0.2.9:50000", "site.example")
     numbers.unreachable(nobody, "refused")
     numbers.ended(nobody, 0, 0)
     assert numbers.as_json()["last_validation"]["result"] == "unreachable: refused"

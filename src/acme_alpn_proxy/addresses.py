@@ -86,6 +86,18 @@ class Address:
         kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
         return kind(reactor, self.host, self.port, timeout)
 
+    def socket_address(self) -> tuple[int, Any] | None:
+        """Address family and address as the socket module has them, of a numeric address."""
+        if self.is_endpoint:
+            return None
+        try:
+            (found, *_) = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        except OSError:
+            return None
+        return found[0], found[4]
+
     def is_local_port(self, port: int) -> bool:
         """Whether a connection to this address ends at C{port} of this host.
 
@@ -152,6 +164,11 @@ def _parse_endpoint(text: str) -> Address:
 
     try:
         clientFromString(_no_reactor(), text)
+    except TypeError:
+        raise BadAddress(
+            f"{text!r}: something is missing; an endpoint string looks like tcp:127.0.0.1:443 or"
+            " unix:/run/web.sock"
+        ) from None
     except Exception as problem:  # each kind of endpoint raises its own
         raise BadAddress(f"{text!r}: not an address nor an endpoint string: {problem}") from None
     host, port = "", 0

@@ -1,4 +1,4 @@
-"""The console script: C{acme-alpn-proxy start|stop|run|status}.
+"""The console script: C{acme-alpn-proxy start|stop|run|status|check}.
 
 What needs Twisted's reactor or twistd is imported where it is needed, by the commands that start.
 """
@@ -163,11 +163,19 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
         time.sleep(WATCH_SECONDS)
 
 
+def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Look whether the proxy would work here."""
+    from .check import run
+
+    return DONE if run(options, pidfile) else FAILED
+
+
 COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "start": start,
     "stop": stop,
     "run": run,
     "status": status,
+    "check": check,
 }
 
 

@@ -7,6 +7,7 @@ size and says, as soon as it can be said, what it is. Each byte is looked at onc
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeAlias
 
@@ -27,6 +28,7 @@ _CLIENT_HELLO: Final = 0x01
 _MESSAGE_HEADER: Final = 4
 _SERVER_NAME: Final = 0
 _HOST_NAME: Final = 0
+_EXTENSION_HEADER: Final = struct.Struct("!HH")
 _ALPN: Final = 16
 
 
@@ -42,7 +44,7 @@ class ClientHello:
     @ivar alpn: the protocol names offered, in order (RFC 7301 section 3.1); empty without the
         extension.
     @ivar server_name: the host name asked for (RFC 6066 section 3), or L{None}. It is the peer's
-        word and may hold any byte; what is not ASCII is backslash-escaped.
+        word and may hold any byte; what is not printable ASCII is backslash-escaped.
     """
 
     alpn: tuple[bytes, ...] = ()
@@ -57,7 +59,7 @@ class NotClientHello:
     @ivar kind: one of L{KINDS}.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ("not_tls", "deadline", "end_of_file")
+    KINDS: ClassVar[tuple[str, ...]] = ("not_tls", "deadline", "end_of_file", "crowded")
 
     reason: str
     kind: str = "not_tls"
@@ -77,36 +79,65 @@ class _Reader:
 
     __slots__ = ("_at", "_data", "_end")
 
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data = memoryview(data)
-        self._at = 0
-        self._end = len(data)
+    def __init__(self, data: bytes | bytearray, start: int, end: int) -> None:
+        self._data = data
+        self._at = start
+        self._end = end
 
     def __bool__(self) -> bool:
         return self._at < self._end
 
-    def take(self, count: int, field: str) -> memoryview:
-        """The next C{count} bytes; raises L{_Malformed} if there are fewer."""
-        start, self._at = self._at, self._at + count
+    def skip(self, count: int, field: str) -> None:
+        """Pass over the next C{count} bytes; raises L{_Malformed} if there are fewer."""
+        self._at += count
         if self._at > self._end:
             raise _Malformed(f"{field} is cut short")
-        return self._data[start : self._at]
 
     def number(self, width: int, field: str) -> int:
         """The next C{width} bytes as an unsigned big-endian number."""
-        return int.from_bytes(self.take(width, field), "big")
+        start = self._at
+        self._at = end = start + width
+        if end > self._end:
+            raise _Malformed(f"{field} is cut short")
+        return int.from_bytes(self._data[start:end], "big")
+
+    def skip_vector(self, width: int, field: str) -> int:
+        """Pass over a vector whose length is the next C{width} bytes (RFC 8446 section 3.4).
+
+        @return: that length.
+        """
+        length = self.number(width, field)
+        self._at += length
+        if self._at > self._end:
+            raise _Malformed(f"{field} is cut short")
+        return length
+
+    def skip_extension(self) -> tuple[int, int]:
+        """Pass over an extension (RFC 8446 section 4.2).
+
+        @return: its type and the length of its content.
+        """
+        start = self._at + _EXTENSION_HEADER.size
+        if start > self._end:
+            raise _Malformed("extension is cut short")
+        kind, length = _EXTENSION_HEADER.unpack_from(self._data, self._at)
+        self._at = start + length
+        if self._at > self._end:
+            raise _Malformed("extension is cut short")
+        return kind, length
 
     def vector(self, width: int, field: str) -> _Reader:
-        """A vector whose length is the next C{width} bytes (RFC 8446 section 3.4)."""
-        return _Reader(self.take(self.number(width, field), field))
+        """A reader for such a vector's content."""
+        return self.behind(self.skip_vector(width, field))
+
+    def behind(self, length: int) -> _Reader:
+        """A reader for the last C{length} bytes that were passed over."""
+        return _Reader(self._data, self._at - length, self._at)
 
     def rest(self) -> bytes:
         """All that is left."""
         start, self._at = self._at, self._end
-        return bytes(self._data[start:])
-
-    def __len__(self) -> int:
-        return self._end - self._at
+        return bytes(self._data[start : self._end])
 
     def finish(self, field: str) -> None:
         """Raises L{_Malformed} unless all has been read."""
@@ -135,19 +166,18 @@ def _parse_server_name(extension: _Reader) -> str | None:
         kind = names.number(1, "server name type")
         name = names.vector(2, "server name").rest()
         if kind == _HOST_NAME and host is None:
-            host = name.decode("ascii", "backslashreplace")
+            host = name.decode("latin-1").encode("unicode_escape").decode("ascii")
     return host
 
 
-def _parse_body(body: memoryview) -> ClientHello:
+def _parse_body(hello: _Reader) -> ClientHello:
     """The ClientHello structure of RFC 8446 section 4.1.2; raises L{_Malformed}."""
-    hello = _Reader(body)
-    hello.take(2 + 32, "legacy version and random")
-    if len(hello.vector(1, "session id")) > 32:
+    hello.skip(2 + 32, "legacy version and random")
+    if hello.skip_vector(1, "session id") > 32:
         raise _Malformed("session id is over 32 bytes")
-    if len(hello.vector(2, "cipher suites")) % 2:
+    if hello.skip_vector(2, "cipher suites") % 2:
         raise _Malformed("cipher suites have an odd length")
-    hello.vector(1, "compression methods")
+    hello.skip_vector(1, "compression methods")
     alpn: tuple[bytes, ...] = ()
     server_name = None
     if hello:  # without extensions the message ends here (RFC 5246 section 7.4.1.2)
@@ -155,15 +185,14 @@ def _parse_body(body: memoryview) -> ClientHello:
         hello.finish("extensions")
         seen = set()
         while extensions:
-            kind = extensions.number(2, "extension type")
-            content = extensions.vector(2, "extension")
+            kind, length = extensions.skip_extension()
             if kind in seen:
                 raise _Malformed(f"extension {kind} comes twice")
             seen.add(kind)
             if kind == _ALPN:
-                alpn = _parse_alpn(content)
+                alpn = _parse_alpn(extensions.behind(length))
             elif kind == _SERVER_NAME:
-                server_name = _parse_server_name(content)
+                server_name = _parse_server_name(extensions.behind(length))
     return ClientHello(alpn, server_name)
 
 
@@ -231,7 +260,7 @@ class ClientHelloParser:
         if len(message) < end:
             return NEED_MORE
         try:
-            return _parse_body(memoryview(message)[_MESSAGE_HEADER:end])
+            return _parse_body(_Reader(message, _MESSAGE_HEADER, end))
         except _Malformed as problem:
             return NotClientHello(str(problem))
         finally:

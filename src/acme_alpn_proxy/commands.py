@@ -5,6 +5,7 @@ Both ways give Deferreds, so what uses them is written once.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -126,6 +127,18 @@ class _Collector(ProcessProtocol):
         self.ended.callback(Result.of(self._argv, code, self._output))
 
 
+def _inheritable() -> list[int]:
+    """The descriptors beyond the standard ones that a child is to have."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+        except OSError:
+            pass  # the listing's own
+    return found
+
+
 @implementer(ICommands)
 class SpawningCommands:
     """For a running reactor: nothing blocks it."""
@@ -138,7 +151,9 @@ class SpawningCommands:
         if program is None:
             return succeed(Result.not_found(argv))
         collector = _Collector(argv, self._reactor)
-        self._reactor.spawnProcess(collector, program, argv, env=None)
+        # As with blocking ones, whoever waits for our end waits for the command's too.
+        descriptors = {0: "w", 1: "r", 2: "r"} | {each: each for each in _inheritable()}
+        self._reactor.spawnProcess(collector, program, argv, env=None, childFDs=descriptors)
         return collector.ended
 
     def pause(self, seconds: float) -> Deferred[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, succeed
@@ -14,24 +16,48 @@ class Abortable(Protocol):
     def abort(self) -> None:
         """End at once, by a reset on every side."""
 
+    def look(self) -> None:
+        """See L{acme_alpn_proxy.protocols.ProxyServerFactory.look_for_idle}."""
+
+
+def _nobody_cares() -> None:
+    """There is no limit."""
+
 
 class LiveConnections:
     """Connections that were accepted and have not ended."""
 
     def __init__(self) -> None:
+        self._limit: float = math.inf
+        self._full: Callable[[], None] = _nobody_cares
+        self._room: Callable[[], None] = _nobody_cares
         self._live: set[Abortable] = set()
         self._waiting: list[Deferred[None]] = []
 
     def __len__(self) -> int:
         return len(self._live)
 
+    def __iter__(self) -> Iterator[Abortable]:
+        return iter(self._live)
+
+    def bound(self, limit: int, full: Callable[[], None], room: Callable[[], None]) -> None:
+        """Call C{full()} when the set has grown to C{limit} connections, C{room()} when it has
+        fewer again."""
+        self._limit, self._full, self._room = limit, full, room
+
     def enter(self, connection: Abortable) -> None:
         """C{connection} was accepted."""
         self._live.add(connection)
+        if len(self._live) == self._limit:
+            self._full()
 
     def leave(self, connection: Abortable) -> None:
         """C{connection} has ended on all its sides; leaving twice is no matter."""
-        self._live.discard(connection)
+        if connection not in self._live:
+            return
+        self._live.remove(connection)
+        if len(self._live) == self._limit - 1:
+            self._room()
         if not self._live:
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:

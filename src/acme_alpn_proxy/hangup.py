@@ -17,7 +17,7 @@ from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from .interfaces import IHangupWatch
+from .interfaces import IDescriptorTransport, IHangupWatch
 
 
 @implementer(IHangupWatch)
@@ -46,7 +46,7 @@ class EpollHangupWatch:
         reactor.addReader(self)
 
     def add(self, transport: Any, hung_up: Callable[[], None]) -> None:
-        if transport not in self._descriptors:
+        if transport not in self._descriptors and not IDescriptorTransport.providedBy(transport):
             descriptor = transport.fileno()
             try:
                 self._epoll.register(descriptor, select.EPOLLET)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IConnector, IListeningPort
+    from twisted.internet.protocol import ClientFactory, Factory
 
+    from .addresses import Address
     from .commands import Result
 
 
@@ -35,6 +38,62 @@ class IRelay(Interface):
 
     def abort() -> None:
         """Reset both ends now."""
+
+
+class IDescriptorTransport(Interface):
+    """A connection whose descriptor a relay may read from and write to by itself.
+
+    Its protocol hears of a reset at once, also while nobody reads.
+    """
+
+    read_size = Attribute("""Bytes that the protocol is given at most at once.""")
+
+    def fileno() -> int:
+        """The descriptor, non-blocking; -1 once it is closed."""
+
+    def doRead() -> None:
+        """Read now, as if there were something."""
+
+    def read_by(reader: Callable[[], None] | None) -> None:
+        """Call C{reader()} when there is something to read; L{None}: read it for the protocol."""
+
+    def write_by(writer: Callable[[], None] | None) -> None:
+        """Call C{writer()} when something can be written, until this is called with L{None}."""
+
+    def failed(problem: OSError) -> None:
+        """The descriptor told this when it was used: the connection is lost."""
+
+
+class ITarget(Interface):
+    """A way to connect to an address."""
+
+    def connect(factory: ClientFactory) -> IConnector:
+        """Connect the factory's protocol, or call its C{clientConnectionFailed}.
+
+        Either may come before this returns.
+        """
+
+
+class INetwork(Interface):
+    """The kind of transports for visitors and targets."""
+
+    def open() -> None:
+        """Be ready for the calls below except C{target}, which may come before."""
+
+    def listen(listener: socket, factory: Factory) -> IListeningPort:
+        """Accept connections from C{listener}, which stays the caller's.
+
+        The port is an C{IPushProducer} of connections, too.
+        """
+
+    def adopt(visitor: socket, factory: Factory) -> None:
+        """Take over a connection that the caller has accepted."""
+
+    def target(address: Address, timeout: float) -> ITarget:
+        """A way to connect to C{address}, in C{timeout} seconds at most."""
+
+    def close() -> None:
+        """Give back what C{open} took. All connections have ended."""
 
 
 class IHangupWatch(Interface):

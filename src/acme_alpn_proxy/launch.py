@@ -33,6 +33,7 @@ from zope.interface import implementer
 
 from .errors import AlreadyRunning, StartError
 from .logs import observer, open_log_file, reopen
+from .notify import notify
 from .options import ConsoleOptions
 from .pidfile import PIDFile
 from .program import Program
@@ -40,6 +41,9 @@ from .tap import make_program
 
 _ACK_DEADLINE: Final = 5.0
 """Seconds for C{start}, which does nothing but wait, to answer."""
+
+_LET_GO_DEADLINE: Final = 30.0
+"""Seconds for the redirect to go, at a stop."""
 
 _FORKS_OF_TWISTD: Final = 2
 """After these it is the daemon that runs."""
@@ -182,6 +186,34 @@ class _Leash:
         return "leash"
 
 
+@implementer(ILogObserver)
+class ServiceManager(Service):
+    """Tells systemd, if it has started this process, when it steers, when it stops, and what it
+    does meanwhile. Starts last, and so stops first.
+
+    @param patience: seconds that a stop may take. systemd is told, so that its own deadline need
+        not know of the drain's.
+    """
+
+    def __init__(self, program: Program, patience: float) -> None:
+        self._program = program
+        self._patience = patience
+
+    def startService(self) -> None:
+        super().startService()
+        if not self._program.ending:
+            notify(os.environ, READY=1, MAINPID=os.getpid())
+
+    def stopService(self) -> None:
+        super().stopService()
+        notify(os.environ, STOPPING=1, EXTEND_TIMEOUT_USEC=int(self._patience * 1e6))
+
+    def __call__(self, event: LogEvent) -> None:
+        """As a log observer: what the service says of itself is its status."""
+        if str(event.get("log_namespace")).startswith(f"{__package__}.service."):
+            notify(os.environ, STATUS=formatEvent(event))
+
+
 @dataclass
 class _Maker:
     """What twistd takes for a plugin."""
@@ -217,6 +249,11 @@ def run(
         return heard
 
     _Started(program, steers).setServiceParent(program)
+    if options["nodaemon"]:
+        patience = options["linger"] + options["drain-timeout"] + _LET_GO_DEADLINE
+        manager = ServiceManager(program, patience)
+        manager.setServiceParent(program)
+        globalLogPublisher.addObserver(manager)
     config: Any = ServerOptions()
     config.parseOptions(["--pidfile=", "--rundir=/"])
     config["no_save"] = True

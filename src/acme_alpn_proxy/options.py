@@ -26,13 +26,15 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
-COMMANDS: Final = ("start", "stop", "run", "status")
+COMMANDS: Final = ("start", "stop", "run", "status", "check")
+ALIASES: Final = {"doctor": "check"}
 
 GO_WITH: Final = {
     "nodaemon": ("start",),
     "wait": ("stop", "run"),
     "shared": ("run",),
-    "json": ("status",),
+    "probe": ("check",),
+    "json": ("status", "check"),
     "watch": ("status",),
 }
 """The commands that a flag goes with."""
@@ -64,6 +66,15 @@ def _seconds(option: str) -> Callable[[str], float]:
                 f"--{option} {value!r}: seconds are needed, a number from 0 to {_LONGEST:g}"
             )
         return seconds
+
+    return coerce
+
+
+def _count(option: str) -> Callable[[str], int]:
+    def coerce(value: str) -> int:
+        if not (value.isascii() and value.isdigit()):
+            raise ValueError(f"--{option} {value!r}: a whole number is needed, 0 or more")
+        return int(value)
 
     return coerce
 
@@ -127,6 +138,9 @@ class ProxyOptions(Options):
         "(TLS-ALPN-01, RFC 8737) to the ACME client and all others to the web server."
     )
 
+    optFlags = [  # noqa: RUF012
+        ["force", None, "steer although the firewall seems to be in the way"],
+    ]
     optParameters = [  # noqa: RUF012
         [
             "alpn",
@@ -165,6 +179,21 @@ class ProxyOptions(Options):
             10.0,
             "Seconds for a target to accept a connection; then the visitor is reset",
             _seconds("connect-timeout"),
+        ],
+        [
+            "idle-timeout",
+            None,
+            0.0,
+            "Seconds without a byte until an established connection is reset; 0: never",
+            _seconds("idle-timeout"),
+        ],
+        [
+            "max-connections",
+            None,
+            0,
+            "How many visitors at a time, the others wait; 0: as many as the limit on open files"
+            " allows",
+            _count("max-connections"),
         ],
         [
             "linger",
@@ -224,7 +253,7 @@ class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
     synopsis = (
-        "Usage: acme-alpn-proxy [options] start|stop|status\n"
+        "Usage: acme-alpn-proxy [options] start|stop|status|check\n"
         "       acme-alpn-proxy [options] run -- COMMAND..."
     )
     longdesc = (
@@ -232,7 +261,9 @@ class ConsoleOptions(ProxyOptions):
         "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
         "stop   steer no more; exit 0 once that is so; connections under way go on\n"
         "run    steer, run COMMAND, steer no more; exit as COMMAND did\n"
-        "status show what runs, and what it has done so far\n\n"
+        "status show what runs, and what it has done so far\n"
+        "check  look whether it would work here: one line each, ok, warning or failed\n"
+        "doctor the same\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
@@ -245,7 +276,8 @@ class ConsoleOptions(ProxyOptions):
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
         ["wait", None, "stop, run: wait until the last connection has ended"],
-        ["json", None, "status: for programs, one line"],
+        ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
+        ["json", None, "status, check: print one JSON document"],
         ["watch", None, "status: show it again every second"],
         ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
@@ -305,11 +337,12 @@ class ConsoleOptions(ProxyOptions):
             raise UsageError(
                 "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
             )
-        if len(words) != 1 or words[0] not in COMMANDS or (argv and words[0] != "run"):
+        command = ALIASES.get(words[0], words[0]) if len(words) == 1 else None
+        if command not in COMMANDS or (argv and command != "run"):
             got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""
             *but_last, last = COMMANDS
             raise UsageError(f"one command is needed, {', '.join(but_last)} or {last}{got}")
-        self["command"] = words[0]
+        self["command"] = command
 
     def postOptions(self) -> None:
         """Which option goes with which command, and the paths."""
@@ -317,6 +350,8 @@ class ConsoleOptions(ProxyOptions):
         for flag, commands in GO_WITH.items():
             if self[flag] and self["command"] not in commands:
                 raise UsageError(f"--{flag} goes with {' or '.join(commands)}")
+        if self["probe"] and self["redirect"] == "none":
+            raise UsageError("--probe steers: choose one by --redirect, not none")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])

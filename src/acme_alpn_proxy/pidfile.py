@@ -20,7 +20,8 @@ from zope.interface import implementer
 from .errors import AlreadyRunning, StartError
 from .interfaces import IPIDFile
 
-_MODE: Final = 0o644
+_MODE: Final = 0o600
+"""Who may open the file may lock it, and pass for the instance where a killed one has left it."""
 _LONGEST: Final = 32
 """Bytes read of a PID file: a PID has seven digits at most (proc(5), pid_max)."""
 _FLOCK: Final = "hhqqi"

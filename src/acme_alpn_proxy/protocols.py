@@ -6,15 +6,12 @@ C{ProxyServer} is the visitor's side, C{ProxyClient} the target's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import (
     IAddress,
     IHalfCloseableProtocol,
     IReactorTime,
-    IStreamClientEndpoint,
     ITCPTransport,
     IUNIXTransport,
 )
@@ -28,18 +25,30 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from .clienthello import ClientHello, ClientHelloParser, NotClientHello, Verdict
+from .clienthello import NEED_MORE, ClientHelloParser, NotClientHello, Verdict
+from .deadlines import DeadlineQueue
 from .drain import LiveConnections
 from .hangup import NoHangupWatch
-from .interfaces import IHangupWatch
-from .relay import TransportRelay
+from .interfaces import IDescriptorTransport, IHangupWatch, ITarget
+from .relay import PipePool, TransportRelay, relay_between
 from .routing import Route, Routing
 from .statistics import Passage, Statistics
+
+MAX_HELD: Final = 67_108_864
+"""Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
+visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
+
+IDLE_LOOKS: Final = 4
+"""How often an established connection is looked at within its idle timeout."""
 
 
 def _tune(transport: Any) -> None:
     """Add no delay of our own (Nagle's), and find peers that vanished (TCP keepalive)."""
-    if ITCPTransport.providedBy(transport) and not IUNIXTransport.providedBy(transport):
+    if (
+        not IDescriptorTransport.providedBy(transport)  # which is born so
+        and ITCPTransport.providedBy(transport)
+        and not IUNIXTransport.providedBy(transport)
+    ):
         transport.setTcpNoDelay(True)
         transport.setTcpKeepAlive(True)
 
@@ -50,23 +59,20 @@ def _show(peer: Any) -> str:
     return f"[{host}]:{peer.port}" if ":" in host else f"{host}:{peer.port}"
 
 
-class Unanswered(Exception):
-    """A target did not accept the connection in time."""
-
-
-def _unanswered(result: object, seconds: float) -> Failure:
-    return Failure(Unanswered(f"no answer within {seconds:g} s"))
-
-
 @implementer(IHalfCloseableProtocol)
 class ProxyClient(Protocol):
     """The connection to a target. All it hears goes to the relay, by way of the server side."""
+
+    __slots__ = ("_server", "connected", "factory", "transport")
+
+    transport: Any
 
     def __init__(self, server: ProxyServer) -> None:
         self._server = server
 
     def connectionMade(self) -> None:
         _tune(self.transport)
+        self._server.target_connected(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         self._server.relay.received(self.transport, data)
@@ -86,11 +92,15 @@ class ProxyClientFactory(ClientFactory):
 
     noisy = False
 
-    def __init__(self, server: ProxyServer) -> None:
+    def __init__(self, server: ProxyServer, route: Route) -> None:
         self._server = server
+        self._route = route
 
     def buildProtocol(self, addr: IAddress | None) -> ProxyClient:
         return ProxyClient(self._server)
+
+    def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
+        self._server.target_failed(self._route, reason)
 
 
 @implementer(IHalfCloseableProtocol)
@@ -99,39 +109,58 @@ class ProxyServer(Protocol):
 
     Undecided, it feeds the parser; decided, it is not read until its target is connected; then
     the relay has it. It is in the live set until the ends on both sides are gone.
+
+    @ivar relay: only when the target is connected.
     """
 
+    __slots__ = (
+        "_connecting",
+        "_connector",
+        "_ends",
+        "_held",
+        "_parser",
+        "_passage",
+        "connected",
+        "factory",
+        "relay",
+        "transport",
+    )
+
     factory: ProxyServerFactory
+    transport: Any
     relay: TransportRelay
 
     def __init__(self) -> None:
-        self._parser = ClientHelloParser()
-        self._connecting: Deferred[Any] | None = None
+        self._parser: ClientHelloParser | None = ClientHelloParser()
+        self._held = 0
+        self._connecting = False
+        self._connector: Any = None
         self._passage: Passage | None = None
-        self._relaying = False
         self._ends = 0
 
     def connectionMade(self) -> None:
         self._ends = 1
         self.factory.live.enter(self)
+        self.factory.hellos.add(self)
         _tune(self.transport)
-        seconds = self.factory.hello_timeout
-        self._deadline = self.factory.clock.callLater(
-            seconds,
-            self._decide,
-            NotClientHello(f"no whole ClientHello within {seconds:g} s", "deadline"),
-        )
 
     def dataReceived(self, data: bytes) -> None:
-        if self._relaying:
+        parser = self._parser
+        if parser is None:
             self.relay.received(self.transport, data)
-        elif isinstance(verdict := self._parser.feed(data), ClientHello | NotClientHello):
+            return
+        verdict = parser.feed(data)
+        if verdict is not NEED_MORE:
             self._decide(verdict)
+        else:
+            size = 2 * len(data)  # the parser has it twice, with and without the record headers
+            self._held += size
+            self.factory.hold(size)
 
     def readConnectionLost(self) -> None:
         # Before the verdict the end-of-file is not remembered: the socket tells it again when the
         # relay starts to read, behind the bytes so far.
-        if self._relaying:
+        if self._parser is None:
             self.relay.finished(self.transport)
         else:
             self._decide(NotClientHello("end of file before a whole ClientHello", "end_of_file"))
@@ -140,68 +169,88 @@ class ProxyServer(Protocol):
         """Our own FIN went out: nothing to do."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._deadline.active():
-            self._deadline.cancel()
-        if self._connecting is not None:
-            self._connecting.cancel()
+        self._leave_hellos()
         self.factory.hangups.discard(self.transport)
+        self._connecting = False
+        connector, self._connector = self._connector, None
+        if connector is not None:
+            connector.stopConnecting()
         self.end_lost(self.transport)
 
     def end_lost(self, transport: object) -> None:
         """One of the two ends is gone."""
-        if self._relaying:
+        if self._parser is None:
             self.relay.lost(transport)
         self._ends -= 1
         if not self._ends:
             if self._passage is not None:
-                moved = self.relay.moved if self._relaying else (0, 0)
+                moved = self.relay.moved if self._parser is None else (0, 0)
                 self.factory.statistics.ended(self._passage, *moved)
             self.factory.live.leave(self)
 
     def abort(self) -> None:
         """Reset both ends."""
-        if self._relaying:
+        if self._parser is None:
             self.relay.abort()
         else:
-            self.transport.abortConnection()  # type: ignore[union-attr]
+            self.transport.abortConnection()
 
-    def _decide(self, verdict: Verdict) -> None:
-        if self._deadline.active():
-            self._deadline.cancel()
-        self.transport.pauseProducing()  # type: ignore[union-attr]
-        self.factory.hangups.add(self.transport, self.abort)
-        route = self.factory.routing.route(verdict)
-        self.factory.log_route(self.transport.getPeer(), route, verdict)  # type: ignore[union-attr]
-        self._passage = self.factory.statistics.decided(
-            route,
-            verdict,
-            lambda: _show(self.transport.getPeer()),  # type: ignore[union-attr]
-        )
-        self._connecting = self.factory.connect(route, self)
-        self._connecting.addCallbacks(self._connected, self._unreachable, errbackArgs=(route,))
+    def give_up(self, reason: str, kind: str) -> None:
+        """Wait for the hello no longer."""
+        self._decide(NotClientHello(reason, kind))
 
-    def _connected(self, client: ProxyClient) -> None:
-        self._connecting = None
+    def look(self) -> None:
+        """Reset both ends if nothing has moved since the last few looks."""
+        if self._parser is None:
+            self.relay.quiet += 1
+            if self.relay.quiet > IDLE_LOOKS:
+                self.relay.abort()
+
+    def target_connected(self, transport: Any) -> None:
+        """The target's end is there."""
+        self._connecting = False
+        self._connector = None
         self._ends += 1
-        self.factory.hangups.discard(self.transport)
-        self.relay = TransportRelay(self.transport, client.transport, self.factory.hangups)
-        self._relaying = True
-        first, self._parser.received = bytes(self._parser.received), bytearray()
+        assert self._parser is not None
+        first, self._parser = bytes(self._parser.received), None
+        factory = self.factory
+        factory.hangups.discard(self.transport)
+        self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipes)
         self.relay.start(first)
 
-    def _unreachable(self, failure: Failure, route: Route) -> None:
-        self._connecting = None
-        if failure.check(CancelledError, ConnectingCancelledError) is None:
-            assert self._passage is not None
-            self.factory.statistics.unreachable(self._passage, failure.getErrorMessage())
-            self.factory.log_unreachable(route, failure)
+    def target_failed(self, route: Route, failure: Failure) -> None:
+        """The target cannot be connected."""
+        if self._connecting:
+            self._connecting = False
+            self._connector = None
+            self.factory.unreachable(self._passage, route, failure)
             self.abort()
+
+    def _decide(self, verdict: Verdict) -> None:
+        self._leave_hellos()
+        factory = self.factory
+        route = factory.routing.route(verdict)
+        self._passage = factory.decided(self.transport, route, verdict)
+        self._connecting = True
+        connector = factory.connect(route, self)
+        if self._connecting:  # still
+            self._connector = connector
+            self.transport.pauseProducing()
+            factory.hangups.add(self.transport, self.abort)
+
+    def _leave_hellos(self) -> None:
+        self.factory.hellos.discard(self)
+        self.factory.held -= self._held
+        self._held = 0
 
 
 class ProxyServerFactory(ServerFactory):
     """Makes a L{ProxyServer} for each visitor, and holds what they share.
 
     @ivar live: the connections that have not ended.
+    @ivar hellos: those among them that have not sent a whole hello.
+    @ivar held: bytes of memory that their half hellos take.
+    @ivar pipes: for relays.
     @ivar statistics: the numbers of all connections.
     @ivar hangups: set by whoever starts and ends the service.
     """
@@ -213,55 +262,81 @@ class ProxyServerFactory(ServerFactory):
     def __init__(
         self,
         routing: Routing,
-        endpoints: Mapping[Route, IStreamClientEndpoint],
+        targets: Mapping[Route, ITarget],
         clock: IReactorTime,
         *,
         hello_timeout: float = 5.0,
-        connect_timeout: float = 10.0,
+        log_visitors: bool = False,
     ) -> None:
         """
-        @param endpoints: how to connect each route's target.
+        @param targets: how to connect each route's target.
         @param hello_timeout: seconds until a connection without a whole hello goes to the fallback.
-        @param connect_timeout: seconds until a target counts as unreachable.
+        @param log_visitors: log a line for each visitor, at C{debug}. An event that nobody takes
+            would cost more time than the parser and the choice of the route together.
         """
         self.routing = routing
-        self.clock = clock
-        self.hello_timeout = hello_timeout
         self.live = LiveConnections()
+        self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
+        self.held = 0
+        self.pipes = PipePool()
         self.statistics = Statistics(routing)
+        self._log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
-        self._endpoints = endpoints
-        self._connect_timeout = connect_timeout
+        self._targets = targets
 
-    def connect(self, route: Route, server: ProxyServer) -> Deferred[Any]:
-        """A Deferred of the L{ProxyClient} connected to the route's target."""
-        connecting = self._endpoints[route].connect(ProxyClientFactory(server))
-        return connecting.addTimeout(self._connect_timeout, self.clock, _unanswered)
+    def connect(self, route: Route, server: ProxyServer) -> Any:
+        """Connect the route's target to C{server}; gives the connector."""
+        return self._targets[route].connect(ProxyClientFactory(server, route))
 
-    def log_route(self, peer: Any, route: Route, verdict: Verdict) -> None:
-        """One line a decision: ACME at C{info}, visitors at C{debug}."""
+    def hold(self, size: int) -> None:
+        """C{size} more bytes of half hellos are held."""
+        self.held += size
+        while self.held > MAX_HELD:
+            self.hellos.oldest().give_up("too many half hellos", "crowded")
+
+    def look_for_idle(self) -> None:
+        """To be called L{IDLE_LOOKS} times within the idle timeout."""
+        for connection in list(self.live):
+            connection.look()
+
+    def close(self) -> None:
+        """Give back what is kept for connections. All have ended."""
+        self.hellos.close()
+        self.pipes.close()
+
+    def _expire(self, server: ProxyServer) -> None:
+        server.give_up(f"no whole ClientHello within {self.hellos.seconds:g} s", "deadline")
+
+    def decided(self, transport: Any, route: Route, verdict: Verdict) -> Passage:
+        """The visitor takes C{route}: count it, and log a line if it is an ACME validation."""
         if route is self.routing.acme:
+            peer, name = _show(transport.getPeer()), getattr(verdict, "server_name", None)
             self._log.info(
                 "Routed {peer} to {route} target {target}, server name {server_name}",
-                peer=_show(peer),
+                peer=peer,
                 route=route.name,
                 target=route.target,
-                server_name=getattr(verdict, "server_name", None),
+                server_name=name,
             )
-        else:
+            return self.statistics.validation(peer, name)
+        if self._log_visitors:
             self._log.debug(
-                "Routed {peer} to {route} target {target}: {verdict}",
-                peer=_show(peer),
+                "Routed {peer} to {route} target {target}: {why}",
+                peer=_show(transport.getPeer()),
                 route=route.name,
                 target=route.target,
-                verdict=verdict,
+                why=getattr(verdict, "reason", "no ACME validation"),
             )
+        return self.statistics.visitor(verdict)
 
-    def log_unreachable(self, route: Route, failure: Failure) -> None:
-        """Which target, and why."""
+    def unreachable(self, passage: Passage | None, route: Route, failure: Failure) -> None:
+        """Count it, and log which target, and why."""
+        assert passage is not None
+        why = failure.getErrorMessage()
+        self.statistics.unreachable(passage, why)
         self._log.error(
             "Cannot reach {route} target {target}: {why}",
             route=route.name,
             target=route.target,
-            why=failure.getErrorMessage(),
+            why=why,
         )

@@ -23,9 +23,10 @@ from twisted.python.failure import Failure
 from .commands import commands_for
 from .errors import StartError
 from .hangup import NoHangupWatch, hangup_watch
-from .interfaces import ICommands, IPIDFile, IRedirect
+from .interfaces import ICommands, INetwork, IPIDFile, IRedirect
+from .network import TwistedNetwork
 from .pidfile import NoPIDFile
-from .protocols import ProxyServerFactory
+from .protocols import IDLE_LOOKS, ProxyServerFactory
 
 BACKLOG: Final = 4_096
 """Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is
@@ -33,6 +34,12 @@ this number since Linux 5.4."""
 
 WATCH_INTERVAL: Final = 3.0
 """Seconds between two looks whether the redirect is still there."""
+
+MAX_PIPES: Final = 64
+"""Of 1 MiB each."""
+
+_RESERVE: Final = 48
+"""Descriptors for all but connections and pipes: the log, commands and the reactor take a dozen."""
 
 _BIND_RETRY: Final = 0.05
 _REMOVE_RETRY: Final = 1.0
@@ -72,6 +79,16 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _descriptor_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def connections_and_pipes(descriptors: int) -> tuple[int, int]:
+    """How many visitors, and how many pipes to move their bytes by, so many open files allow."""
+    pipes = min(MAX_PIPES, descriptors // 16)
+    return max(1, (descriptors - _RESERVE) // 2 - pipes), pipes
+
+
 class ListenerService(Service):
     """Listens while it runs.
 
@@ -86,15 +103,21 @@ class ListenerService(Service):
         self,
         reactor: Any,
         factory: ProxyServerFactory,
+        network: INetwork,
         port: int,
         patience: float,
+        max_connections: int,
     ) -> None:
         """
         @param patience: seconds for which a port that is taken is tried again: an instance that
             ends keeps it for its linger.
+        @param max_connections: how many visitors may be here at a time, the others wait to be
+            accepted; 0: as many as the limit on open files allows.
         """
         self._reactor = reactor
         self._factory = factory
+        self._network = network
+        self._max_connections = max_connections
         self._port = port
         self._patience = patience
         self._ports: list[Any] = []
@@ -117,10 +140,18 @@ class ListenerService(Service):
                 )
             yield commands.pause(_BIND_RETRY)
             waited += _BIND_RETRY
+        allowed, self._factory.pipes.limit = connections_and_pipes(_descriptor_limit())
+        self._factory.live.bound(self._max_connections or allowed, self._pause, self._resume)
         for listener in self.sockets:
-            self._ports.append(
-                self._reactor.adoptStreamPort(listener.fileno(), listener.family, self._factory)
-            )
+            self._ports.append(self._network.listen(listener, self._factory))
+
+    def _pause(self) -> None:
+        for port in self._ports:
+            port.pauseProducing()
+
+    def _resume(self) -> None:
+        for port in self._ports:
+            port.resumeProducing()
 
     def _try_to_open(self) -> bool:
         """Whether it listens; L{False} while the port is taken."""
@@ -162,11 +193,7 @@ class ListenerService(Service):
                 visitor, _ = listener.accept()
             except OSError:
                 return
-            with visitor:
-                visitor.setblocking(False)
-                self._reactor.adoptStreamConnection(
-                    visitor.fileno(), listener.family, self._factory
-                )
+            self._network.adopt(visitor, self._factory)
 
     def _close_sockets(self) -> None:
         sockets, self.sockets = self.sockets, []
@@ -259,12 +286,19 @@ class ProxyService(MultiService):
         redirect: IRedirect,
         pidfile: IPIDFile | None = None,
         *,
+        network: INetwork | None = None,
         port: int = 21443,
+        max_connections: int = 0,
+        idle_timeout: float = 0.0,
         linger: float = 3.0,
         drain_timeout: float = 180.0,
     ) -> None:
         """
+        @param network: the kind of transports; Twisted's own by default.
         @param port: where to listen; the redirect must know the same.
+        @param max_connections: see L{ListenerService}.
+        @param idle_timeout: seconds without a byte until an established connection is reset; 0:
+            for ever.
         @param linger: seconds to go on accepting after the redirect is gone: handshakes that began
             before are then still under way.
         @param drain_timeout: seconds to wait for live connections before they are reset.
@@ -280,7 +314,13 @@ class ProxyService(MultiService):
         self._lingering: Deferred[None] | None = None
         self._hurried = False
         self._redirect = redirect
-        self.listener = ListenerService(reactor, factory, port, linger + 2)
+        self._network = network if network is not None else TwistedNetwork(reactor)
+        self._idle_timeout = idle_timeout
+        self._looking = LoopingCall(factory.look_for_idle)
+        self._looking.clock = reactor
+        self.listener = ListenerService(
+            reactor, factory, self._network, port, linger + 2, max_connections
+        )
         self.listener.setServiceParent(self)
         self.steering = RedirectService(reactor, redirect, self.listener)
         self.steering.setServiceParent(self)
@@ -368,7 +408,11 @@ class ProxyService(MultiService):
         self._pidfile.claim()
         try:
             self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
-            self._factory.hangups = hangup_watch(self._reactor)
+        except StartError:
+            self._pidfile.release()
+            raise
+        self._open()
+        try:
             self.listener.startService()
             yield self.listener.ready
             self.steering.startService()
@@ -376,7 +420,7 @@ class ProxyService(MultiService):
         except Exception:
             Service.stopService(self.steering)
             self.listener.abandon()
-            self._factory.hangups.close()
+            self._close()
             self._pidfile.release()
             raise
         self._factory.statistics.enter("running")
@@ -401,10 +445,24 @@ class ProxyService(MultiService):
                 self._log.info("Draining {count} live connections", count=len(live))
             yield live.drained(self._reactor, self._drain_timeout)
             yield self.steering.release()
-            self._factory.hangups.close()
-            self._factory.hangups = NoHangupWatch()
+            self._close()
             self._log.info("Stopped: all connections have ended")
         self._starting = self._stopping = None
+
+    def _open(self) -> None:
+        """Have what connections use."""
+        self._factory.hangups = hangup_watch(self._reactor)
+        self._network.open()
+        if self._idle_timeout:
+            self._looking.start(self._idle_timeout / IDLE_LOOKS, now=False)
+
+    def _close(self) -> None:
+        if self._looking.running:
+            self._looking.stop()
+        self._factory.close()
+        self._network.close()
+        self._factory.hangups.close()
+        self._factory.hangups = NoHangupWatch()
 
     @inlineCallbacks
     def _linger_on(self) -> Generator[Deferred[Any], Any, None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .clienthello import ClientHello, NotClientHello, Verdict
-from .routing import Route, Routing
+from .routing import Routing
 
 NO_ALPN: Final = "no_alpn"
 OTHER_ALPN: Final = "other_alpn"
@@ -98,18 +98,19 @@ class Statistics:
         """The proxy's state is another one now."""
         self.state, self.since = state, self.clock()
 
-    def decided(self, route: Route, verdict: Verdict, peer: Callable[[], str]) -> Passage:
-        """A connection takes C{route}."""
-        if route is self.routing.acme:
-            name = getattr(verdict, "server_name", None)
-            self.last_validation = Validation(peer(), name, self.clock())
-            passage = Passage(self.acme, self.last_validation)
-        else:
-            self.reasons[_reason(verdict)] += 1
-            passage = self._to_fallback
-        passage.route.live += 1
-        passage.route.total += 1
-        return passage
+    def validation(self, peer: str, server_name: str | None) -> Passage:
+        """A connection goes to the ACME client."""
+        self.last_validation = Validation(peer, server_name, self.clock())
+        self.acme.live += 1
+        self.acme.total += 1
+        return Passage(self.acme, self.last_validation)
+
+    def visitor(self, verdict: Verdict) -> Passage:
+        """A connection goes to the web server."""
+        self.reasons[_reason(verdict)] += 1
+        self.fallback.live += 1
+        self.fallback.total += 1
+        return self._to_fallback
 
     def unreachable(self, passage: Passage, why: str) -> None:
         """Its target could not be connected."""

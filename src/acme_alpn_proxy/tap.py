@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.application.service import IService, MultiService
 
 from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
+from .network import network_for
 from .options import PORT, RULESPEC_VARIABLE
 from .options import ProxyOptions as Options
 from .program import Program
@@ -26,13 +28,13 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
 def make_redirect(options: Options) -> IRedirect:
     """The redirect that C{--redirect} names."""
-    ipv6, rulespec = options["ipv6"], options["rulespec"]
+    rulespec, how = options["rulespec"], {name: bool(options[name]) for name in ("ipv6", "force")}
 
     def iptables() -> IRedirect:
-        return IptablesRedirect(PORT, rulespec, ipv6=ipv6)
+        return IptablesRedirect(PORT, rulespec, **how)
 
     def sk_lookup() -> IRedirect:
-        return SkLookupRedirect(ipv6=ipv6)
+        return SkLookupRedirect(**how)
 
     def auto() -> IRedirect:
         reason = f"{RULESPEC_VARIABLE} is set" if rulespec else None
@@ -43,27 +45,39 @@ def make_redirect(options: Options) -> IRedirect:
     return redirect
 
 
-def make_proxy(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> ProxyService:
-    """The proxy that the options describe, to be given to an application."""
+def make_proxy(
+    options: Options,
+    reactor: Any,
+    pidfile: IPIDFile | None = None,
+    factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
+) -> ProxyService:
+    """The proxy that the options describe, to be given to an application.
+
+    @param factory: makes what takes the visitors.
+    """
     acme = Route("acme", options["alpn"].text)
     fallback = Route("fallback", options["fallback"].text)
     patience = options["connect-timeout"]
-    factory = ProxyServerFactory(
+    network = network_for(reactor)
+    visitors = factory(
         Routing(acme, fallback),
         {
-            acme: options["alpn"].endpoint(reactor, patience),
-            fallback: options["fallback"].endpoint(reactor, patience),
+            acme: network.target(options["alpn"], patience),
+            fallback: network.target(options["fallback"], patience),
         },
         reactor,
         hello_timeout=options["hello-timeout"],
-        connect_timeout=patience,
+        log_visitors=options.get("log-level") == "debug",
     )
     return ProxyService(
         reactor,
-        factory,
+        visitors,
         make_redirect(options),
         pidfile,
+        network=network,
         port=PORT,
+        max_connections=options["max-connections"],
+        idle_timeout=options["idle-timeout"],
         linger=options["linger"],
         drain_timeout=options["drain-timeout"],
     )

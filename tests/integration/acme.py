@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from .netns import Namespace, Node, terminate, url_host
@@ -29,6 +28,8 @@ MANAGEMENT_PORT = 8055
 LEGO_SECONDS = 90.0
 RESPONDER = "127.0.0.1:31443"
 EMAIL = "admin@site.example"
+CERTIFICATE_SECONDS = 20 * 86_400
+"""Clients renew what ends within 30 days."""
 
 _ENVIRONMENT = {
     "PEBBLE_VA_NOSLEEP": "1",
@@ -65,6 +66,7 @@ def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
                     "httpPort": 80,
                     "tlsPort": 443,
                     "ocspResponderURL": "",
+                    "certificateValidityPeriod": CERTIFICATE_SECONDS,
                     "externalAccountBindingRequired": False,
                 }
             }
@@ -110,7 +112,7 @@ class Issued:
 
 def lego(host: Namespace, ca: Pebble, directory: Path, *names: str) -> Issued:
     """Order a certificate for C{names} by TLS-ALPN-01, answered by lego's own responder."""
-    done = host.run(
+    host.run(
         *("lego", "--server", ca.directory_url, "--email", EMAIL, "--accept-tos"),
         *("--path", directory, "--tls", "--tls.port", RESPONDER),
         *[argument for name in names for argument in ("--domains", name)],
@@ -118,61 +120,80 @@ def lego(host: Namespace, ca: Pebble, directory: Path, *names: str) -> Issued:
         env={"LEGO_CA_CERTIFICATES": str(ca.authority.certificate)},
         timeout=LEGO_SECONDS,
     )
-    chain = (directory / "certificates" / f"{names[0]}.crt").read_bytes()
-    account = Account.of_lego(host, ca, directory)
-    return Issued(
-        x509.load_pem_x509_certificates(chain)[0],
-        [
-            challenge["type"]
-            for url in re.findall(r"AuthURL: (\S+)", done.stdout + done.stderr)
-            for challenge in account.read(url)["challenges"]
-            if challenge["status"] == "valid"
-        ],
-    )
+    (account,) = (directory / "accounts").glob(f"*/{EMAIL}/keys/{EMAIL}.key")
+    return issued(host, ca, directory / "certificates" / f"{names[0]}.crt", account)
 
 
-@dataclass(frozen=True)
+def issued(host: Namespace, ca: Pebble, certificate: Path, account: Path) -> Issued:
+    """What a client brought home, as PEM files: the certificate, and the key of its account."""
+    chain = x509.load_pem_x509_certificates(certificate.read_bytes())
+    return Issued(chain[0], Account(host, ca, account.read_bytes()).valid_challenges())
+
+
 class Account:
     """An ACME account, for reading what the CA holds (RFC 8555, section 6.3: POST-as-GET)."""
 
-    host: Namespace
-    ca: Pebble
-    url: str
-    key: ec.EllipticCurvePrivateKey
+    def __init__(self, host: Namespace, ca: Pebble, key: bytes) -> None:
+        """
+        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM.
+        """
+        self._host = host
+        self._ca = ca
+        loaded = serialization.load_pem_private_key(key, password=None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
+        self._key = loaded
+        directory, _ = self._request("GET", ca.directory_url)
+        self._directory = json.loads(directory)
+        wish = json.dumps({"onlyReturnExisting": True})
+        answer, headers = self._post(self._directory["newAccount"], {"jwk": self._jwk()}, wish)
+        self._url = headers["Location"]
+        self._orders = json.loads(answer)["orders"]
 
-    @classmethod
-    def of_lego(cls, host: Namespace, ca: Pebble, directory: Path) -> Account:
-        """The account that lego registered."""
-        (home,) = (directory / "accounts").glob(f"*/{EMAIL}")
-        key = serialization.load_pem_private_key(
-            (home / "keys" / f"{EMAIL}.key").read_bytes(), password=None
-        )
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        registered = json.loads((home / "account.json").read_text())
-        return cls(host, ca, registered["registration"]["uri"], key)
+    def valid_challenges(self) -> list[str]:
+        """The type of the challenge that made each authorization of each order valid."""
+        return [
+            challenge["type"]
+            for order in self.read(self._orders)["orders"]
+            for authorization in self.read(order)["authorizations"]
+            for challenge in self.read(authorization)["challenges"]
+            if challenge["status"] == "valid"
+        ]
 
     def read(self, url: str) -> Any:
         """The resource at C{url}, decoded."""
-        header = {"alg": "ES256", "kid": self.url, "nonce": self._nonce(), "url": url}
-        protected = _base64(json.dumps(header).encode())
-        r, s = decode_dss_signature(
-            self.key.sign(f"{protected}.".encode(), ec.ECDSA(hashes.SHA256()))
-        )
-        signature = _base64(r.to_bytes(32, "big") + s.to_bytes(32, "big"))
-        body = {"protected": protected, "payload": "", "signature": signature}
-        content, _ = self._request("POST", url, json.dumps(body))
+        content, _ = self._post(url, {"kid": self._url}, "")
         return json.loads(content)
 
-    def _nonce(self) -> str:
-        directory, _ = self._request("GET", self.ca.directory_url)
-        _, headers = self._request("HEAD", json.loads(directory)["newNonce"])
-        return headers["Replay-Nonce"]
+    def _jwk(self) -> dict[str, str]:
+        """The public key, as RFC 7518 (section 6) writes it."""
+        public = self._key.public_key().public_numbers()
+        if isinstance(public, ec.EllipticCurvePublicNumbers):
+            x, y = _octets(public.x, 32), _octets(public.y, 32)
+            return {"kty": "EC", "crv": "P-256", "x": x, "y": y}
+        n, e = _octets(public.n, self._key.key_size // 8), _octets(public.e, 3)
+        return {"kty": "RSA", "n": n, "e": e}
+
+    def _sign(self, content: bytes) -> bytes:
+        if isinstance(self._key, rsa.RSAPrivateKey):
+            return self._key.sign(content, padding.PKCS1v15(), hashes.SHA256())
+        r, s = decode_dss_signature(self._key.sign(content, ec.ECDSA(hashes.SHA256())))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+    def _post(self, url: str, who: dict[str, Any], content: str) -> tuple[bytes, Message]:
+        """A signed request (RFC 8555, section 6.2)."""
+        _, headers = self._request("HEAD", self._directory["newNonce"])
+        algorithm = "RS256" if isinstance(self._key, rsa.RSAPrivateKey) else "ES256"
+        header = {"alg": algorithm, "nonce": headers["Replay-Nonce"], "url": url, **who}
+        protected, payload = _base64(json.dumps(header).encode()), _base64(content.encode())
+        signature = _base64(self._sign(f"{protected}.{payload}".encode()))
+        body = {"protected": protected, "payload": payload, "signature": signature}
+        return self._request("POST", url, json.dumps(body))
 
     def _request(self, method: str, url: str, body: str = "") -> tuple[bytes, Message]:
-        with self.ca.tls.wrap_socket(
-            self.host.connect(self.ca.address, DIRECTORY_PORT), server_hostname=self.ca.address
+        with self._ca.tls.wrap_socket(
+            self._host.connect(self._ca.address, DIRECTORY_PORT), server_hostname=self._ca.address
         ) as tls:
-            connection = http.client.HTTPConnection(self.ca.address, DIRECTORY_PORT)
+            connection = http.client.HTTPConnection(self._ca.address, DIRECTORY_PORT)
             connection.sock = tls
             try:
                 connection.request(
@@ -184,6 +205,10 @@ class Account:
                 connection.close()
         assert response.status == 200, f"{method} {url}: {response.status} {content!r}"
         return content, response.headers
+
+
+def _octets(number: int, length: int) -> str:
+    return _base64(number.to_bytes(length, "big"))
 
 
 def _base64(octets: bytes) -> str:

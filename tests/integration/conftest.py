@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .netns import NotRoot, Street, require_root, street
+from .packages import make_packages
 from .proxy import Proxy
 from .website import Website, website
 
@@ -42,3 +43,9 @@ def site(road: Street, tmp_path: Path) -> Iterator[Website]:
 def proxy(road: Street, tmp_path: Path) -> Proxy:
     """The proxy of the host, not started."""
     return Proxy(road.host.namespace, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the packages."""
+    return make_packages(tmp_path_factory.mktemp("packages"))

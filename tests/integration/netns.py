@@ -338,3 +338,22 @@ def gateway() -> Iterator[Gateway]:
         yield Gateway(
             Node(inner, "10.88.1.2", "fd88:1::2"), host, Node(outer, "10.88.2.2", "fd88:2::2")
         )
+
+
+@contextmanager
+def container(host: Namespace) -> Iterator[Node]:
+    """A container on C{host} whose port 443 is published by IPv4, in Docker's manner."""
+    with Namespace.made("container") as inside:
+        host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        _cable(host, "docker0", inside, LINK)
+        host.ip("address add 172.17.0.1/16 dev docker0")
+        inside.ip(f"address add 172.17.0.2/16 dev {LINK}")
+        inside.ip("route add default via 172.17.0.1")
+        for rule in (
+            "-N DOCKER",
+            "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
+            "-A DOCKER -i docker0 -j RETURN",
+            "-A DOCKER ! -i docker0 -p tcp --dport 443 -j DNAT --to-destination 172.17.0.2:443",
+        ):
+            host.run("iptables", "-t", "nat", *rule.split())
+        yield Node(inside, "172.17.0.2", "")

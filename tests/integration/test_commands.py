@@ -398,7 +398,7 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
     """Who is not root is told so by C{start} and by C{stop}."""
     command = (*NOBODY_WHO_MAY_WRITE, proxy.program)
     start = host.run(*command, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
-    _refused(start, "'ip6tables .*' failed with status 4: .*; run this as root")
+    _refused(start, "failed with status 1: Operation not permitted .*; run this as root")
     _nothing_is_left(proxy)
     stop = host.run(*command, "stop", check=False, env=proxy.env)
     _said(stop, "not running")
@@ -473,8 +473,8 @@ def test_rulespec_that_iptables_refuses(proxy: Proxy) -> None:
         (["-fallback", "127.0.0.1:21443", "start"], "own listener.*: name the port"),
         (["-alpn=[::1]:21443", "start"], "own listener.*: name the port"),
         (["-fallback", "nonsense", "start"], "--fallback 'nonsense'"),
-        (["restart"], "one command is needed, start, stop, run or status, not 'restart'"),
-        ([], "one command is needed, start, stop, run or status"),
+        (["restart"], "one command is needed, start, stop, run, status or check, not 'restart'"),
+        ([], "one command is needed, start, stop, run, status or check"),
     ],
 )
 def test_wrong_usage(proxy: Proxy, warm: WarmProxy, words: list[str], pattern: str) -> None:

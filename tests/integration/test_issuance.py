@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+from ..documents import ROOT
 from .acme import lego, pebble
-from .netns import Street
+from .netns import COMMAND_SECONDS, Street
 from .proxy import Proxy
 from .visitors import visitors
 from .website import NAME, Website
@@ -34,3 +37,11 @@ def test_certificate_is_issued_while_visitors_notice_nothing(
     acme = [line for line in proxy.log.splitlines() if "acme" in line and road.visitor.ipv6 in line]
     assert len(acme) >= 3, proxy.log
     assert road.host.namespace.rules() == []
+
+
+def test_demo() -> None:
+    """C{make demo} shows a certificate and visitors without a failure."""
+    demo = [sys.executable, "-m", "tests.integration.demo"]
+    shown = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    assert shown.returncode == 0, shown.stderr
+    assert "failures    0" in shown.stdout

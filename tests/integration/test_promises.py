@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .netns import Namespace, Street, gateway, street, terminate, wait_until
+from .netns import Namespace, Street, container, gateway, street, terminate, wait_until
 from .proxy import PORT, Proxy, ends, kill
 from .visitors import visitors
 from .website import PAGE, Website, website
@@ -191,20 +191,93 @@ def test_connection_tracking_stays_idle(
     nothing_is_left(proxy)
 
 
-@contextmanager
-def _exempt_from_tracking(host: Namespace) -> Iterator[None]:
+@both_redirects
+def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """Where :443 is exempt from connection tracking sk-lookup steers; iptables refuses."""
     for binary in ("iptables", "ip6tables"):
-        host.run(*f"{binary} -t raw -A PREROUTING -p tcp --dport 443 -j NOTRACK".split())
-        host.run(*f"{binary} -t raw -A OUTPUT -p tcp --sport 443 -j NOTRACK".split())
-    yield
-
-
-def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy) -> None:
-    """Where :443 is exempt from connection tracking sk-lookup steers all the same."""
-    with _exempt_from_tracking(road.host.namespace):
-        start(proxy, "sk-lookup")
+        proxy.namespace.run(*f"{binary} -t raw -A PREROUTING -p tcp --dport 443 -j NOTRACK".split())
+        proxy.namespace.run(*f"{binary} -t raw -A OUTPUT -p tcp --sport 443 -j NOTRACK".split())
+    rules = proxy.namespace.rules()
+    if redirect == "iptables":
+        refused = proxy.start("--redirect", redirect, check=False)
+        assert refused.returncode == 1
+        assert re.search(
+            "exempt from connection tracking.* -j .*--redirect sk-lookup", refused.stderr
+        )
+        assert proxy.namespace.rules() == rules
+    else:
+        start(proxy, redirect)
         assert [visit(site, road, family) for family in FAMILIES] == [True, True]
         proxy.stop(wait=True)
+
+
+@pytest.mark.parametrize("firewall", ["iptables", "nftables"])
+@pytest.mark.parametrize("redirect", ["iptables", "sk-lookup", "auto"])
+def test_default_drop_firewall(
+    road: Street, site: Website, proxy: Proxy, firewall: str, redirect: str
+) -> None:
+    """Where the firewall lets in 443 alone sk-lookup steers; iptables refuses, changes nothing."""
+    _let_in_443_alone(proxy.namespace, firewall)
+    before = proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout
+    if redirect == "iptables":
+        refused = proxy.start("--redirect", redirect, check=False)
+        assert refused.returncode == 1
+        assert re.search("port 21443, where the firewall drops them: .*sk-lookup", refused.stderr)
+        assert proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout == before
+        assert [visit(site, road, family) for family in FAMILIES] == [False, False]
+    else:
+        start(proxy, redirect)
+        assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+        proxy.stop(wait=True)
+
+
+def _let_in_443_alone(host: Namespace, firewall: str) -> None:
+    if firewall == "nftables":
+        host.run(
+            "nft",
+            "table inet filter { chain input { type filter hook input priority 0; policy drop; "
+            "iif lo accept; ct state established,related accept; meta l4proto icmpv6 accept; "
+            "tcp dport { 22, 443 } accept; }; }",
+        )
+        return
+    for binary, icmp in (("iptables", "icmp"), ("ip6tables", "icmpv6")):
+        for rule in (
+            "-A INPUT -i lo -j ACCEPT",
+            f"-A INPUT -p {icmp} -j ACCEPT",
+            "-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT",
+            "-A INPUT -p tcp --dport 443 -j ACCEPT",
+            "-P INPUT DROP",
+        ):
+            host.run(binary, *rule.split())
+
+
+@pytest.mark.parametrize("redirect", ["iptables", "sk-lookup", "auto"])
+def test_published_by_a_container_engine(road: Street, tmp_path: Path, redirect: str) -> None:
+    """Where a container has :443, iptables steers and gives it back; sk-lookup refuses."""
+    host = road.host.namespace
+    proxy = Proxy(host, tmp_path)
+    with container(host) as box, website(box.namespace, tmp_path / "site") as site:
+
+        def seen_from() -> str:
+            with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+                return visit.get().seen_from
+
+        rules = host.rules()
+        assert seen_from() == road.visitor.ipv4
+        started = proxy.start(
+            *("--redirect", redirect, "--linger", "1", "-fallback", f"{box.ipv4}:443"),
+            check=redirect != "sk-lookup",
+        )
+        if redirect == "sk-lookup":
+            assert started.returncode == 1
+            assert re.search("sent elsewhere: .* DOCKER.*--redirect iptables", started.stderr)
+        else:
+            if redirect == "auto":
+                assert "Steering by iptables: not sk-lookup, since visitors" in started.stderr
+            assert seen_from() == "172.17.0.1", "not by way of the proxy"
+            proxy.stop(wait=True)
+        assert host.rules() == rules
+        assert seen_from() == road.visitor.ipv4
 
 
 @both_redirects

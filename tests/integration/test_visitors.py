@@ -76,11 +76,11 @@ def test_connected_but_silent_at_stop(
     road: Street, site: Website, proxy: Proxy, family: str
 ) -> None:
     """Who had connected, but not yet said hello, gets the page after the stop."""
-    proxy.start()
+    proxy.start("--linger", "0.2")
     connection = road.visitor.namespace.connect(road.host.address(family), 443)
     with connection:
         _wait_until_steered(road.host.namespace, connection)
-        proxy.stop()
+        _stop_listening(proxy)
         with closing(site.visit_on(connection)) as visit:
             answer = visit.get()
     assert (answer.body, answer.steered) == (PAGE, True)
@@ -90,12 +90,12 @@ def test_connected_but_silent_at_stop(
 @both_families
 def test_half_a_hello_at_stop(road: Street, site: Website, proxy: Proxy, family: str) -> None:
     """Who had sent half a ClientHello gets the page after sending the other half."""
-    proxy.start()
+    proxy.start("--linger", "0.2")
     with road.visitor.namespace.connect(road.host.address(family), 443) as connection:
         client = site.slow_client(connection)
         client.send_half_the_hello()
         _wait_until_steered(road.host.namespace, connection)
-        proxy.stop()
+        _stop_listening(proxy)
         client.send_the_rest()
         assert client.get() == PAGE
     _ends_and_leaves_no_rule(road, proxy)
@@ -125,15 +125,21 @@ def test_tcp_handshake_open_at_stop(road: Street, site: Website, proxy: Proxy, f
 @both_families
 def test_download_running_at_stop(road: Street, site: Website, proxy: Proxy, family: str) -> None:
     """A download that runs at stop arrives whole."""
-    proxy.start()
+    proxy.start("--linger", "0.2")
     with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
         response = visit.ask("/slow/big")
         digest = hashlib.sha256(response.read(1024 * 1024))
-        proxy.stop()
+        _stop_listening(proxy)
         while part := response.read(65536):
             digest.update(part)
     assert digest.hexdigest() == site.big_file_sha256
     _ends_and_leaves_no_rule(road, proxy)
+
+
+def _stop_listening(proxy: Proxy) -> None:
+    """Stop, and wait until the listener is closed: the drain is all there is now."""
+    proxy.stop()
+    wait_until(lambda: "Draining" in proxy.log, "it drains")
 
 
 def _ends_and_leaves_no_rule(road: Street, proxy: Proxy) -> None:

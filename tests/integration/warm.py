@@ -108,6 +108,8 @@ def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any
         command = os.fork()
         if not command:
             code = 99
+            # As the program does first of all; before that there is no moment to try.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)

@@ -20,9 +20,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import StartError
 from ..interfaces import ICommands
-
-LOCK_WAIT: Final = "5"
-"""Seconds that iptables waits for its lock (C{-w})."""
+from .xtables import LOCK_WAIT
 
 KEEPER_MATCH: Final = ("-m", "conntrack", "--ctstate", "INVALID")
 """What the keeper's rule matches; it has no target."""

@@ -72,6 +72,18 @@ def _numbered_interfaces_v6(proc: Path) -> set[str]:
     }
 
 
+def visitor_interfaces(family: int, proc: Path = PROC) -> set[str]:
+    """Interfaces that visitors come in by, to judge by the routes; none if that cannot be said.
+
+    @param family: 4 or 6.
+    """
+    try:
+        find = _default_route_interfaces_v4 if family == 4 else _default_route_interfaces_v6
+        return find(proc)
+    except OSError:  # no such family in this kernel
+        return set()
+
+
 def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
     """Interfaces that visitors come in by, to judge by the routes, and that have no address.
 
@@ -80,12 +92,17 @@ def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
 
     @param family: 4 or 6.
     """
+    names = visitor_interfaces(family, proc)
+    if family == 4:
+        return sorted(name for name in names if not _has_address_v4(name))
+    return sorted(names - _numbered_interfaces_v6(proc)) if names else []
+
+
+def legacy_tables(family: int, proc: Path = PROC) -> list[str]:
+    """The tables of the legacy iptables that there are (/proc/net/ip_tables_names)."""
     try:
-        if family == 4:
-            names = _default_route_interfaces_v4(proc)
-            return sorted(name for name in names if not _has_address_v4(name))
-        return sorted(_default_route_interfaces_v6(proc) - _numbered_interfaces_v6(proc))
-    except OSError:  # no such family in this kernel
+        return (proc / f"net/{'ip' if family == 4 else 'ip6'}_tables_names").read_text().split()
+    except OSError:  # not loaded
         return []
 
 
@@ -94,6 +111,11 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except OSError:
         return None
+
+
+def new_interfaces_have_ipv6(proc: Path = PROC) -> bool:
+    """Whether an interface that is made now will have IPv6."""
+    return _number(proc / "sys/net/ipv6/conf/default/disable_ipv6") == 0
 
 
 def tracked_connections(proc: Path = PROC) -> int:

@@ -11,13 +11,12 @@ Whatever end the process comes to, its guard (L{acme_alpn_proxy.redirects.guard}
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import socket
 from collections.abc import Generator, Sequence
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
@@ -25,7 +24,9 @@ from ..commands import NOT_FOUND, Result
 from ..errors import StartError
 from ..interfaces import ICommands, IRedirect
 from . import hostfacts
-from .guard import KEEPER_MATCH, LOCK_WAIT, Guard, claim_redirect
+from .firewall import look
+from .guard import KEEPER_MATCH, Guard, claim_redirect
+from .xtables import BINARIES, LOCK_WAIT, listed
 
 COMMENT: Final = "acme-alpn-proxy"
 
@@ -37,8 +38,6 @@ LIFE_SIGN: Final = 1.0
 
 _NO_SUCH_RULE: Final = 1
 """Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
-
-_BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
 
 def default_rulespec(port: int) -> list[str]:
@@ -64,22 +63,6 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             at = words.index(flag)
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
-
-
-def listed(output: str) -> list[list[str]]:
-    """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
-
-    A comment may hold anything, line ends too: what cannot be taken apart is left out, and is no
-    rule of ours. Warnings that stand between the rules are left out as well.
-    """
-    found = []
-    for command in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
-        if command.startswith("-"):
-            try:
-                found.append(shlex.split(command))
-            except ValueError:
-                pass
-    return found
 
 
 def is_leftover(words: Sequence[str], port: int) -> bool:
@@ -111,24 +94,32 @@ class IptablesRedirect:
     _log = Logger()
 
     def __init__(
-        self, port: int, rulespec: Sequence[str] | None = None, *, ipv6: bool = True
+        self,
+        port: int,
+        rulespec: Sequence[str] | None = None,
+        *,
+        ipv6: bool = True,
+        force: bool = False,
     ) -> None:
         """
         @param port: where the listener is.
         @param rulespec: what stands behind C{-t nat -I PREROUTING}, one word an item.
         @param ipv6: whether to steer IPv6 too, where there is any.
+        @param force: whether to steer even if the firewall seems to drop who is steered.
         """
         self._port = port
         self._custom = rulespec is not None
         self._rulespec = list(rulespec) if rulespec is not None else default_rulespec(port)
         self._ipv6 = ipv6
+        self._force = force
         self._families: list[int] = []
         self._guard: Guard | None = None
 
     def __str__(self) -> str:
         return "iptables"
 
-    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+    @inlineCallbacks
+    def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
         """On all addresses: the kernel redirects to that of the interface a visitor comes in by."""
         if not self._ipv6:
             self._families = [4]
@@ -137,11 +128,10 @@ class IptablesRedirect:
             self._families = [4]
         else:  # IPv6 first: if it fails, no visitor has been steered yet
             self._families = [6, 4]
-        try:
-            self._refuse_unnumbered()
-        except StartError:
-            return fail()
-        return succeed(("::",))
+        self._refuse_unnumbered()
+        if not self._force:
+            yield self._refuse_firewall(commands)
+        return ("::",)
 
     @inlineCallbacks
     def apply(
@@ -217,7 +207,7 @@ class IptablesRedirect:
         return words
 
     def _new_guard(self, claim: socket.socket) -> Guard:
-        binaries = [_BINARIES[family] for family in self._families]
+        binaries = [BINARIES[family] for family in self._families]
         return Guard(claim, binaries, keeper_comment(os.getpid()), self._rulespec)
 
     @inlineCallbacks
@@ -247,7 +237,7 @@ class IptablesRedirect:
             self._log.warn(
                 "Removed {count} {binary} rules that a killed instance had left",
                 count=count,
-                binary=_BINARIES[family],
+                binary=BINARIES[family],
             )
         return count
 
@@ -267,6 +257,19 @@ class IptablesRedirect:
                     f"ACME_ALPN_PROXY_RULESPEC='{shlex.join(_as_dnat(self._rulespec))}', "
                     "which keeps the address they dialled"
                 )
+
+    @inlineCallbacks
+    def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        for family in self._families:
+            reason = yield look(commands, family, self._port)
+            if reason is not None:
+                remedy = "run this as root"
+                if os.geteuid() == 0:
+                    remedy = (
+                        "use --redirect sk-lookup, for which the firewall need not be changed, or"
+                        " steer all the same with --force"
+                    )
+                raise StartError(f"{reason}; {remedy}")
 
     def _warn_of_small_table(self) -> None:
         limit = hostfacts.max_tracked_connections()
@@ -290,10 +293,10 @@ class IptablesRedirect:
         return result
 
     def _argv(self, family: int, table: str, *words: str) -> list[str]:
-        return [_BINARIES[family], "-w", LOCK_WAIT, "-t", table, *words]
+        return [BINARIES[family], "-w", LOCK_WAIT, "-t", table, *words]
 
     def _refusal(self, family: int, result: Result) -> StartError:
-        binary = _BINARIES[family]
+        binary = BINARIES[family]
         if result.code == NOT_FOUND:
             remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
         elif os.geteuid() != 0:

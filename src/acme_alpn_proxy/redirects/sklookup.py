@@ -16,11 +16,11 @@ import errno
 import os
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from typing import Any, Final
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.logger import Logger
 from zope.interface import implementer
 
@@ -28,6 +28,7 @@ from ..errors import StartError
 from ..interfaces import ICommands, IRedirect
 from . import bpf
 from .bpf import Assembler
+from .firewall import look_whether_sent_elsewhere
 
 STEERED_PORT: Final = 443
 
@@ -119,23 +120,34 @@ class SkLookupRedirect:
 
     _log = Logger()
 
-    def __init__(self, *, ipv6: bool = True) -> None:
+    def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
         """
         @param ipv6: whether to steer IPv6 too, where there is any.
+        @param force: whether to steer even if visitors seem to be sent elsewhere.
         """
-        self._hosts = ("127.0.0.1", "::1") if ipv6 else ("127.0.0.1",)
+        self._hosts = {4: "127.0.0.1", 6: "::1"} if ipv6 else {4: "127.0.0.1"}
+        self._force = force
         self._link: int | None = None
 
     def __str__(self) -> str:
         return "sk-lookup"
 
-    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+    @inlineCallbacks
+    def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
         """On loopback alone. The kernel is asked whether it takes the program."""
         try:
             with _loaded_program([]):
-                return succeed(self._hosts)
+                pass
         except OSError as problem:
-            return fail(StartError(_why_refused(problem)))
+            raise StartError(_why_refused(problem)) from None
+        for family in () if self._force else self._hosts:
+            reason = yield look_whether_sent_elsewhere(commands, family)
+            if reason is not None:
+                raise StartError(
+                    f"{reason}; use --redirect iptables, whose rule comes first, or steer all the"
+                    " same with --force"
+                )
+        return tuple(self._hosts.values())
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:

@@ -1,0 +1,57 @@
+"""What a check has found: one line for the operator, or one object for a program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Level(IntEnum):
+    """How bad it is, the worst last."""
+
+    OK = 0
+    WARNING = 1
+    FAILED = 2
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The verdict of one check.
+
+    @ivar name: of the check.
+    @ivar cause: what was seen; may be empty where all is well.
+    @ivar remedy: what to do; empty where all is well.
+    """
+
+    name: str
+    level: Level
+    cause: str = ""
+    remedy: str = ""
+
+    @classmethod
+    def refused(cls, name: str, problem: Exception | str, level: Level = Level.FAILED) -> Finding:
+        """Of an error for the operator: the cause, a semicolon, the remedy."""
+        cause, _, remedy = str(problem).rpartition("; ")
+        return cls(name, level, cause, remedy) if cause else cls(name, level, remedy)
+
+    def __str__(self) -> str:
+        told = "; ".join(filter(None, [self.cause, self.remedy]))
+        return f"{self.level!s:<7} {self.name}{': ' * bool(told)}{told}"
+
+    def as_object(self) -> dict[str, str]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "verdict": str(self.level),
+            "cause": self.cause,
+            "remedy": self.remedy,
+        }
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The verdict on all together."""
+    return max((finding.level for finding in findings), default=Level.OK)

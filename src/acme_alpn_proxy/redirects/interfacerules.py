@@ -1,0 +1,113 @@
+"""Whether the firewall treats interfaces differently.
+
+Then it may turn away who comes in by an interface made for a trial, and take visitors all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from ..commands import Result
+from ..interfaces import ICommands
+from .xtables import BINARIES, LOCK_WAIT, listed
+
+_TABLES: Final = ("raw", "mangle", "filter")
+"""Those that turn away. Container engines name interfaces in the nat table."""
+
+_HOOKS: Final = ("PREROUTING", "INPUT")
+
+_Rule = tuple[bool, set[str]]
+"""Whether it names an interface, and the chains that it leads to."""
+
+
+@inlineCallbacks
+def names_interfaces(commands: ICommands, family: int) -> Generator[Deferred[Any], Any, bool]:
+    """Whether a rule that a new visitor comes across names an interface other than C{lo}.
+
+    What cannot be read names none: the trial itself has said what is the matter.
+
+    @param family: 4 or 6.
+    """
+    for table in _TABLES:
+        shown: Result = yield commands.run([BINARIES[family], "-w", LOCK_WAIT, "-t", table, "-S"])
+        if _reached(_iptables_rules(shown.output), _HOOKS):
+            return True
+    shown = yield commands.run(["nft", "-j", "list", "ruleset"])
+    try:
+        objects = json.loads(shown.output)["nftables"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return _reached(_nft_rules(objects), _nft_hooks(objects))
+
+
+def _reached(rules: Mapping[str, list[_Rule]], begin: Iterable[str]) -> bool:
+    """Whether a rule that names an interface can be reached from these chains."""
+    to_do, done = list(begin), set()
+    while to_do:
+        chain = to_do.pop()
+        if chain in done:
+            continue
+        done.add(chain)
+        for names, targets in rules.get(chain, ()):
+            if names:
+                return True
+            to_do += targets
+    return False
+
+
+def _iptables_rules(output: str) -> dict[str, list[_Rule]]:
+    rules: dict[str, list[_Rule]] = {}
+    for command, chain, *words in listed(output):
+        if command == "-A":
+            pairs = list(pairwise(words))
+            names = any(flag == "-i" and name != "lo" for flag, name in pairs)
+            targets = {target for flag, target in pairs if flag in ("-j", "-g")}
+            rules.setdefault(chain, []).append((names, targets))
+    return rules
+
+
+def _nft_hooks(objects: list[Any]) -> list[str]:
+    hooks = [name.lower() for name in _HOOKS]
+    chains = [each["chain"] for each in objects if "chain" in each]
+    return [
+        _chain(each, each["name"])
+        for each in chains
+        if each.get("hook") in hooks and each.get("type") != "nat"
+    ]
+
+
+def _nft_rules(objects: list[Any]) -> dict[str, list[_Rule]]:
+    rules: dict[str, list[_Rule]] = {}
+    for each in objects:
+        if "rule" in each:
+            rule = each["rule"]
+            parts = list(_parts(rule["expr"]))
+            targets = {_chain(rule, part["target"]) for part in parts if "target" in part}
+            at = _chain(rule, rule["chain"])
+            rules.setdefault(at, []).append((_names_interface(parts), targets))
+    return rules
+
+
+def _names_interface(parts: list[dict[str, Any]]) -> bool:
+    named = [part for part in parts if str(part.get("key", "")).startswith("iif")]
+    loopback = [part for part in parts if part.get("right") == "lo"]
+    return len(named) > len(loopback)
+
+
+def _chain(within: dict[str, Any], name: str) -> str:
+    return f"{within['family']} {within['table']} {name}"
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in this JSON value, however deep."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _parts(each)

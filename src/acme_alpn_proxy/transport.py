@@ -1,0 +1,764 @@
+"""TCP on Linux with as few system calls and objects as it takes, for protocols of Twisted's kind.
+
+What Twisted's own transports do, with these differences: all descriptors are in one L{Poller}; a
+protocol hears of a reset at once, whether its transport is being read or not; C{connectionLost}
+comes before the call that ends the connection returns; a producer is paused as soon as the kernel
+does not take all; every connection has TCP_NODELAY and SO_KEEPALIVE from the start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from socket import SocketType
+from typing import Any, Final, Protocol
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import (
+    ConnectionAborted,
+    ConnectionDone,
+    ConnectionLost,
+    UserError,
+    getConnectError,
+)
+from twisted.internet.interfaces import (
+    IAddress,
+    IConnector,
+    IConsumer,
+    IHalfCloseableDescriptor,
+    IHalfCloseableProtocol,
+    IListeningPort,
+    IPushProducer,
+    IReactorFDSet,
+    IReactorTime,
+    IReadDescriptor,
+    ITCPTransport,
+    IWriteDescriptor,
+)
+from twisted.internet.protocol import ClientFactory, Factory
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .deadlines import DeadlineQueue, Unanswered
+from .interfaces import IDescriptorTransport, ITarget
+
+READ_SIZE: Final = 65_536
+"""Bytes read at once: a read that fills this finds a sender at full speed."""
+
+_READ: Final = select.EPOLLIN
+_WRITE: Final = select.EPOLLOUT
+_RESET: Final = select.EPOLLERR
+_ENDED: Final = select.EPOLLERR | select.EPOLLHUP
+_NOTHING: Final = select.EPOLLET
+"""EPOLLERR and EPOLLHUP are reported whatever is asked for, and the latter lasts: once a change."""
+
+_EVENTS: Final = 256
+_ACCEPTS: Final = 32
+"""Connections accepted before others get their turn."""
+
+_RETRY: Final = 0.1
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_VISITOR_GONE: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.EOPNOTSUPP,
+    }
+)
+"""accept(2): errors of the connection that would have been accepted."""
+
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+"""socket(7): SO_LINGER of 0 seconds."""
+
+_log = Logger()
+
+_DONE: Final = Failure(ConnectionDone())
+_ABORTED: Final = Failure(ConnectionAborted())
+
+
+class Handler(Protocol):
+    """What is in a L{Poller}."""
+
+    def ready(self, events: int) -> None:
+        """epoll(7) reports C{events}."""
+
+    def connectionLost(self, reason: Failure) -> None:
+        """C{ready} has raised an exception: end."""
+
+
+@implementer(IReadDescriptor)
+class Poller:
+    """One epoll for all lean descriptors, itself one of the reactor's."""
+
+    def __init__(self, reactor: IReactorFDSet) -> None:
+        self._reactor = reactor
+        self._handlers: dict[int, Handler] = {}
+        self._added: set[int] = set()
+
+    def open(self) -> None:
+        """To be called before anything is added."""
+        self._epoll = select.epoll()
+        self._reactor.addReader(self)
+
+    def add(self, descriptor: int, handler: Handler, events: int) -> None:
+        """Report C{events} (level-triggered), resets, and nothing else to C{handler}."""
+        self._epoll.register(descriptor, events or _NOTHING)
+        self._handlers[descriptor] = handler
+        self._added.add(descriptor)
+
+    def change(self, descriptor: int, events: int) -> None:
+        """Report C{events} from now on."""
+        self._epoll.modify(descriptor, events or _NOTHING)
+
+    def remove(self, descriptor: int) -> None:
+        """To be called before C{descriptor} is closed.
+
+        A process about to be spawned may hold a copy, and the kernel would go on to report that.
+        """
+        self._epoll.unregister(descriptor)
+        del self._handlers[descriptor]
+
+    def close(self) -> None:
+        """Report nothing any more."""
+        self._reactor.removeReader(self)
+        self._handlers.clear()
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def doRead(self) -> None:
+        handlers, added = self._handlers, self._added
+        added.clear()
+        for descriptor, events in self._epoll.poll(0, _EVENTS):
+            # An earlier one of this batch may have ended it, and a new one may have its number.
+            if descriptor in added or descriptor not in handlers:
+                continue
+            handler = handlers[descriptor]
+            try:
+                handler.ready(events)
+            except Exception:
+                reason = Failure()
+                _log.failure("Error in a connection", reason)
+                handler.connectionLost(reason)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
+
+    def logPrefix(self) -> str:
+        return "poller"
+
+
+class Shortage:
+    """Too few descriptors, or too little memory: who meets it tries again a little later.
+
+    @ivar waiting: who waits, the first one first.
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._told = False
+        self._timer: Any = None
+        self.waiting: list[Callable[[], None]] = []
+
+    def wait(self, retry: Callable[[], None]) -> None:
+        """Call C{retry()} in a tenth of a second."""
+        self.waiting.append(retry)
+        if self._timer is None:
+            self._timer = self._clock.callLater(_RETRY, self._retry)
+
+    def tell(self, problem: OSError) -> None:
+        """One line in the log, until it is over."""
+        if not self._told:
+            self._told = True
+            _log.warn(
+                "New connections wait: {problem}; is the limit on open files (ulimit -n) too low?",
+                problem=problem.strerror,
+            )
+
+    def over(self) -> None:
+        """All who waited to be accepted are."""
+        self._told = False
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self.waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _retry(self) -> None:
+        self._timer = None
+        waiting, self.waiting = self.waiting, []
+        for retry in waiting:
+            retry()
+
+
+def twisted_address(address: Any) -> IPv4Address | IPv6Address:
+    """Twisted's form of a socket's address."""
+    return IPv4Address("TCP", *address) if len(address) == 2 else IPv6Address("TCP", *address)
+
+
+@implementer(
+    ITCPTransport,
+    IConsumer,
+    IPushProducer,
+    IHalfCloseableDescriptor,
+    IReadDescriptor,
+    IWriteDescriptor,
+    IDescriptorTransport,
+)
+class Connection:
+    """A connected socket and its protocol.
+
+    @ivar connected: until C{connectionLost}.
+    """
+
+    __slots__ = (
+        "_address",
+        "_buffer",
+        "_ending",
+        "_events",
+        "_paused",
+        "_poller",
+        "_producer",
+        "_reader",
+        "_registered",
+        "_reported",
+        "_socket",
+        "_streaming",
+        "_writer",
+        "connected",
+        "protocol",
+    )
+
+    disconnecting = False
+    read_size = READ_SIZE
+
+    def __init__(self, poller: Poller, sock: SocketType, address: Any, protocol: Any) -> None:
+        """
+        @param address: the peer's, as the socket module has it.
+        """
+        self._poller = poller
+        self._socket = sock
+        self._address = address
+        self.protocol = protocol
+        self.connected = True
+        self._registered = False
+        self._events = self._reported = _READ
+        self._buffer = b""
+        self._ending: Callable[[], None] | None = None
+        self._producer: Any = None
+        self._streaming = self._paused = False
+        self._reader: Callable[[], None] | None = None
+        self._writer: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Have the poller report what is wanted by now."""
+        if self.connected:
+            self._poller.add(self._socket.fileno(), self, self._events)
+            self._registered = True
+            self._reported = self._events
+
+    def ready(self, events: int) -> None:
+        if events & (_READ | _ENDED) and self._events & _READ:
+            self.doRead()
+        if events & (_WRITE | _ENDED) and self._events & _WRITE:
+            self.doWrite()
+        elif (
+            events & _RESET
+            and not self._events
+            and self.connected
+            and (problem := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        ):
+            self.failed(OSError(problem, os.strerror(problem)))
+
+    def _want(self, events: int) -> None:
+        if self.connected:
+            self._events = events
+            self._update()
+
+    def _update(self) -> None:
+        if self._registered and self._events != self._reported:
+            self._reported = self._events
+            self._poller.change(self._socket.fileno(), self._events)
+
+    # Reading
+
+    def doRead(self) -> None:
+        if self._reader is not None:
+            self._reader()
+            return
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as problem:
+            self.failed(problem)
+            return
+        if data:
+            self.protocol.dataReceived(data)
+        else:
+            self.readConnectionLost(_DONE)
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """The peer's end-of-file; it is told again if reading is resumed."""
+        self._events &= ~_READ
+        if IHalfCloseableProtocol.providedBy(self.protocol):
+            self.protocol.readConnectionLost()
+            self._update()
+        else:
+            self.connectionLost(reason)
+
+    def read_by(self, reader: Callable[[], None] | None) -> None:
+        if self.connected:
+            self._reader = reader
+
+    def pauseProducing(self) -> None:
+        self._want(self._events & ~_READ)
+
+    def resumeProducing(self) -> None:
+        self._want(self._events | _READ)
+
+    def stopProducing(self) -> None:
+        self.loseConnection()
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        if not self.connected or self._ending is not None:
+            return
+        if not self._buffer:
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as problem:
+                self.failed(problem)
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._want(self._events | _WRITE)
+        self._buffer += data
+        if self._producer is not None and self._streaming and not self._paused:
+            self._paused = True
+            self._producer.pauseProducing()
+
+    def writeSequence(self, data: Any) -> None:
+        self.write(b"".join(data))
+
+    def doWrite(self) -> None:
+        if self._writer is not None:
+            self._writer()
+            return
+        if not self._buffer:
+            return
+        try:
+            sent = self._socket.send(self._buffer)
+        except BlockingIOError:
+            return
+        except OSError as problem:
+            self.failed(problem)
+            return
+        self._buffer = self._buffer[sent:]
+        if not self._buffer:
+            self._want(self._events & ~_WRITE)
+            if self._producer is not None and (self._paused or not self._streaming):
+                self._paused = False
+                self._producer.resumeProducing()
+            elif self._ending is not None:
+                self._ending()
+
+    def write_by(self, writer: Callable[[], None] | None) -> None:
+        if not self.connected:
+            return
+        self._writer = writer
+        self._want(self._events & ~_WRITE if writer is None else self._events | _WRITE)
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        if self._producer is not None:
+            raise RuntimeError(f"{self._producer} is still registered, {producer} cannot be")
+        if not self.connected:
+            producer.stopProducing()
+            return
+        self._producer, self._streaming, self._paused = producer, streaming, False
+        if not streaming:
+            producer.resumeProducing()
+
+    def unregisterProducer(self) -> None:
+        self._producer = None
+        if self._ending == self._close and not self._buffer:
+            self._close()
+
+    # The end
+
+    def loseWriteConnection(self) -> None:
+        if self._ending is None:
+            self._end_with(self._finish)
+
+    def loseConnection(self) -> None:
+        self._end_with(self._close)
+
+    def _end_with(self, ending: Callable[[], None]) -> None:
+        if self.connected:
+            self._ending = ending
+            if not self._buffer and (self._producer is None or self._streaming):
+                ending()
+
+    def _close(self) -> None:
+        self.connectionLost(_DONE)
+
+    def _finish(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError as problem:
+            self.failed(problem)
+        else:
+            self.writeConnectionLost(_DONE)
+
+    def writeConnectionLost(self, reason: Failure) -> None:
+        if IHalfCloseableProtocol.providedBy(self.protocol):
+            self.protocol.writeConnectionLost()
+
+    def abortConnection(self) -> None:
+        if self.connected:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.connectionLost(_ABORTED)
+
+    def failed(self, problem: OSError) -> None:
+        self.connectionLost(Failure(ConnectionLost(f"{problem.strerror} ({problem.errno})")))
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Close the socket and tell the protocol; a second time it does nothing."""
+        if not self.connected:
+            return
+        self.connected = False
+        if self._registered:
+            self._registered = False
+            self._poller.remove(self._socket.fileno())
+        self._events = 0
+        self._socket.close()
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.stopProducing()
+        self._buffer = b""
+        self._reader = self._writer = self._ending = None
+        protocol, self.protocol = self.protocol, None
+        protocol.connectionLost(reason)
+
+    # Facts
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "connection"
+
+    def getPeer(self) -> IPv4Address | IPv6Address:
+        return twisted_address(self._address)
+
+    def getHost(self) -> IPv4Address | IPv6Address:
+        return twisted_address(self._socket.getsockname())
+
+    def getTcpNoDelay(self) -> bool:
+        return bool(self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, bool(enabled))
+
+    def getTcpKeepAlive(self) -> bool:
+        return bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(enabled))
+
+
+def _start(connection: Connection, *, read: bool = False) -> None:
+    """Give the protocol its transport, and, if C{read}, what has come by now."""
+    try:
+        connection.protocol.makeConnection(connection)
+        if read and connection.connected:
+            connection.doRead()
+        connection.begin()
+    except Exception:
+        reason = Failure()
+        _log.failure("Error in a new connection", reason)
+        connection.connectionLost(reason)
+
+
+def _tune(sock: SocketType) -> None:
+    """Add no delay of our own (Nagle's), and find peers that vanished."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
+    """Give an accepted socket its protocol, and that what has come by now."""
+    protocol = factory.buildProtocol(twisted_address(address))
+    if protocol is None:
+        sock.close()
+    else:
+        _start(Connection(poller, sock, address, protocol), read=True)
+
+
+def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
+    """Take over a connection that the caller has accepted."""
+    sock = SocketType(visitor.family, visitor.type, visitor.proto, visitor.detach())
+    sock.setblocking(False)
+    _tune(sock)
+    try:
+        address = sock.getpeername()
+    except OSError:  # the visitor has left
+        sock.close()
+    else:
+        _take(poller, sock, address, factory)
+
+
+@implementer(IListeningPort, IPushProducer)
+class Port:
+    """Accepts from a listening socket, which stays its owner's, into the factory's protocols.
+
+    As a producer of connections it can be paused: who comes then waits in the backlog.
+    """
+
+    def __init__(
+        self, poller: Poller, shortage: Shortage, listener: socket.socket, factory: Factory
+    ) -> None:
+        """
+        @param listener: non-blocking.
+        """
+        self._poller = poller
+        self._shortage = shortage
+        # socket.accept makes an object of Python's; this is the one of C under it.
+        self._socket = SocketType(
+            listener.family, listener.type, listener.proto, os.dup(listener.fileno())
+        )
+        self._socket.setblocking(False)
+        self._factory = factory
+        self._listening = False
+        self._paused = False
+        self._waiting = False
+
+    def startListening(self) -> None:
+        _tune(self._socket)  # on Linux what it accepts inherits this
+        self._factory.doStart()
+        self._poller.add(self._socket.fileno(), self, _READ)
+        self._listening = True
+
+    def stopListening(self) -> Deferred[None]:
+        self.connectionLost(_DONE)
+        return succeed(None)
+
+    def connectionLost(self, reason: Failure) -> None:
+        if self._listening:
+            self._listening = False
+            self._poller.remove(self._socket.fileno())
+            self._socket.close()
+            self._factory.doStop()
+
+    def getHost(self) -> IAddress:
+        return twisted_address(self._socket.getsockname())
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+        self._update()
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        self._update()
+
+    def stopProducing(self) -> None:
+        self.stopListening()
+
+    def _update(self) -> None:
+        if self._listening:
+            idle = self._paused or self._waiting
+            self._poller.change(self._socket.fileno(), 0 if idle else _READ)
+
+    def _wait(self) -> None:
+        self._waiting = True
+        self._update()
+        self._shortage.wait(self._go_on)
+
+    def _go_on(self) -> None:
+        self._waiting = False
+        self._update()
+
+    def ready(self, events: int) -> None:
+        for _ in range(_ACCEPTS):
+            if self._paused or not self._listening:
+                return
+            if self._shortage.waiting:  # a visitor that was accepted before comes first
+                self._wait()
+                return
+            try:
+                descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
+            except BlockingIOError:
+                self._shortage.over()
+                return
+            except OSError as problem:
+                if problem.errno not in _VISITOR_GONE:
+                    self._shortage.tell(problem)
+                    self._wait()
+                    return
+                continue
+            sock = SocketType(self._socket.family, self._socket.type, 0, descriptor)
+            sock.setblocking(False)
+            _take(self._poller, sock, address, self._factory)
+
+
+@implementer(ITarget)
+class Dialer:
+    """Connects to one numeric address."""
+
+    def __init__(
+        self,
+        poller: Poller,
+        shortage: Shortage,
+        deadlines: DeadlineQueue[Connector],
+        family: int,
+        address: Any,
+    ) -> None:
+        """
+        @param deadlines: made with L{Connector.expire}.
+        @param address: as the socket module has it.
+        """
+        self.poller = poller
+        self.shortage = shortage
+        self.deadlines = deadlines
+        self.family = family
+        self.address = address
+        self.destination = twisted_address(address)
+
+    def connect(self, factory: ClientFactory) -> Connector:
+        """Connect the factory's protocol; if that takes no waiting, before this returns."""
+        connector = Connector(self, factory)
+        connector.connect()
+        return connector
+
+
+@implementer(IConnector)
+class Connector:
+    """One attempt to connect; it ends in a protocol or in C{clientConnectionFailed}."""
+
+    __slots__ = ("_dialer", "_factory", "_pending", "_registered", "_socket", "_transport")
+
+    def __init__(self, dialer: Dialer, factory: ClientFactory) -> None:
+        self._dialer = dialer
+        self._factory = factory
+        self._pending = False
+        self._registered = False
+        self._socket: SocketType | None = None
+        self._transport: Connection | None = None
+
+    def connect(self) -> None:
+        self._pending = True
+        self._attempt()
+        if self._pending:
+            self._dialer.deadlines.add(self)
+
+    def getDestination(self) -> IAddress:
+        return self._dialer.destination
+
+    def stopConnecting(self) -> None:
+        self._fail(UserError())
+
+    def disconnect(self) -> None:
+        if self._transport is not None:
+            self._transport.loseConnection()
+        else:
+            self.stopConnecting()
+
+    def expire(self) -> None:
+        """There was no answer in time."""
+        self._fail(Unanswered(f"no answer within {self._dialer.deadlines.seconds:g} s"))
+
+    def ready(self, events: int) -> None:
+        assert self._socket is not None
+        self._judge(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def connectionLost(self, reason: Failure) -> None:
+        self._fail(reason.value)
+
+    def _attempt(self) -> None:
+        if not self._pending:
+            return
+        dialer = self._dialer
+        try:
+            kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+            self._socket = sock = SocketType(dialer.family, kind)
+            _tune(sock)
+            problem = sock.connect_ex(dialer.address)
+            if problem == errno.EINPROGRESS:
+                # Over loopback it is connected all the same. To ask is cheaper than to wait.
+                sock.send(b"")
+                problem = 0
+        except BlockingIOError:
+            dialer.poller.add(sock.fileno(), self, _WRITE)
+            self._registered = True
+        except OSError as error:
+            self._judge(error.errno)
+        else:
+            self._judge(problem)
+
+    def _judge(self, problem: int | None) -> None:
+        """What came of the attempt: an C{errno}, or 0."""
+        if not problem:
+            self._succeed()
+            return
+        error = OSError(problem, os.strerror(problem))
+        if problem in _SHORT:
+            self._drop()
+            self._dialer.shortage.tell(error)
+            self._dialer.shortage.wait(self._attempt)
+        else:
+            self._fail(getConnectError(error))
+
+    def _succeed(self) -> None:
+        sock = self._socket
+        assert sock is not None
+        self._leave_poller()
+        protocol = self._factory.buildProtocol(self._dialer.destination)
+        self._end()
+        self._socket = None
+        if protocol is None:
+            sock.close()
+            return
+        self._transport = Connection(self._dialer.poller, sock, self._dialer.address, protocol)
+        _start(self._transport)
+
+    def _fail(self, problem: BaseException | None) -> None:
+        if self._pending:
+            self._end()
+            self._drop()
+            self._factory.clientConnectionFailed(self, Failure(problem))
+
+    def _end(self) -> None:
+        self._pending = False
+        self._dialer.deadlines.discard(self)
+
+    def _drop(self) -> None:
+        self._leave_poller()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _leave_poller(self) -> None:
+        if self._registered:
+            assert self._socket is not None
+            self._registered = False
+            self._dialer.poller.remove(self._socket.fileno())

@@ -1,0 +1,43 @@
+"""The packages, made once for all tests, and a machine with the Debian package on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from .machine import Machine
+
+ROOT = Path(__file__).parent.parent.parent
+DEPENDENCIES = ROOT / ".cache" / "deb"
+
+
+def make_packages(directory: Path) -> Path:
+    """Run C{make pyz deb} with folders of its own; gives that with the packages."""
+    folders = (f"VENV={directory / 'venv'}", f"DIST={directory / 'dist'}")
+    command = ("make", *folders, f"PYTHON={sys.executable}", "pyz", "deb")
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return directory / "dist"
+
+
+def install_dependencies(booted: Machine) -> None:
+    """What our package depends on and the host does not have."""
+    debs = sorted(DEPENDENCIES.glob("*.deb"))
+    if debs:
+        booted.run("dpkg", "--install", *debs)
+
+
+def install(booted: Machine, dist: Path) -> None:
+    """The Debian package."""
+    (deb,) = dist.glob("*.deb")
+    booted.run("dpkg", "--install", deb)

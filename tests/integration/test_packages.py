@@ -1,0 +1,141 @@
+"""The packages where nothing else of the project is: the one file, and Debian's."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from acme_alpn_proxy import __version__
+
+from .machine import Machine, machine
+from .netns import Namespace, Street
+from .packages import install, install_dependencies
+from .proxy import Proxy, ends
+from .website import PAGE, Website
+
+AT_ONCE = ("--linger", "0")
+
+
+def _steers(road: Street, site: Website) -> bool:
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        answer = visit.get()
+    assert answer.body == PAGE
+    return answer.steered
+
+
+# The one file
+
+
+@pytest.fixture
+def one_file(proxy: Proxy, dist: Path, tmp_path: Path) -> Proxy:
+    """With no other Python than Debian's, and nothing in its environment but a home."""
+    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+    pid_file = f"ACME_ALPN_PROXY_PIDFILE={proxy.pid_file}"
+    proxy.wrapper = ("env", "-i", path, f"HOME={tmp_path}", pid_file)
+    proxy.program = dist / "acme-alpn-proxy.pyz"
+    return proxy
+
+
+def test_one_file(road: Street, site: Website, one_file: Proxy) -> None:
+    """The one file shows its help, starts, steers, and stops."""
+    assert one_file.run("--help").stdout.startswith("Usage: acme-alpn-proxy")
+    one_file.start(*AT_ONCE)
+    assert _steers(road, site)
+    one_file.stop(wait=True)
+    assert not _steers(road, site)
+    assert one_file.namespace.rules() == []
+    assert ends(one_file.pid, 0)
+
+
+def test_one_file_uses_nothing_of_the_machine(one_file: Proxy, tmp_path: Path) -> None:
+    """Python packages of the machine, which may be of any age, are not used."""
+    others = tmp_path / "lib" / "dist-packages"
+    (others / "twisted").mkdir(parents=True)
+    (others / "twisted" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    one_file.wrapper += (f"PYTHONPATH={others}",)
+    assert one_file.run("--version").stdout == f"acme-alpn-proxy {__version__}\n"
+
+
+def test_one_file_and_an_old_python(one_file: Proxy, tmp_path: Path) -> None:
+    """A Python that is too old is told in one line, with the remedy."""
+    old = tmp_path / "old.py"
+    old.write_text(
+        "import runpy, sys; sys.version_info = (3, 9, 2); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = one_file.namespace.run(
+        *one_file.wrapper, "python3", old, one_file.program, "--version", check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "acme-alpn-proxy: this is Python 3.9, but 3.11 or newer is needed;"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+# The Debian package
+
+
+@pytest.fixture
+def host(road: Street) -> Namespace:
+    return road.host.namespace
+
+
+@pytest.fixture
+def debian(host: Namespace, tmp_path: Path) -> Iterator[Machine]:
+    """A machine with what the package depends on."""
+    with machine(host, tmp_path / "machine") as booted:
+        install_dependencies(booted)
+        yield booted
+
+
+def test_installed(debian: Machine, dist: Path) -> None:
+    """Once installed, both programs, the man page and the completions are there."""
+    install(debian, dist)
+    assert debian.run("acme-alpn-proxy", "--version").stdout == f"acme-alpn-proxy {__version__}\n"
+    assert "Get TLS certificates" in debian.run("twistd3", "--help").stdout
+    assert "--fallback=VALUE" in debian.run("man", "acme-alpn-proxy").stdout
+    complete = "source /usr/share/bash-completion/completions/acme-alpn-proxy; complete -p"
+    assert "_acme_alpn_proxy acme-alpn-proxy" in debian.run("bash", "-c", complete).stdout
+    assert debian.run("dpkg", "--verify", "acme-alpn-proxy").stdout == ""
+
+
+def test_upgrade(road: Street, site: Website, debian: Machine, dist: Path, tmp_path: Path) -> None:
+    """An upgrade leaves a running proxy alone, and the settings as the operator has them."""
+    install(debian, dist)
+    debian.write("/etc/default/acme-alpn-proxy", "ACME_ALPN_PROXY_DISABLEV6=y\n")
+    debian.run("acme-alpn-proxy", *AT_ONCE, "start")
+    (deb,) = dist.glob("*.deb")
+    newer = tmp_path / "newer"
+    subprocess.run(["dpkg-deb", "--raw-extract", deb, newer], check=True)
+    control = newer / "DEBIAN" / "control"
+    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
+    subprocess.run(["dpkg-deb", "--build", newer], check=True, stdout=subprocess.DEVNULL)
+    debian.run("dpkg", "--install", f"{newer}.deb")
+    assert debian.run("dpkg-query", "-W", "-f", "${Version}", "acme-alpn-proxy").stdout == "99"
+    settings = debian.run("cat", "/etc/default/acme-alpn-proxy").stdout
+    assert settings == "ACME_ALPN_PROXY_DISABLEV6=y\n"
+    assert _steers(road, site)
+    debian.run("acme-alpn-proxy", "stop", "--wait")
+    assert not _steers(road, site)
+
+
+def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> None:
+    """Purged while it steers, it leaves nothing: no rule, no process, no file."""
+    before, processes = debian.changed(), set(road.host.namespace.pids())
+    install(debian, dist)
+    debian.run("twistd3", "--help")
+    debian.run("acme-alpn-proxy", *AT_ONCE, "start")
+    assert _steers(road, site)
+    assert debian.changed() > before
+    debian.run("dpkg", "--purge", "acme-alpn-proxy")
+    assert not _steers(road, site)
+    assert road.host.namespace.rules() == []
+    assert set(road.host.namespace.pids()) == processes
+    assert debian.changed() == before
+    plugins = "/usr/lib/python3/dist-packages/twisted/plugins/dropin.cache"
+    assert debian.run("grep", "-c", "acme", plugins, check=False).stdout == "0\n"
+    assert debian.run("ls", "/run/acme-alpn-proxy.pid", check=False).returncode != 0
