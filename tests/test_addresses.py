@@ -12,7 +12,7 @@ from twisted.internet.protocol import Factory
 from twisted.internet.testing import MemoryReactorClock
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.addresses import Address, BadAddress, _NoReactor, parse_address
+from acme_alpn_proxy.addresses import Address, BadAddress, _no_reactor, parse_address
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_bad_addresses(text: str, why: str) -> None:
 )
 def test_endpoints(text: str, kind: type[Any]) -> None:
     """A numeric address is connected to as it is, a host name is looked up."""
-    endpoint = parse_address(text).endpoint(_NoReactor(), 7)
+    endpoint = parse_address(text).endpoint(_no_reactor(), 7)
     assert type(endpoint) is kind
     verifyObject(IStreamClientEndpoint, endpoint)
 
@@ -107,7 +107,7 @@ def test_endpoint_string() -> None:
 
 def test_check_needs_no_reactor() -> None:
     """The stand-in for the reactor looks like one that resolves names, and can do nothing."""
-    stand_in = _NoReactor()
+    stand_in = _no_reactor()
     verifyObject(IReactorPluggableNameResolver, stand_in)
     with pytest.raises(NotImplementedError):
         stand_in.installNameResolver(None)
@@ -150,3 +150,17 @@ def test_unknown_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     assert not parse_address(f"{host}:443").is_local_port(443)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("web.example:443", "web.example:443"),
+        ("tcp:host=127.0.0.1:port=443", "127.0.0.1:443"),
+        (r"tcp:host=\:\:1:port=443", "[::1]:443"),
+        ("unix:/run/web.sock", "unix:/run/web.sock"),
+    ],
+)
+def test_host_and_port(text: str, shown: str) -> None:
+    """Other programs are told host and port, wherever there are any."""
+    assert parse_address(text).host_and_port == shown

@@ -62,8 +62,10 @@ class AutoRedirectTests(SynchronousTestCase):
     def takes(self, redirect: AutoRedirect, taken: Candidate, why: str) -> None:
         """It takes that one, says why in one line to the operator, and leaves all else to it."""
         verifyObject(IRedirect, redirect)
+        self.assertEqual(str(redirect), "auto")
         hosts = self.successResultOf(redirect.prepare(COMMANDS))
         self.assertEqual(hosts, (f"host of {taken}",))
+        self.assertEqual(str(redirect), str(taken))
         self.assertEqual([formatEvent(event) for event in self.events], [why])
         self.assertTrue(self.events[0]["for_operator"])
         for step in (

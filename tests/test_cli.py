@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy import cli
-from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy import cli, launch
+from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.options import ConsoleOptions
 
 
@@ -115,7 +116,7 @@ class ReportTests(CommandCase):
         ours, theirs = socket.socketpair()
         theirs.sendall(b'{"error": null, "running": false, "lines": []}\n')
         with ours, theirs:
-            self.assertEqual(cli._await_report(self.options("start"), process.pid, ours), cli.DONE)
+            cli._await_report(self.options("start"), process.pid, ours)
             self.assertEqual(theirs.recv(1), b"1")
         process.returncode = -signal.SIGKILL  # it was waited for
         with self.assertRaises(ProcessLookupError):
@@ -140,13 +141,111 @@ class StartTests(CommandCase):
         pair = socket.socketpair
         self.patch(socket, "socketpair", lambda: made.extend(pair()) or tuple(made))
         self.patch(os, "fork", lambda: 0)
-        self.patch(cli, "Report", lambda stream: stream)
-        self.patch(cli, "be_the_daemon", lambda options, pidfile, report: report)
+        reports: list[launch.Report] = []
+        self.patch(os, "register_at_fork", lambda **hooks: None)
+        self.patch(launch, "be_the_daemon", lambda *words: reports.append(words[2]) or 7)
         options = self.options("--logfile", os.devnull, "start")
-        theirs = cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
+        with self.assertRaises(SystemExit) as end:
+            cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
         self.addCleanup(made[1].close)
-        self.assertIs(theirs, made[1])
+        self.assertEqual(end.exception.code, 7)
+        self.assertIs(reports[0].stream, made[1])
+        self.assertFalse(reports[0].keep)
         self.assertEqual(made[0].fileno(), -1)
+
+
+class RunTests(CommandCase):
+    """C{run}, with start and stop of another instance played by the PID file."""
+
+    def run_true(self, *owners: int | None, words: tuple[str, ...] = ("--", "true")) -> int:
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        self.theirs = theirs
+        self.patch(cli, "_start_in_background", lambda options, pidfile: ours)
+        self.patch(cli, "clean_up", lambda options: self.cleaned.append(None))
+        self.cleaned: list[None] = []
+        return cli.run(self.options("run", *words), OwnerFile(*owners))  # type: ignore[arg-type]
+
+    def test_was_stopped(self) -> None:
+        """Somebody stopped the proxy meanwhile: C{run} says so, and what was left is removed."""
+        self.assertEqual(self.run_true(7, None), 0)
+        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertEqual(self.cleaned, [None])
+        self.assertEqual(self.theirs.recv(1), b"")
+
+    def test_another_instance(self) -> None:
+        """Somebody started another one meanwhile: that one is left alone."""
+        self.assertEqual(self.run_true(7, 8), 0)
+        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertEqual(self.cleaned, [])
+
+    def test_does_not_let_go(self) -> None:
+        """A proxy that keeps :443 is an error even if the command succeeded."""
+        self.patch(cli, "STOP_DEADLINE", 0.1)
+        pid = self.process().pid
+        self.assertEqual(self.run_true(pid), cli.FAILED)
+        self.assertRegex(self.stderr.getvalue(), "has not let go")
+        self.assertEqual(self.run_true(pid, words=("--", "sh", "-c", "exit 7")), 7)
+
+
+class SharedRunTests(CommandCase):
+    """C{run --shared}, with an instance played by a PID file."""
+
+    def run_shared(self, *answers: dict[str, object]) -> str:
+        """What the command is told to be its target."""
+
+        def running(options: object, pidfile: object) -> None:
+            raise AlreadyRunning("already running as PID 7")
+
+        told: list[str] = []
+        self.patch(cli, "_start_in_background", running)
+        self.patch(cli, "instances", lambda path, owner: answers)
+        self.patch(cli, "_run_command", lambda options, target: told.append(target))
+        cli.run(self.options("run", "--shared", "--", "true"), OwnerFile(7))  # type: ignore[arg-type]
+        return told[0]
+
+    def test_target(self) -> None:
+        """The command is told where that one has its ACME client, not one that drains beside it."""
+        answers = [
+            {"pid": pid, "state": "running", "routes": {"acme": {"target": f"10.0.0.{pid}:5001"}}}
+            for pid in (6, 7)
+        ]
+        self.assertEqual(self.run_shared(*answers), "10.0.0.7:5001")
+
+    def test_silent(self) -> None:
+        """If that one does not answer, it is told what the options say."""
+        self.assertEqual(self.run_shared({"pid": 7, "state": cli.SILENT}), "127.0.0.1:31443")
+
+
+class Terminal(io.StringIO):
+    """Standard output that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Interrupted(Exception):
+    """Somebody has seen enough."""
+
+
+class WatchTests(CommandCase):
+    def test_redraws(self) -> None:
+        """On a terminal C{status --watch} wipes what it told before, every second."""
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                raise Interrupted
+
+        terminal = Terminal()
+        self.patch(sys, "stdout", terminal)
+        self.patch(time, "sleep", pause)
+        self.addCleanup(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
+        with self.assertRaises(Interrupted):
+            cli.status(self.options("status", "--watch"), OwnerFile(None))  # type: ignore[arg-type]
+        self.assertEqual(terminal.getvalue(), f"{cli.CLEAR}not running\n" * 2)
+        self.assertEqual(pauses, [1.0, 1.0])
 
 
 class MainTests(CommandCase):

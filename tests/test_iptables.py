@@ -432,6 +432,7 @@ class NoRedirectTests(SynchronousTestCase):
     def test_does_nothing(self) -> None:
         """Without a redirect it listens on every address, and every step is done at once."""
         redirect = NoRedirect()
+        self.assertEqual(str(redirect), "none")
         verifyObject(IRedirect, redirect)
         iptables = FakeIptables()
         self.assertEqual(self.successResultOf(redirect.prepare(iptables)), ("::",))

@@ -8,8 +8,13 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.testing import MemoryReactor
 from twisted.logger import LogLevel, globalLogPublisher
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy import launch
 from acme_alpn_proxy.errors import AlreadyRunning
@@ -65,6 +70,60 @@ class ReportTests(ReportCase):
         self.ours.setblocking(False)
         with self.assertRaises(BlockingIOError):
             self.ours.recv(1)
+
+    def test_leash(self) -> None:
+        """To C{run} the socket stays open, once it has heard."""
+        self.report.keep = True
+        self.ours.sendall(b"1")
+        self.assertTrue(self.report.started())
+        self.told()
+        self.ours.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            self.ours.recv(1)
+
+    def test_leash_to_nobody(self) -> None:
+        """If C{run} was killed meanwhile it is closed."""
+        self.report.keep = True
+        self.ours.close()
+        self.assertFalse(self.report.started())
+        self.assertEqual(self.theirs.fileno(), -1)
+
+
+class LeashTests(SynchronousTestCase):
+    """The end of C{run}."""
+
+    def setUp(self) -> None:
+        self.reactor = MemoryReactor()
+        self.program = SimpleNamespace(ending=False, end=self.end)
+        self.ends = 0
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        self.leash = launch._Leash(self.reactor, self.program, theirs)  # type: ignore[arg-type]
+        self.leash.hold()
+
+    def end(self) -> None:
+        self.ends += 1
+
+    def test_ends(self) -> None:
+        """It stops the proxy, once."""
+        self.assertTrue(verifyObject(IReadDescriptor, self.leash))
+        self.assertEqual(self.reactor.getReaders(), [self.leash])
+        self.assertGreater(self.leash.fileno(), 0)
+        self.leash.doRead()
+        self.assertEqual(self.ends, 1)
+        self.assertEqual(self.reactor.getReaders(), [])
+
+    def test_stops_already(self) -> None:
+        """It does not hurry a proxy that stops: its visitors are served on."""
+        self.program.ending = True
+        self.leash.doRead()
+        self.assertEqual(self.ends, 0)
+
+    def test_reactor_ends(self) -> None:
+        """That the reactor ends first is no matter."""
+        self.leash.connectionLost(Failure(CONNECTION_DONE))
+        self.assertEqual((self.leash.logPrefix(), self.ends), ("leash", 0))
 
 
 class DaemonTests(ReportCase):

@@ -11,6 +11,8 @@ from twisted.python.usage import UsageError
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
 
+RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+
 
 def console(*words: str, environment: Mapping[str, str] | None = None) -> ConsoleOptions:
     """The console script's options, parsed."""
@@ -88,9 +90,10 @@ def test_foreground(words: tuple[str, ...]) -> None:
 
 
 def test_wait() -> None:
-    """C{--wait} goes with stop, and with nothing else."""
+    """C{--wait} goes with stop and with run, and with nothing else."""
     assert console("stop", "--wait")["wait"]
-    assert refusal("start", "--wait") == "--wait goes with stop"
+    assert console("run", "--wait", "--", "true")["wait"]
+    assert refusal("start", "--wait") == "--wait goes with stop or run"
 
 
 def test_check() -> None:
@@ -98,7 +101,7 @@ def test_check() -> None:
     options = console("doctor", "--probe", "--json")
     assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
     assert refusal("start", "--probe") == "--probe goes with check"
-    assert refusal("stop", "-json") == "--json goes with check"
+    assert refusal("stop", "-json") == "--json goes with status or check"
     words = ("check", "--probe", "--redirect", "none")
     assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
     assert console("check", "--redirect", "none")["probe"] == 0
@@ -107,18 +110,50 @@ def test_check() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start, stop or check"),
-        (("restart",), "one command is needed, start, stop or check, not 'restart'"),
-        (("start", "stop"), "one command is needed, start, stop or check, not 'start stop'"),
+        ((), "one command is needed, start, stop, run, status or check"),
+        (("restart",), "one command is needed, start, stop, run, status or check, not 'restart'"),
         (
-            ("start", "--", "--wait"),
-            "one command is needed, start, stop or check, not 'start --wait'",
+            ("start", "stop"),
+            "one command is needed, start, stop, run, status or check, not 'start stop'",
         ),
+        (
+            ("start", "--", "-x"),
+            "one command is needed, start, stop, run, status or check, not 'start -x'",
+        ),
+        (("--", "start"), "one command is needed, start, stop, run, status or check, not 'start'"),
+        (("run",), RUN_NEEDS),
+        (("run", "--"), RUN_NEEDS),
+        (("run", "lego"), RUN_NEEDS),
+        (("run", "lego", "--", "run"), RUN_NEEDS),
     ],
 )
 def test_commands(words: tuple[str, ...], why: str) -> None:
     """Anything but one known command is refused, and shown."""
     assert refusal(*words) == why
+
+
+@pytest.mark.parametrize(
+    "words", [("stop", "-n"), ("run", "--nodaemon", "--", "true"), ("-n", "stop")]
+)
+def test_foreground_with_start_alone(words: tuple[str, ...]) -> None:
+    """C{-n} goes with start alone."""
+    assert refusal(*words) == "--nodaemon goes with start"
+
+
+def test_run() -> None:
+    """Behind C{run --} is another program's command line, and none of it is taken for ours."""
+    options = console("run", "-alpn", "[::1]:5001", "--", "lego", "-alpn", "-x", "--", "run")
+    assert (options["command"], options["alpn"].port) == ("run", 5001)
+    assert options["argv"] == ["lego", "-alpn", "-x", "--", "run"]
+
+
+def test_shared() -> None:
+    """C{--shared} goes with run alone, C{--json} and C{--watch} with status."""
+    assert console("status", "--json", "--watch")["watch"]
+    assert refusal("stop", "--json") == "--json goes with status"
+    assert refusal("stop", "--watch") == "--watch goes with status"
+    assert console("run", "--shared", "--", "true")["shared"]
+    assert refusal("start", "--shared") == "--shared goes with run"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +221,21 @@ def test_unknown_redirect() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "default", "choices"),
+    [
+        ("log-format", "text", "text, json"),
+        ("log-level", "info", "debug, info, warn, error"),
+    ],
+)
+def test_logs(option: str, default: str, choices: str) -> None:
+    """Format and level of the log are one of a few."""
+    assert console("start")[option] == default
+    for choice in choices.split(", "):
+        assert console("start", f"--{option}={choice}")[option] == choice
+    assert refusal("start", f"--{option}=no").endswith(f"--{option} 'no': choose one of {choices}")
+
+
 def test_user_and_group() -> None:
     """A user and a group are taken by name or number; one that does not exist is refused."""
     options = console("start", "--uid", "nobody", "--gid", "7")
@@ -242,14 +292,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         console("--help")
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|check"
+    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|status|check"
+    assert lines[1] == "       acme-alpn-proxy [options] run -- COMMAND..."
     for beginning in (
         "start ",
         "stop ",
+        "run ",
+        "status ",
         "ACME_ALPN_PROXY_PIDFILE ",
         "ACME_ALPN_PROXY_RULESPEC ",
         "ACME_ALPN_PROXY_DISABLEV6=y ",
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage.",
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;",
     ):
         assert [line for line in lines if line.startswith(beginning)] != [], beginning
 

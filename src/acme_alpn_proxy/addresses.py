@@ -6,16 +6,15 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twisted.internet.endpoints import (
-    HostnameEndpoint,
-    TCP4ClientEndpoint,
-    TCP6ClientEndpoint,
-    clientFromString,
-)
-from twisted.internet.interfaces import IReactorPluggableNameResolver, IStreamClientEndpoint
 from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IStreamClientEndpoint
+
+# Twisted's endpoints take longer to import than a command like C{status} takes in all: they are
+# imported where they are needed.
 
 _HOST_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^\[\]:]*):(?P<port>[^:]*)")
 _ENDPOINT = re.compile(r"[a-zA-Z][a-zA-Z0-9]*:")
@@ -28,14 +27,18 @@ class BadAddress(ValueError):
     """The text is no address; the message says what is wrong and shows one that is right."""
 
 
-@implementer(IReactorPluggableNameResolver)
-class _NoReactor:
+def _no_reactor() -> Any:
     """Stands in for the reactor while an endpoint string is only being checked."""
+    from twisted.internet.interfaces import IReactorPluggableNameResolver
 
-    nameResolver = None
+    @implementer(IReactorPluggableNameResolver)
+    class NoReactor:
+        nameResolver = None
 
-    def installNameResolver(self, resolver: Any) -> Any:
-        raise NotImplementedError
+        def installNameResolver(self, resolver: Any) -> Any:
+            raise NotImplementedError
+
+    return NoReactor()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,22 @@ class Address:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def host_and_port(self) -> str:
+        """As other programs take it; for an endpoint string other than C{tcp:} that string."""
+        if not self.host:
+            return self.text
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def endpoint(self, reactor: Any, timeout: float) -> IStreamClientEndpoint:
         """A way to connect there; C{timeout} in seconds holds for each address of a host name."""
+        from twisted.internet.endpoints import (
+            HostnameEndpoint,
+            TCP4ClientEndpoint,
+            TCP6ClientEndpoint,
+            clientFromString,
+        )
+
         if self.is_endpoint:
             endpoint: IStreamClientEndpoint = clientFromString(reactor, self.text)
             return endpoint
@@ -143,8 +160,10 @@ def parse_address(text: str) -> Address:
 
 
 def _parse_endpoint(text: str) -> Address:
+    from twisted.internet.endpoints import clientFromString
+
     try:
-        clientFromString(_NoReactor(), text)
+        clientFromString(_no_reactor(), text)
     except TypeError:
         raise BadAddress(
             f"{text!r}: something is missing; an endpoint string looks like tcp:127.0.0.1:443 or"

@@ -1,4 +1,7 @@
-"""The console script: C{acme-alpn-proxy start|stop|check}."""
+"""The console script: C{acme-alpn-proxy start|stop|run|status|check}.
+
+What needs Twisted's reactor or twistd is imported where it is needed, by the commands that start.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,34 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from twisted.python.usage import UsageError
 
+from .addresses import parse_address
 from .errors import AlreadyRunning, StartError
-from .launch import Report, be_the_daemon, run
 from .options import PORT, ConsoleOptions
 from .pidfile import PIDFile
+from .run import CannotRun, run_command
+from .status import SILENT, VERSION, instances, remove_stale, show
 
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
+NOT_RUNNING: Final = 3
+"""Of C{status}, as of init scripts (LSB Core)."""
+
+TRY_LATER: Final = os.EX_TEMPFAIL
+"""75: C{run} while an instance runs already."""
+
+TARGET_VARIABLE: Final = "ACME_ALPN_PROXY_TARGET"
+"""Where the ACME client is to answer, for the command that C{run} runs."""
+
+WATCH_SECONDS: Final = 1.0
+CLEAR: Final = "\x1b[H\x1b[J"
+"""To the terminal: go to its first line, erase what is below (ECMA-48 CUP, ED)."""
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -48,11 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     pidfile = PIDFile(options["pidfile"])
     try:
-        if options["command"] == "stop":
-            return stop(options, pidfile)
-        if options["command"] == "check":
-            return check(options, pidfile)
-        return start(options, pidfile)
+        return COMMANDS[options["command"]](options, pidfile)
     except AlreadyRunning as instance:
         _say(str(instance))
         return DONE
@@ -63,21 +77,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Start the proxy; raises L{StartError}."""
-    pid = pidfile.owner()
-    if pid is not None:
-        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
     if options["nodaemon"]:
-        run(options, pidfile, lambda: True)
-        return DONE
-    _check_logfile(options["logfile"])
-    ours, theirs = socket.socketpair()
-    child = os.fork()
-    if not child:
-        ours.close()
-        return be_the_daemon(options, pidfile, Report(theirs))
-    theirs.close()
-    with ours:
-        return _await_report(options, child, ours)
+        from . import launch
+
+        _refuse_if_running(pidfile)
+        launch.run(options, pidfile, lambda: True)
+    else:
+        _start_in_background(options, pidfile).close()
+    return DONE
+
+
+def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Steer while a command runs, and give that one's exit status; raises L{StartError}.
+
+    However this process ends, the proxy lets go: it holds the other end of a socket.
+    """
+    try:
+        leash = _start_in_background(options, pidfile)
+    except AlreadyRunning as instance:
+        if options["shared"]:
+            return _run_command(options, _target_of_the_running(options, pidfile))
+        _say(f"{instance}; wait until it has ended, or run the command with it by --shared")
+        return TRY_LATER
+    with leash:
+        pid = pidfile.owner()
+        status = _run_command(options, options["alpn"].host_and_port)
+        owner = pidfile.owner()
+        if owner is not None and owner == pid:
+            try:
+                stop(options, pidfile)
+            except StartError as problem:
+                _say(str(problem))
+                return status or FAILED
+        else:  # it was stopped, or killed
+            _say(f"the proxy has ended before the command did; see {options['logfile']}")
+            if owner is None:
+                clean_up(options)
+    return status
 
 
 def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -111,6 +147,22 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     return DONE
 
 
+def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Show the instances that run or drain; raises L{StartError}."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a few lines alone gets no traceback
+    while True:
+        found = instances(pidfile.path, pidfile.owner())
+        if options["json"]:
+            text = json.dumps({"version": VERSION, "instances": found}) + "\n"
+        else:
+            text = show(found, time.time())
+        clear = CLEAR if options["watch"] and sys.stdout.isatty() else ""
+        print(clear + text, end="", flush=True)
+        if not options["watch"]:
+            return DONE if found else NOT_RUNNING
+        time.sleep(WATCH_SECONDS)
+
+
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Look whether the proxy would work here."""
     from .check import run
@@ -118,16 +170,26 @@ def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     return DONE if run(options, pidfile) else FAILED
 
 
+COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
+    "start": start,
+    "stop": stop,
+    "run": run,
+    "status": status,
+    "check": check,
+}
+
+
 def clean_up(options: ConsoleOptions) -> int:
     """Remove what a killed instance has left, if no other instance is there.
 
     @return: the number of rules removed; 0, too, if it cannot be done: this is a kindness.
     """
+    remove_stale(options["pidfile"])
+    if options["redirect"] == "none" or os.geteuid() != 0:
+        return 0
     from .commands import BlockingCommands
     from .redirects.iptables import IptablesRedirect
 
-    if options["redirect"] == "none" or os.geteuid() != 0:
-        return 0
     redirect = IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
     removed: list[int] = []
     redirect.clean_up(BlockingCommands()).addCallbacks(removed.append, lambda failure: None)
@@ -163,6 +225,51 @@ def _say(text: str) -> None:
         print(f"acme-alpn-proxy: {text}", file=stream, flush=True)
 
 
+def _refuse_if_running(pidfile: PIDFile) -> None:
+    pid = pidfile.owner()
+    if pid is not None:
+        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
+
+
+def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
+    """Start the daemon; gives the socket to it, which that of C{run} keeps open, too."""
+    from . import launch
+
+    _refuse_if_running(pidfile)
+    _check_logfile(options["logfile"])
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        ours.close()
+        report = launch.Report(theirs, keep=options["command"] == "run")
+        raise SystemExit(launch.be_the_daemon(options, pidfile, report))
+    theirs.close()
+    try:
+        _await_report(options, child, ours)
+    except BaseException:
+        ours.close()
+        raise
+    return ours
+
+
+def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
+    """Where the instance that runs already has its ACME client."""
+    owner = pidfile.owner()
+    for answer in instances(pidfile.path, owner):
+        if answer["pid"] == owner and answer["state"] != SILENT:
+            return parse_address(answer["routes"]["acme"]["target"]).host_and_port
+    return str(options["alpn"].host_and_port)
+
+
+def _run_command(options: ConsoleOptions, target: str) -> int:
+    """Run the command that C{run} was given; gives its exit status."""
+    try:
+        return run_command(options["argv"], {TARGET_VARIABLE: target})
+    except CannotRun as problem:
+        _say(str(problem))
+        return problem.status
+
+
 def _check_logfile(path: str) -> None:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
@@ -173,8 +280,8 @@ def _check_logfile(path: str) -> None:
         ) from None
 
 
-def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> int:
-    """The caller's side: print what the daemon tells and give the exit status."""
+def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> None:
+    """The caller's side: print what the daemon tells; raises L{StartError} if that is an error."""
     stream.settimeout(START_DEADLINE + options["linger"])
     told_by = stream.makefile("rb")
     try:
@@ -196,7 +303,6 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
         raise (AlreadyRunning if told["running"] else StartError)(told["error"])
     stream.sendall(b"1")
     _await_runner(child)
-    return DONE
 
 
 def _await_runner(child: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 MAX_MESSAGE: Final = 65_536
 """Bytes of handshake message accepted: what Go's crypto/tls takes, the strictest of the usual web
@@ -56,9 +56,13 @@ class NotClientHello:
     """The bytes are not, and cannot become, a ClientHello that this parser takes.
 
     @ivar reason: which field says so, for a log line.
+    @ivar kind: one of L{KINDS}.
     """
 
+    KINDS: ClassVar[tuple[str, ...]] = ("not_tls", "deadline", "end_of_file", "crowded")
+
     reason: str
+    kind: str = "not_tls"
 
 
 Verdict: TypeAlias = NeedMore | ClientHello | NotClientHello

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -17,21 +18,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.application.service import Service
+from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import (
-    FilteringLogObserver,
     ILogObserver,
     LogEvent,
+    Logger,
     LogLevel,
-    LogLevelFilterPredicate,
     formatEvent,
     globalLogPublisher,
-    textFileLogObserver,
 )
-from twisted.python.logfile import LogFile
+from twisted.python.failure import Failure
 from twisted.scripts.twistd import ServerOptions, runApp  # type: ignore[attr-defined]
 from zope.interface import implementer
 
 from .errors import AlreadyRunning, StartError
+from .logs import observer, open_log_file, reopen
 from .notify import notify
 from .options import ConsoleOptions
 from .pidfile import PIDFile
@@ -57,8 +58,12 @@ class Report:
     it exits 0, so that a C{start} that was killed leaves nothing running that nobody knows of.
     """
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, *, keep: bool = False) -> None:
+        """
+        @param keep: leave the socket open when it has started: C{run} stays at its other end.
+        """
         self.stream = stream
+        self.keep = keep
         self.lines: list[str] = []
         self._told = False
         # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
@@ -72,11 +77,13 @@ class Report:
     def started(self) -> bool:
         """Tell that it steers. Whether C{start} is there and has heard."""
         try:
-            with self.stream:
-                self._tell(None, running=False)
-                return self.stream.recv(1) != b""
+            self._tell(None, running=False)
+            heard = self.stream.recv(1) != b""
         except OSError:
-            return False
+            heard = False
+        if not (heard and self.keep):
+            self.stream.close()
+        return heard
 
     def failed(self, problem: str, *, running: bool) -> None:
         """Tell why it could not start. C{start} then waits for the end of this process."""
@@ -111,7 +118,7 @@ def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> 
     _drop_descriptors(report.stream.fileno())
     globalLogPublisher.addObserver(report)
     try:
-        run(options, pidfile, report.started)
+        run(options, pidfile, report.started, report.stream if report.keep else None)
     except StartError as problem:
         report.failed(str(problem), running=isinstance(problem, AlreadyRunning))
         return 1
@@ -145,6 +152,38 @@ class _Started(Service):
         super().startService()
         if not self._program.ending and not self._started():
             self._program.end()
+
+
+@implementer(IReadDescriptor)
+class _Leash:
+    """The socket to C{run}, which closes when that ends, by whatever end: then the proxy stops."""
+
+    _log = Logger()
+
+    def __init__(self, reactor: Any, program: Program, stream: socket.socket) -> None:
+        self._reactor = reactor
+        self._program = program
+        self._stream = stream
+
+    def hold(self) -> None:
+        self._stream.set_inheritable(False)
+        self._reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def doRead(self) -> None:
+        self._reactor.removeReader(self)
+        self._stream.close()
+        if not self._program.ending:
+            self._log.info("Stopping: 'run' has ended")
+            self._program.end()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
+
+    def logPrefix(self) -> str:
+        return "leash"
 
 
 @implementer(ILogObserver)
@@ -186,17 +225,30 @@ class _Maker:
         return self.program
 
 
-def run(options: ConsoleOptions, pidfile: PIDFile, started: Callable[[], bool]) -> None:
+def run(
+    options: ConsoleOptions,
+    pidfile: PIDFile,
+    started: Callable[[], bool],
+    leash: socket.socket | None = None,
+) -> None:
     """Run the proxy by twistd's runner until it ends; raises L{StartError}.
 
     @param started: is called when it steers; if it says no, the proxy stops again.
+    @param leash: once it steers, its end-of-file stops it.
     """
     from twisted.internet import reactor
 
     program = make_program(options, reactor, pidfile)
     if options["nodaemon"]:
         program.on_refusal = lambda problem: None  # the caller prints it
-    _Started(program, started).setServiceParent(program)
+
+    def steers() -> bool:
+        heard = started()
+        if heard and leash is not None:
+            _Leash(reactor, program, leash).hold()
+        return heard
+
+    _Started(program, steers).setServiceParent(program)
     if options["nodaemon"]:
         patience = options["linger"] + options["drain-timeout"] + _LET_GO_DEADLINE
         manager = ServiceManager(program, patience)
@@ -207,20 +259,13 @@ def run(options: ConsoleOptions, pidfile: PIDFile, started: Callable[[], bool]) 
     config["no_save"] = True
     config["nodaemon"] = bool(options["nodaemon"])
     config["uid"], config["gid"] = options["uid"], options["gid"]
-    config["logger"] = _log_observer(options)
+    stream: Any = sys.__stderr__
+    if not options["nodaemon"]:
+        stream = file = open_log_file(options["logfile"])
+        threads: Any = reactor
+        signal.signal(signal.SIGUSR1, lambda *_: threads.callFromThread(reopen, file))
+    log = observer(stream, options["log-format"], options["log-level"])
+    config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}
     runApp(config)
-
-
-def _log_observer(options: ConsoleOptions) -> Callable[[], Any]:
-    """A factory for twistd: to the log file, or with C{-n} to stderr; C{info} and above."""
-
-    def observer() -> Any:
-        stream: Any = sys.__stderr__
-        if not options["nodaemon"]:
-            stream = LogFile.fromFullPath(options["logfile"])
-        level = LogLevelFilterPredicate(LogLevel.info)
-        return FilteringLogObserver(textFileLogObserver(stream), [level])
-
-    return observer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getopt
+import importlib.util
 import math
 import os
 import re
@@ -25,13 +26,23 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
+COMMANDS: Final = ("start", "stop", "run", "status", "check")
+ALIASES: Final = {"doctor": "check"}
+
+GO_WITH: Final = {
+    "nodaemon": ("start",),
+    "wait": ("stop", "run"),
+    "shared": ("run",),
+    "probe": ("check",),
+    "json": ("status", "check"),
+    "watch": ("status",),
+}
+"""The commands that a flag goes with."""
+
 DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
 _LONGEST: Final = 86_400.0
-
-_COMMANDS: Final = {"start": "start", "stop": "stop", "check": "check", "doctor": "check"}
-"""What may be asked for, and what is done then."""
 
 
 def _address(option: str) -> Callable[[str], Address]:
@@ -68,10 +79,34 @@ def _count(option: str) -> Callable[[str], int]:
     return coerce
 
 
-def _redirect(value: str) -> str:
-    if value not in REDIRECTS:
-        raise ValueError(f"--redirect {value!r}: choose one of {', '.join(REDIRECTS)}")
-    return value
+def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
+    def coerce(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"--{option} {value!r}: choose one of {', '.join(choices)}")
+        return value
+
+    return coerce
+
+
+def _metrics(value: str) -> str:
+    """An endpoint string to listen at; on this host alone if nothing but a port is given."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ValueError(
+            "--metrics needs prometheus_client: pip install 'acme-alpn-proxy[metrics]', or"
+            " apt install python3-prometheus-client"
+        )
+    from twisted.internet.endpoints import serverFromString
+
+    port = re.fullmatch("(?:tcp:)?([0-9]+)", value)
+    text = f"tcp:{port[1]}:interface=127.0.0.1" if port else value
+    try:
+        serverFromString(None, text)
+    except Exception as problem:  # each kind of endpoint raises its own
+        raise ValueError(
+            f"--metrics {value!r}: a port or a server endpoint string is needed, such as"
+            f" tcp:9443:interface=127.0.0.1: {problem}"
+        ) from None
+    return text
 
 
 def _user(value: str) -> int:
@@ -128,7 +163,7 @@ class ProxyOptions(Options):
             "iptables",
             "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), auto"
             f" (sk-lookup where it works, else iptables), or none (you steer them to port {PORT})",
-            _redirect,
+            _choice("redirect", REDIRECTS),
         ],
         [
             "hello-timeout",
@@ -174,6 +209,14 @@ class ProxyOptions(Options):
             "Seconds to wait at stop for live connections; then they are reset",
             _seconds("drain-timeout"),
         ],
+        [
+            "metrics",
+            None,
+            None,
+            "Where to serve numbers to Prometheus: a port of 127.0.0.1 or a Twisted server endpoint"
+            " string",
+            _metrics,
+        ],
     ]
 
     environment: Mapping[str, str] = os.environ
@@ -209,30 +252,53 @@ class ProxyOptions(Options):
 class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
-    synopsis = "Usage: acme-alpn-proxy [options] start|stop|check"
+    synopsis = (
+        "Usage: acme-alpn-proxy [options] start|stop|status|check\n"
+        "       acme-alpn-proxy [options] run -- COMMAND..."
+    )
     longdesc = (
         f"{ProxyOptions.longdesc}\n\n"
         "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
         "stop   steer no more; exit 0 once that is so; connections under way go on\n"
+        "run    steer, run COMMAND, steer no more; exit as COMMAND did\n"
+        "status show what runs, and what it has done so far\n"
         "check  look whether it would work here: one line each, ok, warning or failed\n"
         "doctor the same\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
         f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage."
+        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;\n"
+        "run: that of COMMAND, 128 + N if signal N ended it, 127 not found, 126 no program,\n"
+        "75 an instance runs already (COMMAND was not run); status: 3 nothing runs."
     )
 
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
-        ["wait", None, "stop: wait until the last connection has ended"],
+        ["wait", None, "stop, run: wait until the last connection has ended"],
         ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
-        ["json", None, "check: print one JSON document"],
+        ["json", None, "status, check: print one JSON document"],
+        ["watch", None, "status: show it again every second"],
+        ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
     optParameters = [  # noqa: RUF012
-        ["logfile", None, DEFAULT_LOGFILE, "start: where to log in the background"],
-        ["uid", None, None, "start: user to run as once it steers", _user],
-        ["gid", None, None, "start: group to run as (default: that of --uid)", _group],
+        ["logfile", None, DEFAULT_LOGFILE, "start, run: where to log in the background"],
+        [
+            "log-format",
+            None,
+            "text",
+            "start, run: text, or json: one object a line",
+            _choice("log-format", ("text", "json")),
+        ],
+        [
+            "log-level",
+            None,
+            "info",
+            "start, run: the least that is logged: debug (each visitor), info, warn, error",
+            _choice("log-level", ("debug", "info", "warn", "error")),
+        ],
+        ["uid", None, None, "start, run: user to run as once it steers", _user],
+        ["gid", None, None, "start, run: group to run as (default: that of --uid)", _group],
     ]
 
     def getUsage(self, width: int | None = None) -> str:
@@ -245,8 +311,11 @@ class ConsoleOptions(ProxyOptions):
         return f"{usage.rstrip()}\n\n{folded}\n"
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Options may stand before and after the command."""
-        words = [self._with_two_dashes(word) for word in options or ()]
+        """Options may stand before and after the command; what is behind C{--} is not ours."""
+        given = list(options or ())
+        end = given.index("--") if "--" in given else len(given)
+        self["argv"] = given[end + 1 :]
+        words = [self._with_two_dashes(word) for word in given[:end]]
         try:
             parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
         except getopt.error as problem:
@@ -262,18 +331,25 @@ class ConsoleOptions(ProxyOptions):
         raise SystemExit(0)
 
     def parseArgs(self, *words: str) -> None:
-        """Exactly one command."""
-        if len(words) != 1 or words[0] not in _COMMANDS:
-            got = f", not {shlex.join(words)!r}" if words else ""
-            raise UsageError(f"one command is needed, start, stop or check{got}")
-        self["command"] = _COMMANDS[words[0]]
+        """Exactly one command, and for C{run} another program's."""
+        argv = self["argv"]
+        if words[:1] == ("run",) and (len(words) > 1 or not argv):
+            raise UsageError(
+                "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+            )
+        command = ALIASES.get(words[0], words[0]) if len(words) == 1 else None
+        if command not in COMMANDS or (argv and command != "run"):
+            got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""
+            *but_last, last = COMMANDS
+            raise UsageError(f"one command is needed, {', '.join(but_last)} or {last}{got}")
+        self["command"] = command
 
     def postOptions(self) -> None:
         """Which option goes with which command, and the paths."""
         super().postOptions()
-        for flag, command in (("wait", "stop"), ("probe", "check"), ("json", "check")):
-            if self[flag] and self["command"] != command:
-                raise UsageError(f"--{flag} goes with {command}")
+        for flag, commands in GO_WITH.items():
+            if self[flag] and self["command"] not in commands:
+                raise UsageError(f"--{flag} goes with {' or '.join(commands)}")
         if self["probe"] and self["redirect"] == "none":
             raise UsageError("--probe steers: choose one by --redirect, not none")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
 
-from twisted.application.service import MultiService
+from twisted.application.service import IService, MultiService
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 
@@ -34,13 +34,18 @@ class Program(MultiService):
 
     _log = Logger()
 
-    def __init__(self, reactor: Any, proxy: ProxyService) -> None:
+    def __init__(self, reactor: Any, proxy: ProxyService, *before: IService) -> None:
+        """
+        @param before: services that start before the proxy, so that nothing is applied if they
+            cannot.
+        """
         super().__init__()
         self._reactor = reactor
         self._proxy = proxy
         self.ending = False
         self.on_refusal: Callable[[StartError], None] = self.log_refusal
-        proxy.setServiceParent(self)
+        for service in (*before, proxy):
+            service.setServiceParent(self)
 
     def privilegedStartService(self) -> None:
         self._take_signals()

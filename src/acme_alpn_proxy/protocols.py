@@ -32,6 +32,7 @@ from .hangup import NoHangupWatch
 from .interfaces import IDescriptorTransport, IHangupWatch, ITarget
 from .relay import PipePool, TransportRelay, relay_between
 from .routing import Route, Routing
+from .statistics import Passage, Statistics
 
 MAX_HELD: Final = 67_108_864
 """Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
@@ -118,6 +119,7 @@ class ProxyServer(Protocol):
         "_ends",
         "_held",
         "_parser",
+        "_passage",
         "connected",
         "factory",
         "relay",
@@ -133,6 +135,7 @@ class ProxyServer(Protocol):
         self._held = 0
         self._connecting = False
         self._connector: Any = None
+        self._passage: Passage | None = None
         self._ends = 0
 
     def connectionMade(self) -> None:
@@ -160,7 +163,7 @@ class ProxyServer(Protocol):
         if self._parser is None:
             self.relay.finished(self.transport)
         else:
-            self._decide(NotClientHello("end of file before a whole ClientHello"))
+            self._decide(NotClientHello("end of file before a whole ClientHello", "end_of_file"))
 
     def writeConnectionLost(self) -> None:
         """Our own FIN went out: nothing to do."""
@@ -180,6 +183,9 @@ class ProxyServer(Protocol):
             self.relay.lost(transport)
         self._ends -= 1
         if not self._ends:
+            if self._passage is not None:
+                moved = self.relay.moved if self._parser is None else (0, 0)
+                self.factory.statistics.ended(self._passage, *moved)
             self.factory.live.leave(self)
 
     def abort(self) -> None:
@@ -189,9 +195,9 @@ class ProxyServer(Protocol):
         else:
             self.transport.abortConnection()
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str, kind: str) -> None:
         """Wait for the hello no longer."""
-        self._decide(NotClientHello(reason))
+        self._decide(NotClientHello(reason, kind))
 
     def look(self) -> None:
         """Reset both ends if nothing has moved since the last few looks."""
@@ -217,14 +223,14 @@ class ProxyServer(Protocol):
         if self._connecting:
             self._connecting = False
             self._connector = None
-            self.factory.log_unreachable(route, failure)
+            self.factory.unreachable(self._passage, route, failure)
             self.abort()
 
     def _decide(self, verdict: Verdict) -> None:
         self._leave_hellos()
         factory = self.factory
         route = factory.routing.route(verdict)
-        factory.log_route(self.transport, route, verdict)
+        self._passage = factory.decided(self.transport, route, verdict)
         self._connecting = True
         connector = factory.connect(route, self)
         if self._connecting:  # still
@@ -245,6 +251,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar hellos: those among them that have not sent a whole hello.
     @ivar held: bytes of memory that their half hellos take.
     @ivar pipes: for relays.
+    @ivar statistics: the numbers of all connections.
     @ivar hangups: set by whoever starts and ends the service.
     """
 
@@ -259,16 +266,21 @@ class ProxyServerFactory(ServerFactory):
         clock: IReactorTime,
         *,
         hello_timeout: float = 5.0,
+        log_visitors: bool = False,
     ) -> None:
         """
         @param targets: how to connect each route's target.
         @param hello_timeout: seconds until a connection without a whole hello goes to the fallback.
+        @param log_visitors: log a line for each visitor, at C{debug}. An event that nobody takes
+            would cost more time than the parser and the choice of the route together.
         """
         self.routing = routing
         self.live = LiveConnections()
         self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
         self.held = 0
         self.pipes = PipePool()
+        self.statistics = Statistics(routing)
+        self._log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
         self._targets = targets
 
@@ -280,7 +292,7 @@ class ProxyServerFactory(ServerFactory):
         """C{size} more bytes of half hellos are held."""
         self.held += size
         while self.held > MAX_HELD:
-            self.hellos.oldest().give_up("too many half hellos")
+            self.hellos.oldest().give_up("too many half hellos", "crowded")
 
     def look_for_idle(self) -> None:
         """To be called L{IDLE_LOOKS} times within the idle timeout."""
@@ -293,25 +305,38 @@ class ProxyServerFactory(ServerFactory):
         self.pipes.close()
 
     def _expire(self, server: ProxyServer) -> None:
-        server.give_up(f"no whole ClientHello within {self.hellos.seconds:g} s")
+        server.give_up(f"no whole ClientHello within {self.hellos.seconds:g} s", "deadline")
 
-    def log_route(self, transport: Any, route: Route, verdict: Verdict) -> None:
-        """One line for each ACME validation. Visitors get none: a log event costs them more time
-        than the parser and the choice of the route together."""
+    def decided(self, transport: Any, route: Route, verdict: Verdict) -> Passage:
+        """The visitor takes C{route}: count it, and log a line if it is an ACME validation."""
         if route is self.routing.acme:
+            peer, name = _show(transport.getPeer()), getattr(verdict, "server_name", None)
             self._log.info(
                 "Routed {peer} to {route} target {target}, server name {server_name}",
+                peer=peer,
+                route=route.name,
+                target=route.target,
+                server_name=name,
+            )
+            return self.statistics.validation(peer, name)
+        if self._log_visitors:
+            self._log.debug(
+                "Routed {peer} to {route} target {target}: {why}",
                 peer=_show(transport.getPeer()),
                 route=route.name,
                 target=route.target,
-                server_name=getattr(verdict, "server_name", None),
+                why=getattr(verdict, "reason", "no ACME validation"),
             )
+        return self.statistics.visitor(verdict)
 
-    def log_unreachable(self, route: Route, failure: Failure) -> None:
-        """Which target, and why."""
+    def unreachable(self, passage: Passage | None, route: Route, failure: Failure) -> None:
+        """Count it, and log which target, and why."""
+        assert passage is not None
+        why = failure.getErrorMessage()
+        self.statistics.unreachable(passage, why)
         self._log.error(
             "Cannot reach {route} target {target}: {why}",
             route=route.name,
             target=route.target,
-            why=failure.getErrorMessage(),
+            why=why,
         )

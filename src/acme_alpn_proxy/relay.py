@@ -37,12 +37,13 @@ class _Flow:
     L{twisted.internet.abstract}); with one read of 64 KiB more that bounds a direction's memory.
     """
 
-    __slots__ = ("_relay", "finished", "sink", "source")
+    __slots__ = ("_relay", "finished", "moved", "sink", "source")
 
     def __init__(self, relay: TransportRelay, source: Any, sink: Any) -> None:
         self._relay = relay
         self.source = source
         self.sink = sink
+        self.moved = 0
         self.finished = False
 
     def received(self, data: bytes) -> None:
@@ -88,7 +89,13 @@ class TransportRelay:
         self._ended = False
         self.quiet = 0
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes passed on so far, from the front and from the back."""
+        return self._from_front.moved, self._from_back.moved
+
     def start(self, first: bytes) -> None:
+        self._from_front.moved = len(first)
         self._from_front.sink.registerProducer(self._from_front, True)
         self._front.registerProducer(self._from_back, True)
         self._front.resumeProducing()
@@ -96,7 +103,9 @@ class TransportRelay:
 
     def received(self, source: object, data: bytes) -> None:
         self.quiet = 0
-        (self._from_front if source is self._front else self._from_back).received(data)
+        flow = self._from_front if source is self._front else self._from_back
+        flow.moved += len(data)
+        flow.received(data)
 
     def finished(self, source: object) -> None:
         if _has_error(source):
@@ -265,6 +274,7 @@ class _SpliceFlow(_Flow):
             return
         if got:
             self._pipe, self._held = pipe, got
+            self.moved += got
             if got < _ENOUGH:
                 self.source.read_by(None)
             if not self._push():

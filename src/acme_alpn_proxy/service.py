@@ -325,6 +325,15 @@ class ProxyService(MultiService):
         self.steering = RedirectService(reactor, redirect, self.listener)
         self.steering.setServiceParent(self)
 
+    def as_json(self) -> dict[str, Any]:
+        """Its numbers, for L{json.dumps}."""
+        statistics = self._factory.statistics
+        decided = statistics.acme.live + statistics.fallback.live
+        return statistics.as_json() | {
+            "redirect": str(self._redirect),
+            "undecided": len(self._factory.live) - decided,
+        }
+
     def privilegedStartService(self) -> None:
         """Start, while the process still has its privileges; raises L{StartError}."""
         self._start()
@@ -414,6 +423,7 @@ class ProxyService(MultiService):
             self._close()
             self._pidfile.release()
             raise
+        self._factory.statistics.enter("running")
         self._log.info("Started: new connections to :443 are steered here")
 
     @inlineCallbacks
@@ -424,6 +434,7 @@ class ProxyService(MultiService):
         if problem is None:
             yield self.steering.stopService()
             self._pidfile.release()
+            self._factory.statistics.enter("draining")
             self._log.info("Let go of :443; waiting for what is under way")
             yield self._linger_on()
             yield self.listener.stopService()

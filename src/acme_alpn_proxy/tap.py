@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from twisted.application.service import IService
+from twisted.application.service import IService, MultiService
 
 from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
@@ -21,6 +21,7 @@ from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
 from .routing import Route, Routing
 from .service import ProxyService
+from .statussocket import StatusService
 
 __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
@@ -66,6 +67,7 @@ def make_proxy(
         },
         reactor,
         hello_timeout=options["hello-timeout"],
+        log_visitors=options.get("log-level") == "debug",
     )
     return ProxyService(
         reactor,
@@ -81,9 +83,25 @@ def make_proxy(
     )
 
 
+def make_metrics(options: Options, reactor: Any, proxy: ProxyService) -> list[IService]:
+    """The service for C{--metrics}, if that was given."""
+    text = options["metrics"]
+    if text is None:
+        return []
+    from twisted.internet.endpoints import serverFromString
+
+    from .metrics import MetricsService
+
+    return [MetricsService(serverFromString(reactor, text), text, proxy.as_json)]
+
+
 def make_program(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> Program:
     """The proxy as the whole program of this process: it takes the signals."""
-    return Program(reactor, make_proxy(options, reactor, pidfile))
+    proxy = make_proxy(options, reactor, pidfile)
+    program = Program(reactor, proxy, *make_metrics(options, reactor, proxy))
+    if pidfile is not None:
+        StatusService(reactor, options["pidfile"], proxy.as_json).setServiceParent(program)
+    return program
 
 
 def exit_with_line(problem: StartError) -> NoReturn:
@@ -106,7 +124,14 @@ def makeService(options: Options) -> IService:
 
     twistd: Any = getattr(options, "parent", None)
     if twistd is None:
-        return make_proxy(options, reactor)
+        proxy = make_proxy(options, reactor)
+        metrics = make_metrics(options, reactor, proxy)
+        if not metrics:
+            return proxy
+        both = MultiService()
+        for service in (*metrics, proxy):
+            service.setServiceParent(both)
+        return both
     program = make_program(options, reactor)
     if twistd.get("nodaemon"):
         program.on_refusal = exit_with_line

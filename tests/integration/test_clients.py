@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from acme_alpn_proxy.options import ConsoleOptions
-
 from ..documents import ROOT, shell_blocks
 from .acme import Issued, Pebble, issued, pebble
 from .netns import CommandFailed, Namespace, Street, wait_until
@@ -44,7 +42,8 @@ def _lego(folder: str) -> tuple[str, str]:
     return f"{folder}/certificates/{NAME}.crt", f"{folder}/accounts/*/*/keys/*.key"
 
 
-README = "README.md: Use it"
+README_RUN = "README.md: Use it"
+README = "README.md: Use it (2)"
 LEGO = "docs/clients.md: lego"
 RENEWAL = "docs/clients.md: lego, renewal"
 UACME = "docs/clients.md: uacme"
@@ -52,6 +51,7 @@ DEHYDRATED = "docs/clients.md: dehydrated"
 RUN = "docs/clients.md: One command"
 
 ORDERS = {
+    README_RUN: Order(*_lego(".lego")),
     README: Order(*_lego(".lego")),
     RUN: Order(*_lego("/etc/lego")),
     RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, orders=2),
@@ -66,11 +66,9 @@ HOOKS = "docs/clients.md: Any client with hooks"
 MAKE = "README.md: acme-alpn-proxy"
 
 NOT_RUN = {
-    "README.md: Use it (2)": "a synopsis",
+    "README.md: Use it (3)": "a synopsis",
     "docs/clients.md: acme.sh (not tested)": "the client is in no package",
 }
-
-there_is_run = "\nrun " in ConsoleOptions.longdesc
 
 
 class Host:
@@ -163,10 +161,10 @@ def test_order(road: Street, host: Host, name: str) -> None:
     paste(road, host, name)
 
 
-@pytest.mark.skipif(not there_is_run, reason="there is no such command yet")
-def test_one_command(road: Street, host: Host) -> None:
+@pytest.mark.parametrize("name", [README_RUN, RUN])
+def test_one_command(road: Street, host: Host, name: str) -> None:
     """Who pastes the one command has a certificate, by TLS-ALPN-01 through the proxy."""
-    paste(road, host, RUN)
+    paste(road, host, name)
 
 
 def test_visitors_notice_nothing(road: Street, site: Website, host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ CALLS_BEFORE_THE_FIRST_RULE = 4
 CALLS_OF_A_START = 8
 """iptables commands: two listings for each family, then the keepers and the redirects."""
 MOMENTS = 20
-IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
+IGNORED = (signal.SIGHUP, signal.SIGUSR2, signal.SIGPIPE)
 REDIRECTS_AND_KEEPERS = 4
 LOG_LINE = r"(?:\d{4}-\d\d-\d\dT[^\n]*\n)"
 
@@ -267,13 +268,26 @@ def _wait_until_it_runs(proxy: Proxy, stderr: Path) -> None:
 
 
 def test_signals_that_do_not_end_it(road: Street, site: Website, proxy: Proxy) -> None:
-    """SIGHUP, SIGUSR1, SIGUSR2 and SIGPIPE change nothing."""
+    """SIGHUP, SIGUSR2 and SIGPIPE change nothing."""
     proxy.start(*AT_ONCE)
     _send(proxy.pid, *IGNORED)
     _steers(road, site)
     assert not ends(proxy.pid, 0)
     proxy.stop(wait=True)
     _nothing_is_left(proxy)
+
+
+def test_log_file_moved_aside(proxy: Proxy) -> None:
+    """SIGUSR1 has the log go on in a new file, as logrotate wants it."""
+    proxy.start(*AT_ONCE, "--log-format", "json", "--log-level", "info")
+    aside = proxy.log_file.rename(proxy.log_file.with_suffix(".1"))
+    _send(proxy.pid, signal.SIGUSR1)
+    wait_until(proxy.log_file.exists, "there is a new one")
+    proxy.stop(wait=True)
+    told = [json.loads(line) for line in proxy.log.splitlines()]
+    assert "Stopped: all connections have ended" in [event["message"] for event in told]
+    assert "Started: new connections" in aside.read_text()
+    assert "Stopped: " not in aside.read_text()
 
 
 def test_second_signal_ends_the_wait(road: Street, site: Website, proxy: Proxy) -> None:
@@ -459,8 +473,8 @@ def test_rulespec_that_iptables_refuses(proxy: Proxy) -> None:
         (["-fallback", "127.0.0.1:21443", "start"], "own listener.*: name the port"),
         (["-alpn=[::1]:21443", "start"], "own listener.*: name the port"),
         (["-fallback", "nonsense", "start"], "--fallback 'nonsense'"),
-        (["restart"], "one command is needed, start, stop or check, not 'restart'"),
-        ([], "one command is needed, start, stop or check"),
+        (["restart"], "one command is needed, start, stop, run, status or check, not 'restart'"),
+        ([], "one command is needed, start, stop, run, status or check"),
     ],
 )
 def test_wrong_usage(proxy: Proxy, warm: WarmProxy, words: list[str], pattern: str) -> None:

@@ -114,6 +114,8 @@ def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 code = cli.main(words)
+            except SystemExit:
+                pass  # the daemon's
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -142,7 +144,8 @@ def _wait(command: int) -> int | str:
 
 def main() -> None:
     """Do what standard input says until it ends."""
-    import acme_alpn_proxy.cli  # noqa: F401
+    import acme_alpn_proxy.cli
+    import acme_alpn_proxy.launch  # noqa: F401
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in sys.stdin:

@@ -29,6 +29,9 @@ class AutoRedirect:
         self._reason = reason
         self._chosen: IRedirect | None = None
 
+    def __str__(self) -> str:
+        return "auto" if self._chosen is None else str(self._chosen)
+
     @inlineCallbacks
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
         reason = self._reason

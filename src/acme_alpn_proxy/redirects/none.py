@@ -15,6 +15,9 @@ from ..interfaces import ICommands, IRedirect
 class NoRedirect:
     """Does nothing, and listens on every address, since nobody knows where visitors come from."""
 
+    def __str__(self) -> str:
+        return "none"
+
     def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
         return succeed(("::",))
 

@@ -1,0 +1,220 @@
+"""C{run -- COMMAND}: what the command sees, what its caller gets, and what is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from .acme import EMAIL, LEGO_SECONDS, RESPONDER, pebble
+from .netns import Namespace, Street, ended, pidfd, terminate, wait_until
+from .proxy import PORT, Proxy, kill
+from .website import PAGE, Website
+
+AT_ONCE = ("--linger", "0")
+
+
+@pytest.fixture
+def host(road: Street) -> Namespace:
+    return road.host.namespace
+
+
+def _words(proxy: Proxy, *words: str) -> list[str]:
+    return ["run", *AT_ONCE, "--logfile", str(proxy.log_file), *words]
+
+
+def _run(proxy: Proxy, *words: str) -> subprocess.CompletedProcess[str]:
+    return proxy.run(*_words(proxy, *words), check=False)
+
+
+@contextmanager
+def _running(proxy: Proxy, *words: str, end: str = "exit 7") -> Iterator[subprocess.Popen[str]]:
+    """A C{run} whose command has begun, and ends as said when a line is written to it."""
+    process = subprocess.Popen(
+        proxy.namespace.argv(
+            proxy.program, *_words(proxy, *words, "--", "sh", "-c", f"echo ready; read line; {end}")
+        ),
+        env={**os.environ, **proxy.env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        terminate(process)
+
+
+def _go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def _said(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return process.stderr.read()
+
+
+def _nothing_is_left(proxy: Proxy) -> None:
+    assert not [rule for rule in proxy.namespace.rules() if " nat " in rule]
+    assert not proxy.pid_file.exists()
+    wait_until(lambda: "Stopped: all connections have ended" in proxy.log, "the proxy has ended")
+    assert proxy.namespace.rules() == []
+
+
+def _steered(road: Street, site: Website) -> bool:
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        answer = visit.get()
+    assert answer.body == PAGE
+    return answer.steered
+
+
+def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy) -> None:
+    """Visitors are steered from before the command begins until it has ended; then no more, and
+    the exit status is the command's."""
+    with _running(proxy) as process:
+        assert _steered(road, site)
+        _go_on(process)
+        assert process.wait(20) == 7
+        assert _said(process) == ""
+        assert not _steered(road, site)
+    _nothing_is_left(proxy)
+
+
+def test_what_the_command_gets(proxy: Proxy) -> None:
+    """It has the caller's environment and descriptors, and is told where to answer the CA."""
+    proxy.env["MINE"] = "yes"
+    done = _run(proxy, "-alpn", "[::1]:5001", "--", "env")
+    assert done.returncode == 0
+    assert {"ACME_ALPN_PROXY_TARGET=[::1]:5001", "MINE=yes"} <= set(done.stdout.splitlines())
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "why"),
+    [
+        ("no-such-command", 127, "no-such-command: command not found"),
+        ("/etc/passwd", 126, "cannot run /etc/passwd: Permission denied"),
+    ],
+)
+def test_no_command(proxy: Proxy, command: str, status: int, why: str) -> None:
+    """A command that cannot be run is named in one line, and the proxy has let go."""
+    done = _run(proxy, "--", command)
+    assert (done.returncode, done.stderr) == (status, f"acme-alpn-proxy: {why}\n")
+    _nothing_is_left(proxy)
+
+
+def test_command_ended_by_a_signal(proxy: Proxy) -> None:
+    """A command that a signal ends gives 128 and its number; the proxy has let go."""
+    assert _run(proxy, "--", "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_the_commands(proxy: Proxy, number: signal.Signals) -> None:
+    """A signal to C{run} ends the command, and the proxy lets go in order."""
+    with _running(proxy) as process:
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert _said(process) == ""
+    _nothing_is_left(proxy)
+
+
+def test_killed(proxy: Proxy) -> None:
+    """Even if C{run} is killed by SIGKILL the proxy lets go, by itself and in order."""
+    with _running(proxy) as process:
+        daemon = int(proxy.pid_file.read_text())
+        with pidfd(daemon) as descriptor:
+            process.kill()
+            assert ended(descriptor, 20)
+    assert "Stopping: 'run' has ended" in proxy.log
+    assert "Stopped: all connections have ended" in proxy.log
+    assert proxy.namespace.rules() == []
+
+
+def test_proxy_killed(proxy: Proxy) -> None:
+    """If the proxy is killed meanwhile, C{run} says so when the command has ended."""
+    with _running(proxy) as process:
+        proxy.pid = int(proxy.pid_file.read_text())
+        kill(proxy.guard)
+        proxy.kill()
+        _go_on(process)
+        assert process.wait(20) == 7
+        assert re.fullmatch(
+            "acme-alpn-proxy: the proxy has ended before the command did; see .*\n", _said(process)
+        )
+    assert proxy.namespace.rules() == []
+
+
+def test_running_already(road: Street, site: Website, proxy: Proxy) -> None:
+    """If an instance runs already the command is not run, unless told that it may share it."""
+    proxy.start(*AT_ONCE)
+    done = _run(proxy, "--", "echo", "done")
+    assert (done.returncode, done.stdout) == (75, "")
+    assert re.fullmatch(
+        rf"acme-alpn-proxy: already running as PID {proxy.pid} \(.*\); wait until .* --shared\n",
+        done.stderr,
+    )
+    done = _run(proxy, "--shared", "--", "echo", "done")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    assert _steered(road, site)
+    assert int(proxy.pid_file.read_text()) == proxy.pid
+    proxy.stop(wait=True)
+
+
+def test_cannot_start(proxy: Proxy) -> None:
+    """If the proxy cannot start, one line says why, and the command is not run."""
+    with proxy.namespace.listen("127.0.0.1", PORT):
+        done = _run(proxy, "--", "echo", "done")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"acme-alpn-proxy: port {PORT} is taken by .*\n", done.stderr)
+    assert not proxy.pid_file.exists()
+
+
+@pytest.mark.parametrize("wait", [(), ("--wait",)])
+def test_visitors_go_on(road: Street, site: Website, proxy: Proxy, wait: tuple[str, ...]) -> None:
+    """A visitor who is there when the command ends is served on; only with --wait C{run} waits."""
+    with _running(proxy, *wait) as process, pidfd(process.pid) as descriptor:
+        with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+            assert visit.get().steered
+            _go_on(process)
+            wait_until(lambda: "Draining 1 live" in proxy.log, "it drains")
+            assert ended(descriptor, 0.3 if wait else 20) is not bool(wait)
+            assert visit.get().steered
+        assert process.wait(20) == 7
+    _nothing_is_left(proxy)
+
+
+def test_from_nothing_to_a_certificate(
+    road: Street, site: Website, proxy: Proxy, tmp_path: Path
+) -> None:
+    """One command line takes a host from nothing to a certificate, and leaves nothing."""
+    name = "site.example"
+    with pebble(road.visitor, road.host, tmp_path / "pebble") as ca:
+        lego = ["lego", "--server", ca.directory_url, "--email", EMAIL, "--accept-tos", "--tls"]
+        lego += ["--path", str(tmp_path / "lego"), "--domains", name, "--tls.port"]
+        line = f'exec {shlex.join(lego)} "$ACME_ALPN_PROXY_TARGET" run'
+        done = proxy.namespace.run(
+            *(proxy.program, *_words(proxy, "--", "sh", "-c", line)),
+            env={**proxy.env, "LEGO_CA_CERTIFICATES": str(ca.authority.certificate)},
+            timeout=LEGO_SECONDS,
+        )
+    chain = (tmp_path / "lego" / "certificates" / f"{name}.crt").read_bytes()
+    names = x509.load_pem_x509_certificates(chain)[0].extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == [name], done
+    assert f"to acme target {RESPONDER}" in proxy.log
+    _nothing_is_left(proxy)
