@@ -22,6 +22,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, implementer
 from zope.interface.verify import verifyObject
 
+from acme_alpn_proxy import protocols
 from acme_alpn_proxy.addresses import parse_address
 from acme_alpn_proxy.interfaces import IHangupWatch, IRelay
 from acme_alpn_proxy.network import TwistedNetwork
@@ -248,6 +249,18 @@ class LineTests(ProxyCase):
         self.server.dataReceived(b"GET / HTTP/1.0\r\n\r\n")
         self.assertEqual(self.lines, [])
 
+    def test_every_visitor(self) -> None:
+        """Where that is asked for a visitor is a line at debug, with the reason of its route."""
+        self.factory.log_visitors = True
+        beginning = "Routed 192.0.2.7:50000 to fallback target 127.0.0.1:443: "
+        self.assertEqual(
+            [self.routed(hello) for hello in (WEB_HELLO, b"GET / HTTP/1.0\r\n\r\n")],
+            [
+                (LogLevel.debug, f"{beginning}no ACME validation"),
+                (LogLevel.debug, f"{beginning}not a handshake record"),
+            ],
+        )
+
     def test_peers(self) -> None:
         """IPv6 addresses are in brackets; IPv4 by the dual-stack listener is shown as IPv4."""
         for host, shown in (
@@ -256,6 +269,52 @@ class LineTests(ProxyCase):
         ):
             _, line = self.routed(ACME_HELLO, IPv6Address("TCP", host, 9))
             self.assertTrue(line.startswith(f"Routed {shown} to acme "), line)
+
+
+class CountTests(ProxyCase):
+    """What is counted of a connection, and when."""
+
+    def test_visitor(self) -> None:
+        """Bytes each way count, the hello too, once both ends are gone."""
+        client, _ = self.relay()
+        numbers = self.factory.statistics.fallback
+        self.assertEqual((numbers.live, numbers.total), (1, 1))
+        self.server.dataReceived(b"question")
+        client.dataReceived(b"the answer")
+        for end in (client, self.server):
+            self.assertEqual(numbers.bytes_to_visitors, 0)
+            end.connectionLost(Failure(CONNECTION_DONE))
+        self.assertEqual((numbers.live, numbers.total), (0, 1))
+        self.assertEqual(numbers.bytes_from_visitors, len(WEB_HELLO) + len(b"question"))
+        self.assertEqual(numbers.bytes_to_visitors, len(b"the answer"))
+
+    def test_reasons(self) -> None:
+        """Whoever sends no whole hello counts by what ended the wait for it."""
+        reasons = self.factory.statistics.reasons
+        self.reactor.advance(5)
+        self.assertEqual(reasons["deadline"], 1)
+        server, _ = self.visit()
+        server.readConnectionLost()
+        self.assertEqual(reasons["end_of_file"], 1)
+        self.patch(protocols, "MAX_HELD", 10)
+        server, _ = self.visit()
+        server.dataReceived(WEB_HELLO[:6])
+        self.assertEqual(reasons["crowded"], 1)
+
+    def test_gone_undecided(self) -> None:
+        """Who leaves without a hello counts nowhere."""
+        self.server.connectionLost(Failure(CONNECTION_LOST))
+        self.assertEqual(self.factory.statistics.fallback.total, 0)
+
+    def test_unreachable(self) -> None:
+        """A target that cannot be connected is a failure, and the result of a validation."""
+        self.server.dataReceived(ACME_HELLO)
+        self.refuse()
+        self.server.connectionLost(Failure(CONNECTION_LOST))
+        numbers = self.factory.statistics
+        self.assertEqual((numbers.acme.live, numbers.acme.failures), (0, 1))
+        assert numbers.last_validation is not None
+        self.assertTrue(numbers.last_validation.result.startswith("unreachable: "))
 
 
 class UnreachableTests(ProxyCase):

@@ -126,6 +126,7 @@ class SpliceRelayTests(TransportCase):
             self.server.sendall(b"answer")
             self.assertEqual(self.drain(self.visitor, 6), b"answer")
         self.assertEqual(self.moves, 0)
+        self.assertEqual(self.relay.moved, (5 + 3 * 8, 3 * 6))
         self.turn_all()
 
     def test_bulk(self) -> None:
@@ -135,6 +136,7 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.pipes.lent, 1)
         received = self.drain(self.server, len(sent))
         self.assertEqual(hashlib.sha256(received).digest(), hashlib.sha256(sent).digest())
+        self.assertEqual(self.relay.moved, (5 + len(sent), 0))
         self.turn_all()
         self.assertEqual(self.pipes.lent, 0)
 

@@ -27,7 +27,7 @@ from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.status import SILENT, instances, remove_stale, show, socket_path, sockets
 from acme_alpn_proxy.statussocket import StatusService
 
-from .test_statistics import ACME, ROUTING, statistics
+from .test_statistics import statistics
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def describe() -> dict[str, Any]:
     """A proxy that has seen a visitor and a validation."""
     numbers = statistics()
     numbers.enter("running")
-    numbers.ended(numbers.decided(ROUTING.fallback, ClientHello(), str), 10, 20)
-    numbers.decided(ROUTING.acme, ACME, lambda: "192.0.2.7:50000")
+    numbers.ended(numbers.visitor(ClientHello()), 10, 20)
+    numbers.validation("192.0.2.7:50000", "site.example")
     return numbers.as_json() | {"redirect": "none", "undecided": 2}
 
 
@@ -181,7 +181,7 @@ def test_show() -> None:
     assert (
         "  fallback 127.0.0.1:443: 0 live, 1 in all, 0 not reached, 10 bytes in, 20 out\n" in text
     )
-    assert "no alpn 1, other alpn 0, not tls 0, deadline 0, end of file 0\n" in text
+    assert "no alpn 1, other alpn 0, not tls 0, deadline 0, end of file 0, crowded 0\n" in text
     assert "  undecided: 2\n" in text
     assert " from 192.0.2.7:50000 for site.example: under way\n" in text
 

@@ -252,6 +252,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar held: bytes of memory that their half hellos take.
     @ivar pipes: for relays.
     @ivar statistics: the numbers of all connections.
+    @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: set by whoever starts and ends the service.
     """
 
@@ -280,7 +281,7 @@ class ProxyServerFactory(ServerFactory):
         self.held = 0
         self.pipes = PipePool()
         self.statistics = Statistics(routing)
-        self._log_visitors = log_visitors
+        self.log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
         self._targets = targets
 
@@ -319,7 +320,7 @@ class ProxyServerFactory(ServerFactory):
                 server_name=name,
             )
             return self.statistics.validation(peer, name)
-        if self._log_visitors:
+        if self.log_visitors:
             self._log.debug(
                 "Routed {peer} to {route} target {target}: {why}",
                 peer=_show(transport.getPeer()),
