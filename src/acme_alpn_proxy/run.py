@@ -26,6 +26,10 @@ ENDED_BY_SIGNAL: Final = 128
 _OF_THE_KERNEL: Final = 0x80
 """SI_KERNEL of sigaction(2): from the terminal, and so sent to the command, too."""
 
+_LOOK_AGAIN: Final = 0.5
+"""Seconds until the command is looked at without a signal: in a process with other threads, one of
+them may have been given SIGCHLD."""
+
 _IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -68,8 +72,8 @@ def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def _await_end(child: int) -> int:
     while True:
-        got = signal.sigwaitinfo([*FORWARDED, signal.SIGCHLD])
-        if got.si_signo != signal.SIGCHLD:
+        got = signal.sigtimedwait([*FORWARDED, signal.SIGCHLD], _LOOK_AGAIN)
+        if got is not None and got.si_signo != signal.SIGCHLD:
             if got.si_code != _OF_THE_KERNEL:
                 os.kill(child, got.si_signo)  # not reaped yet, so the PID is its own
             continue
