@@ -157,6 +157,20 @@ class GuardTests(SynchronousTestCase):
             failure = self.failureResultOf(self.guard.ask(COMMANDS, "look"), StartError)
             self.assertIn("the guard of the rules is gone", str(failure.value))
 
+    def test_killed_meanwhile(self) -> None:
+        """So it is of one that is killed while it is asked."""
+        os.kill(self.guard._process.pid, signal.SIGSTOP)
+        guard = self.guard
+
+        class Killing(BlockingCommands):
+            def pause(self, seconds: float) -> Deferred[None]:
+                guard._process.kill()
+                guard._process.wait()
+                return succeed(None)
+
+        failure = self.failureResultOf(self.guard.ask(Killing(), "look"), StartError)
+        self.assertIn("the guard of the rules is gone", str(failure.value))
+
     def test_silent(self) -> None:
         """One that does not answer in time is told."""
         os.kill(self.guard._process.pid, signal.SIGSTOP)

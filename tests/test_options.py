@@ -313,3 +313,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         console("--version")
     assert end.value.code == 0
     assert capsys.readouterr().out == f"acme-alpn-proxy {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "-help"])
+def test_ways_to_ask_for_help(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Help is asked for in each of the usual ways, Go's among them."""
+    with pytest.raises(SystemExit) as end:
+        console(flag)
+    assert not end.value.code
+    assert "Usage: acme-alpn-proxy" in capsys.readouterr().out

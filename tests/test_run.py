@@ -90,15 +90,15 @@ def test_stopped_command() -> None:
 
 
 COUNT = """
-import signal, sys
+import os, signal, sys
 def count(number, frame):
     global interrupts
     interrupts += 1
-    print("interrupted", flush=True)
+    os.write(1, b"interrupted")  # print would not stand being interrupted by itself
 interrupts = 0
 signal.signal(signal.SIGINT, count)
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(40 + interrupts))
-print("ready", flush=True)
+os.write(1, b"ready")
 while True:
     signal.pause()
 """

@@ -324,6 +324,15 @@ class WatchTests(ServiceCase):
         self.told("look", "look")
         self.assertEqual(lines, ["Cannot steer any more: not root any more"])
 
+    def test_defect(self) -> None:
+        """Should a look raise what it must not, the watch ends, and a stop is in order all the
+        same."""
+        self.redirect.problems["look"] = ValueError("unforeseen")
+        self.reactor.pump([3, 3])
+        self.proxy.stopService()
+        self.told("look", *LET_GO)
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
+
     def test_stop_waits_for_a_look(self) -> None:
         """A stop lets a look under way come to its end, and is followed by none."""
         self.redirect.pending["look"] = looking = Deferred()

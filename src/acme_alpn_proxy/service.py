@@ -226,6 +226,9 @@ class RedirectService(Service):
 
     def _begin_watch(self, result: None) -> None:
         self._unwatched = self._watch.start(WATCH_INTERVAL, now=False)
+        self._unwatched.addErrback(
+            lambda failure: self._log.failure("Nobody watches the redirect any more", failure)
+        )
 
     @inlineCallbacks
     def _look_after(self) -> Generator[Deferred[Any], Any, None]:
