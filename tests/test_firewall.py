@@ -15,20 +15,21 @@ from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.commands import NOT_FOUND, Result
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.interfaces import ICommands
-from acme_alpn_proxy.options import ProxyOptions
-from acme_alpn_proxy.redirects import bpf, hostfacts
-from acme_alpn_proxy.redirects.firewall import (
+from acme_alpn_proxy.firewall import hostfacts
+from acme_alpn_proxy.firewall.nftrules import Table
+from acme_alpn_proxy.firewall.opinion import (
     Firewall,
     drops,
     exempts_from_tracking,
     look,
     sends_elsewhere,
 )
+from acme_alpn_proxy.firewall.verdicts import Caught, Passed, Verdict, Visit
+from acme_alpn_proxy.interfaces import ICommands
+from acme_alpn_proxy.options import ProxyOptions
+from acme_alpn_proxy.redirects import bpf
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
-from acme_alpn_proxy.redirects.nftrules import Table
 from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
-from acme_alpn_proxy.redirects.verdicts import Caught, Passed, Verdict, Visit
 from acme_alpn_proxy.tap import make_redirect
 
 DATA = Path(__file__).resolve().parent / "data" / "firewalls"

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy.redirects import hostfacts
+from acme_alpn_proxy.firewall import hostfacts
 
 ROUTE_HEADER = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 UP, UP_AND_REJECT = "0001", "0201"

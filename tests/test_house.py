@@ -17,13 +17,13 @@ PACKAGE = "acme_alpn_proxy"
 
 LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding", "notify"),
-    ("redirects", "redirects.hostfacts", "redirects.bpf", "redirects.xtables"),
-    ("routing", "commands", "pidfile", "hangup", "drain", "options", "redirects.verdicts"),
+    ("redirects", "redirects.bpf", "firewall", "firewall.hostfacts", "firewall.xtables"),
+    ("routing", "commands", "pidfile", "hangup", "drain", "options", "firewall.verdicts"),
     ("run", "status"),
     ("statussocket", "metrics", "statistics", "logs"),
-    ("transport", "relay", "redirects.guard", "redirects.none", "redirects.iptablesrules"),
-    ("network", "redirects.nftrules", "redirects.interfacerules"),
-    ("redirects.firewall", "samplehellos"),
+    ("transport", "relay", "redirects.guard", "redirects.none", "firewall.iptablesrules"),
+    ("network", "firewall.nftrules", "firewall.interfacerules"),
+    ("firewall.opinion", "samplehellos"),
     ("redirects.iptables", "redirects.sklookup", "redirects.auto"),
     ("protocols",),
     ("service",),
@@ -42,12 +42,15 @@ SEE_ONLY = {
     "statistics": {"clienthello", "routing"},
     "redirects.auto": {"errors", "interfaces"},
     "redirects.none": {"interfaces"},
-    "redirects.guard": {"errors", "interfaces", "redirects.xtables"},
+    "redirects.guard": {"errors", "interfaces", "firewall.xtables"},
 }
 """Modules that see less of the project than their layer would let them."""
 
-REDIRECTS_SEE = {"commands", "errors", "interfaces"}
-"""What redirects see besides each other."""
+ROOMS = {
+    "firewall": {"commands", "interfaces"},
+    "redirects": {"commands", "errors", "interfaces", "firewall"},
+}
+"""What the modules of a package see besides each other: modules, and such packages."""
 
 SEEN_BY = {
     "tap": {"launch", "probe", "check"},
@@ -69,7 +72,7 @@ WITHOUT_TWISTED = (
     "statistics",
     "status",
     "notify",
-    "redirects.hostfacts",
+    "firewall.hostfacts",
     "redirects.bpf",
 )
 
@@ -132,6 +135,10 @@ def _project_imports(module: str) -> set[str]:
     return found
 
 
+def _room(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def _layer(module: str) -> int:
     return next(at for at, layer in enumerate(LAYERS) if module in layer)
 
@@ -156,11 +163,12 @@ def test_narrow_views(module: str) -> None:
     assert not wrong, f"{module} imports {', '.join(wrong)}: see SEE_ONLY"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if "redirects" in module])
-def test_redirects(module: str) -> None:
-    """Redirects know their contract and how to run commands, and nothing of the proxy."""
-    others = {seen for seen in _project_imports(module) if not seen.startswith("redirects")}
-    assert others <= REDIRECTS_SEE, f"{module} imports {', '.join(others - REDIRECTS_SEE)}"
+@pytest.mark.parametrize("module", [module for module in MODULES if _room(module) in ROOMS])
+def test_rooms(module: str) -> None:
+    """Who judges the firewall, and who steers, knows its contract and nothing of the proxy."""
+    room = _room(module)
+    seen = {_room(each) for each in _project_imports(module)} - {room}
+    assert seen <= ROOMS[room], f"{module} imports {', '.join(seen - ROOMS[room])}: see ROOMS"
 
 
 @pytest.mark.parametrize("module", SEEN_BY)

@@ -10,7 +10,7 @@ import pytest
 from twisted.internet.defer import Deferred, succeed
 
 from acme_alpn_proxy.commands import Result
-from acme_alpn_proxy.redirects.interfacerules import names_interfaces
+from acme_alpn_proxy.firewall.interfacerules import names_interfaces
 
 
 class Listings:

@@ -14,8 +14,8 @@ from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.commands import NOT_FOUND
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.firewall import hostfacts
 from acme_alpn_proxy.interfaces import ICommands, IRedirect
-from acme_alpn_proxy.redirects import hostfacts
 from acme_alpn_proxy.redirects import iptables as iptables_module
 from acme_alpn_proxy.redirects.iptables import (
     IptablesRedirect,

@@ -27,13 +27,13 @@ from .addresses import Address
 from .commands import NOT_FOUND, Result, commands_for
 from .errors import StartError
 from .finding import Finding, Level, worst
+from .firewall.hostfacts import has_ipv6
+from .firewall.xtables import BINARIES, LOCK_WAIT, listed
 from .interfaces import ICommands
 from .options import PORT, ConsoleOptions
 from .pidfile import PIDFile
 from .redirects.guard import claim_redirect
-from .redirects.hostfacts import has_ipv6
 from .redirects.iptables import LIFE_SIGN, is_dead_keeper, is_leftover
-from .redirects.xtables import BINARIES, LOCK_WAIT, listed
 from .routing import ACME_TLS_1
 from .samplehellos import TLS_ANSWERS, server_name, tls_client
 from .tap import make_redirect

@@ -32,11 +32,11 @@ from .addresses import parse_address
 from .commands import NOT_FOUND, BlockingCommands, Result, commands_for
 from .errors import StartError
 from .finding import Finding, Level
+from .firewall.hostfacts import has_ipv6, new_interfaces_have_ipv6
+from .firewall.interfacerules import names_interfaces
 from .options import PORT, ConsoleOptions
 from .program import Program
 from .protocols import ProxyServerFactory
-from .redirects.hostfacts import has_ipv6, new_interfaces_have_ipv6
-from .redirects.interfacerules import names_interfaces
 from .samplehellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
 from .tap import make_proxy
 

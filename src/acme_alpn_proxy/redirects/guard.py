@@ -19,8 +19,8 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import StartError
+from ..firewall.xtables import LOCK_WAIT
 from ..interfaces import ICommands
-from .xtables import LOCK_WAIT
 
 KEEPER_MATCH: Final = ("-m", "conntrack", "--ctstate", "INVALID")
 """What the keeper's rule matches; it has no target."""

@@ -22,11 +22,11 @@ from zope.interface import implementer
 
 from ..commands import NOT_FOUND, Result
 from ..errors import StartError
+from ..firewall import hostfacts
+from ..firewall.opinion import look
+from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
 from ..interfaces import ICommands, IRedirect
-from . import hostfacts
-from .firewall import look
 from .guard import KEEPER_MATCH, Guard, claim_redirect
-from .xtables import BINARIES, LOCK_WAIT, listed
 
 COMMENT: Final = "acme-alpn-proxy"
 

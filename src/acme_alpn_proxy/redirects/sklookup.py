@@ -25,10 +25,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..errors import StartError
+from ..firewall.opinion import look_whether_sent_elsewhere
 from ..interfaces import ICommands, IRedirect
 from . import bpf
 from .bpf import Assembler
-from .firewall import look_whether_sent_elsewhere
 
 STEERED_PORT: Final = 443
 
