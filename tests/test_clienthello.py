@@ -14,6 +14,7 @@ from acme_alpn_proxy.clienthello import (
     MAX_MESSAGE,
     MAX_WIRE,
     NEED_MORE,
+    OTHER,
     ClientHello,
     ClientHelloParser,
     NotClientHello,
@@ -27,11 +28,13 @@ ACME_HELLO = hellos.openssl_hello(b"h2", ACME_TLS_1, server_name=b"site.example"
 
 
 def parse(*pieces: bytes) -> Verdict:
-    """The verdict after all pieces."""
-    parser = ClientHelloParser()
+    """The verdict after all pieces; who looks for the ACME name alone goes the same way."""
+    parser, looking = ClientHelloParser(), ClientHelloParser(ACME_TLS_1)
     for piece in pieces:
         parser.feed(piece)
-    assert bytes(parser.received) == b"".join(pieces)
+        looking.feed(piece)
+    assert bytes(parser.received) == bytes(looking.received) == b"".join(pieces)
+    assert answer(looking.verdict) == answer(parser.verdict)
     return parser.verdict
 
 
@@ -115,6 +118,20 @@ def test_decided_at_once(data: bytes, reason: str) -> None:
     assert parse(data[:-1]) in (NEED_MORE, NotClientHello(reason))
 
 
+def test_looking_for_a_name() -> None:
+    """A hello is taken apart if the name occurs in it, wherever: what it says decides."""
+    plain = hellos.openssl_hello(b"h2", server_name=b"site.example")
+    assert ClientHelloParser(ACME_TLS_1).feed(plain) is OTHER
+    assert ClientHelloParser(ACME_TLS_1).feed(plain + ACME_TLS_1) is OTHER
+    name = ClientHello((b"h2",), "acme-tls/1")
+    elsewhere = hellos.message(
+        hellos.extension(0, hellos.vector(2, b"\0" + hellos.vector(2, ACME_TLS_1))),
+        hellos.alpn_extension(b"h2"),
+    )
+    assert ClientHelloParser(ACME_TLS_1).feed(hellos.records(elsewhere)) == name
+    assert ClientHelloParser(ACME_TLS_1).feed(ACME_HELLO) == parse(ACME_HELLO)
+
+
 def test_no_extensions() -> None:
     """A hello that ends after its compression methods is whole (TLS 1.2 and older)."""
     body = bytes(34) + b"\0" + b"\0\x02\x13\x01" + b"\x01\0"
@@ -129,14 +146,20 @@ def test_no_extensions() -> None:
         (hellos.message(hellos.alpn_extension()), "ALPN list or name is empty"),
         (hellos.message(hellos.alpn_extension(b"h2", b"")), "ALPN list or name is empty"),
         (hellos.message(hellos.extension(16, b"\0\x02\x05a")), "ALPN name is cut short"),
-        (hellos.message(hellos.extension(16, b"\0\x02\x01a!")), "bytes follow ALPN list"),
-        (hellos.message(hellos.extension(0, b"\0\0!")), "bytes follow server name list"),
+        (
+            hellos.message(hellos.extension(16, b"\0\x02\x01a!")),
+            "ALPN list does not fill its extension",
+        ),
+        (
+            hellos.message(hellos.extension(0, b"\0\0!")),
+            "server name list does not fill its extension",
+        ),
         (
             hellos.message(hellos.alpn_extension(b"h2"), hellos.alpn_extension(b"h2")),
-            "extension 16 comes twice",
+            "an extension comes twice",
         ),
-        (b"\x01\0\0\x03abc", "legacy version and random is cut short"),
-        (b"\x01\0\0\0", "legacy version and random is cut short"),
+        (b"\x01\0\0\x03abc", "a length points behind the end"),
+        (b"\x01\0\0\0", "a length points behind the end"),
     ],
 )
 def test_malformed(handshake: bytes, reason: str) -> None:

@@ -397,8 +397,8 @@ class BulkTests(ConnectionTests):
                 sent = fill(sender)
                 (connection,) = self.factory.live
                 relay = connection.relay  # type: ignore[attr-defined]
-                for flow in (relay._from_front, relay._from_back):
-                    self.assertLessEqual(self.held(flow.sink), self.most_held)
+                for sink in (relay._front, relay._back):
+                    self.assertLessEqual(self.held(sink), self.most_held)
                 receiver.settimeout(WAIT)
                 self.assertEqual(len(read_exactly(receiver, sent)), sent)
 
@@ -591,7 +591,7 @@ class TwistedEndTests(EndTests):
         visitor, server = yield deferToThread(self.connect)
         with visitor:
             (connection,) = self.factory.live._live
-            back = connection.relay._from_front.sink  # type: ignore[attr-defined]
+            back = connection.relay._back  # type: ignore[attr-defined]
             reset(server)
             poll = select.poll()
             poll.register(back.fileno(), 0)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import select
 import socket
+import sys
 from typing import Any
 
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
@@ -48,6 +49,17 @@ class End(Protocol):
     def connectionLost(self, reason: Failure = ...) -> None:  # type: ignore[assignment]
         self.lost = True
         self.relay.lost(self.transport)
+
+
+def segments_in(connection: socket.socket) -> int:
+    """C{tcpi_segs_in} of C{struct tcp_info} (<linux/tcp.h>)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
+    return int.from_bytes(info[140:], sys.byteorder)
+
+
+def take_nothing(source: int, sink: int, count: int) -> int:
+    """The receiver's buffers are full for good."""
+    raise BlockingIOError
 
 
 class SpliceRelayTests(TransportCase):
@@ -107,7 +119,7 @@ class SpliceRelayTests(TransportCase):
         """Over two lean transports it is the one by splice."""
         self.assertIsInstance(self.relay, SpliceRelay)
         verifyObject(IRelay, self.relay)
-        verifyObject(IPushProducer, self.relay._from_front)
+        verifyObject(IPushProducer, self.front.transport._producer)
 
     def test_other_transports(self) -> None:
         """Over any other pair it is the one by bytes."""
@@ -167,16 +179,28 @@ class SpliceRelayTests(TransportCase):
         self.visitor.setblocking(True)
         self.assertEqual(self.visitor.recv(1), b"")
 
+    def test_end_with_the_last_bytes(self) -> None:
+        """A FIN that comes right behind bytes leaves with them, as it came, in one segment."""
+        for sender, receiver in ((self.server, self.visitor), (self.visitor, self.server)):
+            before = segments_in(receiver)
+            sender.sendall(b"the end")
+            sender.shutdown(socket.SHUT_WR)
+            self.turn(lambda: self.is_quiet())
+            self.assertEqual((receiver.recv(10), receiver.recv(10)), (b"the end", b""))
+            self.assertLessEqual(segments_in(receiver) - before, 1)
+        self.turn(lambda: self.front.lost and self.back.lost)
+
     def test_end_in_bulk(self) -> None:
         """So does one that is met by splice itself."""
-        self.relay._from_front.source.read_by(self.relay._from_front._move)
+        self.relay._speed_up(self.front.transport)
         self.visitor.shutdown(socket.SHUT_WR)
         self.turn_all()
         self.assertEqual(self.server.recv(1), b"")
 
     def test_nothing_there(self) -> None:
         """A splice that finds nothing gives its pipe back."""
-        self.relay._from_front._move()
+        self.relay._speed_up(self.front.transport)
+        self.front.transport.doRead()
         self.assertEqual((self.moves, self.pipes.lent), (1, 0))
 
     def test_reset_under_back_pressure(self) -> None:
@@ -184,6 +208,7 @@ class SpliceRelayTests(TransportCase):
         for sender, receiver in (("visitor", "server"), ("server", "visitor")):
             self.fill(getattr(self, sender))
             self.assertEqual(self.pipes.lent, 1)
+            self.patch(relay, "_splice", take_nothing)
             reset(getattr(self, sender))
             self.turn(lambda: self.front.lost and self.back.lost)
             self.assertTrue(was_reset(getattr(self, receiver)))
@@ -204,7 +229,8 @@ class SpliceRelayTests(TransportCase):
             if broken == "server":
                 self.visitor.sendall(b"x")
             reset(getattr(self, broken))
-            self.relay._from_front._move()
+            self.relay._speed_up(self.front.transport)
+            self.front.transport.doRead()
             self.assertTrue(self.front.lost)
             self.assertTrue(self.back.lost)
             self.assertTrue(was_reset(getattr(self, other)))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from acme_alpn_proxy.clienthello import ClientHello, NotClientHello, Verdict
+from acme_alpn_proxy.clienthello import OTHER, ClientHello, NotClientHello, Verdict
 from acme_alpn_proxy.routing import Route, Routing
 from acme_alpn_proxy.statistics import Statistics
 
@@ -21,8 +21,8 @@ def statistics() -> Statistics:
 @pytest.mark.parametrize(
     ("verdict", "reason"),
     [
-        (ClientHello(), "no_alpn"),
-        (ClientHello((b"h2",)), "other_alpn"),
+        (OTHER, "no_acme_alpn"),
+        (ClientHello((b"h2",)), "no_acme_alpn"),
         (NotClientHello("not a handshake record"), "not_tls"),
         (NotClientHello("no whole ClientHello within 5 s", "deadline"), "deadline"),
         (NotClientHello("end of file before a whole ClientHello", "end_of_file"), "end_of_file"),

@@ -181,7 +181,7 @@ def test_show() -> None:
     assert (
         "  fallback 127.0.0.1:443: 0 live, 1 in all, 0 not reached, 10 bytes in, 20 out\n" in text
     )
-    assert "no alpn 1, other alpn 0, not tls 0, deadline 0, end of file 0, crowded 0\n" in text
+    assert "no acme alpn 1, not tls 0, deadline 0, end of file 0, crowded 0\n" in text
     assert "  undecided: 2\n" in text
     assert " from 192.0.2.7:50000 for site.example: under way\n" in text
 

@@ -32,7 +32,15 @@ from zope.interface.verify import verifyObject
 from acme_alpn_proxy import transport
 from acme_alpn_proxy.deadlines import DeadlineQueue, Unanswered
 from acme_alpn_proxy.interfaces import IDescriptorTransport, ITarget
-from acme_alpn_proxy.transport import Connection, Connector, Dialer, Poller, Port, Shortage
+from acme_alpn_proxy.transport import (
+    Connection,
+    Connector,
+    Dialer,
+    Poller,
+    Port,
+    Shortage,
+    twisted_address,
+)
 
 from .test_connection import was_reset
 from .test_hangup import reset
@@ -87,6 +95,18 @@ class Producer:
 
     def stopProducing(self) -> None:
         self.story.append("stop")
+
+
+class Restless:
+    """Is told of the same event again and again."""
+
+    turns = 0
+
+    def ready(self, events: int) -> None:
+        self.turns += 1
+
+    def connectionLost(self, reason: Failure) -> None:
+        pass
 
 
 class TransportCase(SynchronousTestCase):
@@ -361,8 +381,7 @@ class ConnectionTests(TransportCase):
             ours.close()
             new = HalfNoting()
             sock = socket.SocketType(fileno=number)
-            new.makeConnection(Connection(self.poller, sock, ("", 0), new))
-            new.transport.begin()
+            Connection(self.poller, sock, ("", 0), new).begin(read=False)
             self.accepted.append(new)
             one.transport.pauseProducing()
 
@@ -376,6 +395,29 @@ class ConnectionTests(TransportCase):
             self.accepted[2].transport.abortConnection()
         else:  # the kernel told the other one first
             ours.close()
+
+
+class PollerTests(TransportCase):
+    def test_others_get_their_turn(self) -> None:
+        """One that always has something to do does not keep the reactor from all else."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        theirs.send(b"nobody reads this")
+        restless = Restless()
+        self.poller.add(ours.fileno(), restless, select.EPOLLIN)
+        self.poller.doRead()
+        self.assertLess(restless.turns, 100)
+        self.poller.remove(ours.fileno())
+
+    def test_what_follows_is_met_at_once(self) -> None:
+        """What an event leads to, if it is there at once, needs no turn of the reactor."""
+        one, two = self.connect(), self.connect()
+        one[1].on_data = lambda: two[0].sendall(b"x")
+        two[1].on_data = lambda: one[0].sendall(b"x") if len(two[1].data) < 3 else None
+        one[0].sendall(b"x")
+        self.poller.doRead()
+        self.assertEqual((one[1].data, two[1].data), (b"xxx", b"xxx"))
 
 
 class WriteTests(TransportCase):
@@ -654,7 +696,7 @@ class ConnectorTests(TransportCase):
         self.addCleanup(self.deadlines.close)
         self.client = Client()
 
-    def dial(self, address: Any = None) -> Connector:
+    def dial(self, address: Any = None) -> Any:
         where = address or self.listener.getsockname()
         dialer = Dialer(self.poller, self.shortage, self.deadlines, socket.AF_INET, where)
         verifyObject(ITarget, dialer)
@@ -677,19 +719,17 @@ class ConnectorTests(TransportCase):
         return full.getsockname()
 
     def test_at_once(self) -> None:
-        """Over loopback it is connected when the call returns, without delay or keepalive lost."""
-        connector = self.dial()
-        verifyObject(IConnector, connector)
+        """Over loopback it is connected when the call returns, without delay or keepalive lost, and
+        there is nothing to be stopped."""
+        self.assertIsNone(self.dial())
         self.assertEqual(self.client.made[0].story, ["made"])
         tcp = self.client.made[0].transport
         self.assertTrue(tcp.getTcpNoDelay())
         self.assertTrue(tcp.getTcpKeepAlive())
-        self.assertEqual(tcp.getPeer(), connector.getDestination())
+        self.assertEqual(tcp.getPeer(), twisted_address(self.listener.getsockname()))
         self.assertEqual(self.reactor.getDelayedCalls(), [])
-        connector.stopConnecting()
-        connector.disconnect()
+        tcp.loseConnection()
         self.assertEqual(self.client.made[0].story, ["made", "lost"])
-        self.assertEqual(self.client.failures, [])
 
     def test_refused(self) -> None:
         """A refusal is told at once."""
@@ -708,24 +748,28 @@ class ConnectorTests(TransportCase):
         real = socket.SocketType
 
         class Slow(real):  # type: ignore[misc,valid-type]
-            def send(self, data: bytes) -> int:
+            def send(self, data: bytes, flags: int = 0) -> int:
                 if not data:
                     raise BlockingIOError
-                return super().send(data)  # type: ignore[no-any-return]
+                return super().send(data, flags)  # type: ignore[no-any-return]
 
         self.patch(transport, "SocketType", Slow)
 
     def test_later(self) -> None:
         """An answer that takes time is waited for."""
         self.wait_for_answer()
-        self.dial()
+        connector = self.dial()
+        verifyObject(IConnector, connector)
         self.assertEqual(self.client.made, [])
         self.turn(lambda: self.client.made)
         self.client.made[0].transport.write(b"x")
         self.assertEqual(self.accept().recv(1), b"x")
+        self.assertEqual(self.client.made[0].transport.getPeer(), connector.getDestination())
         self.reactor.advance(10)
+        connector.stopConnecting()
+        connector.disconnect()
+        self.assertEqual(self.client.made[0].story, ["made", "lost"])
         self.assertEqual(self.client.failures, [])
-        self.client.made[0].transport.abortConnection()
 
     def test_refused_later(self) -> None:
         """So is a refusal."""

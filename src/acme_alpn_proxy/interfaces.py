@@ -47,6 +47,12 @@ class IDescriptorTransport(Interface):
     """
 
     read_size = Attribute("""Bytes that the protocol is given at most at once.""")
+    finishing = Attribute(
+        """Whether the peer's FIN has come: the bytes before it are read, and it itself, at once."""
+    )
+
+    def write(data: bytes, flags: int = 0) -> None:
+        """As in C{ITransport}; C{flags} are those of send(2)."""
 
     def fileno() -> int:
         """The descriptor, non-blocking; -1 once it is closed."""
@@ -67,10 +73,10 @@ class IDescriptorTransport(Interface):
 class ITarget(Interface):
     """A way to connect to an address."""
 
-    def connect(factory: ClientFactory) -> IConnector:
+    def connect(factory: ClientFactory) -> IConnector | None:
         """Connect the factory's protocol, or call its C{clientConnectionFailed}.
 
-        Either may come before this returns.
+        Either may come before this returns; then there need not be a connector.
         """
 
 

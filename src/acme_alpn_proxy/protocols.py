@@ -12,8 +12,6 @@ from twisted.internet.interfaces import (
     IAddress,
     IHalfCloseableProtocol,
     IReactorTime,
-    ITCPTransport,
-    IUNIXTransport,
 )
 from twisted.internet.protocol import (
     ClientFactory,
@@ -29,9 +27,9 @@ from .clienthello import NEED_MORE, ClientHelloParser, NotClientHello, Verdict
 from .deadlines import DeadlineQueue
 from .drain import LiveConnections
 from .hangup import NoHangupWatch
-from .interfaces import IDescriptorTransport, IHangupWatch, ITarget
-from .relay import PipePool, TransportRelay, relay_between
-from .routing import Route, Routing
+from .interfaces import IHangupWatch, ITarget
+from .relay import PipePool, Relay, relay_between
+from .routing import ACME_TLS_1, Route, Routing
 from .statistics import Passage, Statistics
 
 MAX_HELD: Final = 67_108_864
@@ -40,17 +38,6 @@ visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size.
 
 IDLE_LOOKS: Final = 4
 """How often an established connection is looked at within its idle timeout."""
-
-
-def _tune(transport: Any) -> None:
-    """Add no delay of our own (Nagle's), and find peers that vanished (TCP keepalive)."""
-    if (
-        not IDescriptorTransport.providedBy(transport)  # which is born so
-        and ITCPTransport.providedBy(transport)
-        and not IUNIXTransport.providedBy(transport)
-    ):
-        transport.setTcpNoDelay(True)
-        transport.setTcpKeepAlive(True)
 
 
 def _show(peer: Any) -> str:
@@ -71,7 +58,6 @@ class ProxyClient(Protocol):
         self._server = server
 
     def connectionMade(self) -> None:
-        _tune(self.transport)
         self._server.target_connected(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
@@ -113,36 +99,21 @@ class ProxyServer(Protocol):
     @ivar relay: only when the target is connected.
     """
 
-    __slots__ = (
-        "_connecting",
-        "_connector",
-        "_ends",
-        "_held",
-        "_parser",
-        "_passage",
-        "connected",
-        "factory",
-        "relay",
-        "transport",
-    )
-
     factory: ProxyServerFactory
     transport: Any
-    relay: TransportRelay
-
-    def __init__(self) -> None:
-        self._parser: ClientHelloParser | None = ClientHelloParser()
-        self._held = 0
-        self._connecting = False
-        self._connector: Any = None
-        self._passage: Passage | None = None
-        self._ends = 0
+    relay: Relay
+    _parser: ClientHelloParser | None
+    _connecting = False
+    _connector: Any = None
+    _passage: Passage | None = None
+    _held = 0
+    _ends = 0
 
     def connectionMade(self) -> None:
         self._ends = 1
+        self._parser = ClientHelloParser(ACME_TLS_1)
         self.factory.live.enter(self)
         self.factory.hellos.add(self)
-        _tune(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         parser = self._parser
@@ -169,11 +140,12 @@ class ProxyServer(Protocol):
         """Our own FIN went out: nothing to do."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._leave_hellos()
-        self.factory.hangups.discard(self.transport)
+        if self._passage is None:
+            self._leave_hellos()
         self._connecting = False
-        connector, self._connector = self._connector, None
+        connector = self._connector
         if connector is not None:
+            self._reached()
             connector.stopConnecting()
         self.end_lost(self.transport)
 
@@ -209,12 +181,12 @@ class ProxyServer(Protocol):
     def target_connected(self, transport: Any) -> None:
         """The target's end is there."""
         self._connecting = False
-        self._connector = None
+        if self._connector is not None:
+            self._reached()
         self._ends += 1
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
         factory = self.factory
-        factory.hangups.discard(self.transport)
         self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipes)
         self.relay.start(first)
 
@@ -222,7 +194,8 @@ class ProxyServer(Protocol):
         """The target cannot be connected."""
         if self._connecting:
             self._connecting = False
-            self._connector = None
+            if self._connector is not None:
+                self._reached()
             self.factory.unreachable(self._passage, route, failure)
             self.abort()
 
@@ -237,6 +210,11 @@ class ProxyServer(Protocol):
             self._connector = connector
             self.transport.pauseProducing()
             factory.hangups.add(self.transport, self.abort)
+
+    def _reached(self) -> None:
+        """The wait for the target is over, whether it was reached or not."""
+        self._connector = None
+        self.factory.hangups.discard(self.transport)
 
     def _leave_hellos(self) -> None:
         self.factory.hellos.discard(self)

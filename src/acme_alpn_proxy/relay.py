@@ -14,12 +14,12 @@ from typing import Any, Final, TypeAlias
 from twisted.internet.interfaces import (
     IPushProducer,
     ISystemHandle,
+    ITCPTransport,
     IUNIXTransport,
     IWriteDescriptor,
 )
 from zope.interface import implementer
 
-from .hangup import NoHangupWatch
 from .interfaces import IDescriptorTransport, IHangupWatch, IRelay
 
 PIPE_SIZE: Final = 1_048_576
@@ -30,133 +30,99 @@ _ENOUGH: Final = 16_384
 
 
 @implementer(IPushProducer)
-class _Flow:
-    """One direction: reads from C{source} while C{sink} takes the bytes.
+class _Source:
+    """One end, as the producer of what is written to the other.
 
     The sink asks for a pause when over 64 KiB wait in it (C{FileDescriptor.bufferSize} of
     L{twisted.internet.abstract}); with one read of 64 KiB more that bounds a direction's memory.
     """
 
-    __slots__ = ("_relay", "finished", "moved", "sink", "source")
+    __slots__ = ("_end", "_relay")
 
-    def __init__(self, relay: TransportRelay, source: Any, sink: Any) -> None:
+    def __init__(self, relay: Relay, end: Any) -> None:
         self._relay = relay
-        self.source = source
-        self.sink = sink
-        self.moved = 0
-        self.finished = False
-
-    def received(self, data: bytes) -> None:
-        """The source gave this."""
-        self.sink.write(data)
+        self._end = end
 
     def pauseProducing(self) -> None:
-        self.source.pauseProducing()
-        self._relay.watch(self.source)
+        self._relay.pause(self._end)
 
     def resumeProducing(self) -> None:
-        self._relay.quiet = 0
-        self._relay.unwatch(self.source)
-        self.source.resumeProducing()
+        self._relay.resume(self._end)
 
     def stopProducing(self) -> None:
         """The sink is gone: its protocol tells the relay."""
 
-    def finish(self) -> None:
-        """The source's FIN has been read: send one behind the bytes that wait in the sink."""
-        self.sink.unregisterProducer()
-        self.sink.loseWriteConnection()
-        self._relay.watch(self.source)
-
-    def drop(self) -> None:
-        """The connection has ended: what waits here is nobody's."""
-
 
 @implementer(IRelay)
-class TransportRelay:
-    """The relay over transports of any kind.
+class Relay:
+    """The relay between two transports which tell of a reset whether they are read or not.
 
     @ivar quiet: set to 0 whenever bytes move; whoever looks for idle relays counts it up.
     """
 
-    __slots__ = ("_ended", "_from_back", "_from_front", "_front", "_hangups", "quiet")
+    __slots__ = ("_back", "_ended", "_finished", "_from_back", "_from_front", "_front", "quiet")
 
-    def __init__(self, front: Any, back: Any, hangups: IHangupWatch) -> None:
-        self._hangups = hangups
+    def __init__(self, front: Any, back: Any) -> None:
         self._front = front
-        self._from_front = self._flow(front, back)
-        self._from_back = self._flow(back, front)
+        self._back = back
+        self._from_front = self._from_back = 0
+        self._finished: Any = None
         self._ended = False
         self.quiet = 0
 
     @property
     def moved(self) -> tuple[int, int]:
         """Bytes passed on so far, from the front and from the back."""
-        return self._from_front.moved, self._from_back.moved
+        return self._from_front, self._from_back
 
     def start(self, first: bytes) -> None:
-        self._from_front.moved = len(first)
-        self._from_front.sink.registerProducer(self._from_front, True)
-        self._front.registerProducer(self._from_back, True)
-        self._front.resumeProducing()
-        self._from_front.sink.write(first)
+        front, back = self._front, self._back
+        self._from_front = len(first)
+        back.registerProducer(_Source(self, front), True)
+        front.registerProducer(_Source(self, back), True)
+        front.resumeProducing()
+        back.write(first)
 
     def received(self, source: object, data: bytes) -> None:
         self.quiet = 0
-        flow = self._from_front if source is self._front else self._from_back
-        flow.moved += len(data)
-        flow.received(data)
+        if source is self._front:
+            self._from_front += len(data)
+            self._back.write(data)
+        else:
+            self._from_back += len(data)
+            self._front.write(data)
 
-    def finished(self, source: object) -> None:
-        if _has_error(source):
-            self._hung_up(source)
-            return
-        flow, other = self._from_front, self._from_back
-        if source is not self._front:
-            flow, other = other, flow
-        flow.finished = True
-        if not other.finished:
-            flow.finish()
-            return
-        self._ended = True
-        flow.sink.unregisterProducer()
-        flow.sink.loseConnection()  # which sends the FIN
-        other.sink.loseConnection()
+    def finished(self, source: Any) -> None:
+        sink = self._back if source is self._front else self._front
+        sink.unregisterProducer()
+        if self._finished is None or self._finished is source:
+            self._finished = source
+            sink.loseWriteConnection()
+        else:
+            self._ended = True
+            sink.loseConnection()  # which sends the FIN
+            source.loseConnection()
 
     def lost(self, source: object) -> None:
-        self.unwatch(source)
         if not self._ended:
             self._reset(self._other(source))
-        self._from_front.drop()
-        self._from_back.drop()
 
     def abort(self) -> None:
         self._ended = True
-        for flow in (self._from_front, self._from_back):
-            flow.sink.abortConnection()
+        self._back.abortConnection()
+        self._front.abortConnection()
 
-    def watch(self, transport: object) -> None:
-        """Nobody reads from C{transport} now: hear of a reset all the same.
+    def pause(self, source: Any) -> None:
+        """The other end does not take what C{source} sends."""
+        source.pauseProducing()
 
-        A Unix socket is left out: there EPOLLHUP also means an orderly close.
-        """
-        if not self._ended and not IUNIXTransport.providedBy(transport):
-            self._hangups.add(transport, lambda: self._hung_up(transport))
-
-    def unwatch(self, transport: object) -> None:
-        """C{transport} is read from again, or gone."""
-        self._hangups.discard(transport)
-
-    def _flow(self, source: Any, sink: Any) -> _Flow:
-        return _Flow(self, source, sink)
+    def resume(self, source: Any) -> None:
+        """It has taken all."""
+        self.quiet = 0
+        source.resumeProducing()
 
     def _other(self, end: object) -> Any:
-        return (self._from_front if end is self._front else self._from_back).sink
-
-    def _hung_up(self, source: Any) -> None:
-        source.abortConnection()
-        if not self._ended:
-            self._reset(self._other(source))
+        return self._back if end is self._front else self._front
 
     def _reset(self, sink: Any) -> None:
         """Pass a reset on, behind as many of the waiting bytes as the kernel takes at once.
@@ -168,6 +134,60 @@ class TransportRelay:
         if IWriteDescriptor.providedBy(sink):
             sink.doWrite()
         sink.abortConnection()
+
+
+class TransportRelay(Relay):
+    """The relay over transports of any kind: from whom it does not read, somebody watches."""
+
+    __slots__ = ("_hangups",)
+
+    def __init__(self, front: Any, back: Any, hangups: IHangupWatch) -> None:
+        super().__init__(front, back)
+        self._hangups = hangups
+
+    def start(self, first: bytes) -> None:
+        for transport in (self._front, self._back):
+            _tune(transport)
+        super().start(first)
+
+    def finished(self, source: Any) -> None:
+        if _has_error(source):
+            self._hung_up(source)
+        else:
+            super().finished(source)
+            self._watch(source)
+
+    def lost(self, source: object) -> None:
+        self._hangups.discard(source)
+        super().lost(source)
+
+    def pause(self, source: Any) -> None:
+        super().pause(source)
+        self._watch(source)
+
+    def resume(self, source: Any) -> None:
+        self._hangups.discard(source)
+        super().resume(source)
+
+    def _watch(self, transport: object) -> None:
+        """Hear of a reset all the same.
+
+        A Unix socket is left out: there EPOLLHUP also means an orderly close.
+        """
+        if not self._ended and not IUNIXTransport.providedBy(transport):
+            self._hangups.add(transport, lambda: self._hung_up(transport))
+
+    def _hung_up(self, source: Any) -> None:
+        source.abortConnection()
+        if not self._ended:
+            self._reset(self._other(source))
+
+
+def _tune(transport: Any) -> None:
+    """Add no delay of our own (Nagle's), and find peers that vanished (TCP keepalive)."""
+    if ITCPTransport.providedBy(transport) and not IUNIXTransport.providedBy(transport):
+        transport.setTcpNoDelay(True)
+        transport.setTcpKeepAlive(True)
 
 
 def _has_error(transport: Any) -> bool:
@@ -237,28 +257,24 @@ def _close(pipe: Pipe) -> None:
         os.close(end)
 
 
-class _SpliceFlow(_Flow):
+class _Splice:
     """One direction between descriptors: by a pipe, in the kernel, while the source is fast.
 
     Into an empty pipe only, else EAGAIN has two meanings (splice(2)).
     """
 
-    __slots__ = ("_held", "_pipe", "_pipes")
+    __slots__ = ("_held", "_pipe", "_pipes", "_relay", "_sink", "source")
 
-    def __init__(self, relay: TransportRelay, source: Any, sink: Any, pipes: PipePool) -> None:
-        super().__init__(relay, source, sink)
+    def __init__(self, relay: SpliceRelay, source: Any, sink: Any, pipes: PipePool) -> None:
+        self._relay = relay
         self._pipes = pipes
         self._pipe: Pipe | None = None
         self._held = 0
+        self._sink = sink
+        self.source = source
 
-    def received(self, data: bytes) -> None:
-        self.sink.write(data)
-        if len(data) == self.source.read_size:
-            self.source.read_by(self._move)
-
-    def _move(self) -> None:
+    def move(self) -> None:
         """The source can be read."""
-        self._relay.quiet = 0
         pipe = self._pipes.borrow()
         if pipe is None:
             self._read_bytes()
@@ -274,15 +290,21 @@ class _SpliceFlow(_Flow):
             return
         if got:
             self._pipe, self._held = pipe, got
-            self.moved += got
+            self._relay.count(self.source, got)
             if got < _ENOUGH:
                 self.source.read_by(None)
             if not self._push():
                 self.source.pauseProducing()
-                self.sink.write_by(self._push_rest)
+                self._sink.write_by(self._push_rest)
         else:
             self._pipes.give_back(pipe)
             self._read_bytes()  # the end-of-file
+
+    def drop(self) -> None:
+        """The connection has ended: what waits here is nobody's."""
+        if self._pipe is not None:
+            self._pipes.discard(self._pipe)
+            self._pipe = None
 
     def _read_bytes(self) -> None:
         self.source.read_by(None)
@@ -294,11 +316,11 @@ class _SpliceFlow(_Flow):
         assert pipe is not None
         try:
             while self._held:
-                self._held -= _splice(pipe[0], self.sink.fileno(), self._held)
+                self._held -= _splice(pipe[0], self._sink.fileno(), self._held)
         except BlockingIOError:
             return False
         except OSError as problem:
-            self.sink.failed(problem)
+            self._sink.failed(problem)
             return True
         self._pipe = None
         self._pipes.give_back(pipe)
@@ -308,38 +330,62 @@ class _SpliceFlow(_Flow):
         """The sink takes bytes again."""
         self._relay.quiet = 0
         if self._push():
-            self.sink.write_by(None)
+            self._sink.write_by(None)
             self.source.resumeProducing()
-
-    def drop(self) -> None:
-        if self._pipe is not None:
-            self._pipes.discard(self._pipe)
-            self._pipe = None
 
 
 def _splice(source: int, sink: int, count: int) -> int:
     return os.splice(source, sink, count, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
 
 
-class SpliceRelay(TransportRelay):
-    """The relay over two transports whose descriptors it may use, and which tell of resets."""
+class SpliceRelay(Relay):
+    """The relay over two transports whose descriptors it may use."""
 
-    __slots__ = ("_pipes",)
+    __slots__ = ("_pipes", "_splices")
 
     def __init__(self, front: Any, back: Any, pipes: PipePool) -> None:
+        super().__init__(front, back)
         self._pipes = pipes
-        super().__init__(front, back, NoHangupWatch())
+        self._splices: dict[Any, _Splice] | None = None
 
-    def watch(self, transport: object) -> None:
-        """There is no need to."""
+    def received(self, source: Any, data: bytes) -> None:
+        self.quiet = 0
+        # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
+        flags = socket.MSG_MORE if source.finishing else 0
+        if source is self._front:
+            self._from_front += len(data)
+            self._back.write(data, flags)
+        else:
+            self._from_back += len(data)
+            self._front.write(data, flags)
+        if len(data) == source.read_size:
+            self._speed_up(source)
 
-    unwatch = watch
+    def count(self, source: object, size: int) -> None:
+        """So many bytes of C{source} have moved past L{received}."""
+        self.quiet = 0
+        if source is self._front:
+            self._from_front += size
+        else:
+            self._from_back += size
 
-    def _flow(self, source: Any, sink: Any) -> _SpliceFlow:
-        return _SpliceFlow(self, source, sink, self._pipes)
+    def lost(self, source: object) -> None:
+        if not self._ended:
+            self._reset(self._other(source))
+        if self._splices is not None:
+            for splice in self._splices.values():
+                splice.drop()
+
+    def _speed_up(self, source: Any) -> None:
+        if self._splices is None:
+            self._splices = {
+                each: _Splice(self, each, self._other(each), self._pipes)
+                for each in (self._front, self._back)
+            }
+        source.read_by(self._splices[source].move)
 
 
-def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipes: PipePool) -> TransportRelay:
+def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipes: PipePool) -> Relay:
     """The relay that suits both transports."""
     if IDescriptorTransport.providedBy(front) and IDescriptorTransport.providedBy(back):
         return SpliceRelay(front, back, pipes)

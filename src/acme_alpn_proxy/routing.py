@@ -15,9 +15,9 @@ ACME_TLS_1: Final = b"acme-tls/1"
 """The ALPN name of a TLS-ALPN-01 validation (RFC 8737 section 6.2)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """A way for connections to take.
+    """A way for connections to take: each is itself, whatever its target.
 
     @ivar name: C{acme} or C{fallback}, for logs.
     @ivar target: the address as the operator wrote it.

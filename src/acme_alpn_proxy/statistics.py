@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .clienthello import ClientHello, NotClientHello, Verdict
+from .clienthello import NotClientHello, Verdict
 from .routing import Routing
 
-NO_ALPN: Final = "no_alpn"
-OTHER_ALPN: Final = "other_alpn"
+NO_ACME_ALPN: Final = "no_acme_alpn"
 
 UNDER_WAY: Final = "under way"
 ANSWERED: Final = "answered"
@@ -75,7 +74,7 @@ class Statistics:
     @ivar clock: seconds since the epoch.
     @ivar state: C{starting}, C{running}, C{draining}.
     @ivar since: when that state began.
-    @ivar reasons: how many connections took the fallback and why: C{no_alpn}, C{other_alpn}, or
+    @ivar reasons: how many connections took the fallback and why: C{no_acme_alpn}, or
         L{NotClientHello.kind}.
     @ivar last_validation: the one that was routed last.
     """
@@ -89,7 +88,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         self.since = self.clock()
-        self.reasons = dict.fromkeys((NO_ALPN, OTHER_ALPN, *NotClientHello.KINDS), 0)
+        self.reasons = dict.fromkeys((NO_ACME_ALPN, *NotClientHello.KINDS), 0)
         self.acme = RouteCount(self.routing.acme.target)
         self.fallback = RouteCount(self.routing.fallback.target)
         self._to_fallback = Passage(self.fallback)
@@ -107,7 +106,8 @@ class Statistics:
 
     def visitor(self, verdict: Verdict) -> Passage:
         """A connection goes to the web server."""
-        self.reasons[_reason(verdict)] += 1
+        reason = verdict.kind if isinstance(verdict, NotClientHello) else NO_ACME_ALPN
+        self.reasons[reason] += 1
         self.fallback.live += 1
         self.fallback.total += 1
         return self._to_fallback
@@ -140,10 +140,3 @@ class Statistics:
             "last_validation": last
             and {name: getattr(last, name) for name in Validation.__slots__},
         }
-
-
-def _reason(verdict: Verdict) -> str:
-    """Why it is no validation."""
-    if isinstance(verdict, NotClientHello):
-        return verdict.kind
-    return OTHER_ALPN if isinstance(verdict, ClientHello) and verdict.alpn else NO_ALPN

@@ -55,12 +55,38 @@ _READ: Final = select.EPOLLIN
 _WRITE: Final = select.EPOLLOUT
 _RESET: Final = select.EPOLLERR
 _ENDED: Final = select.EPOLLERR | select.EPOLLHUP
-_NOTHING: Final = select.EPOLLET
-"""EPOLLERR and EPOLLHUP are reported whatever is asked for, and the latter lasts: once a change."""
+_READ_OR_ENDED: Final = _READ | _ENDED
+_WRITE_OR_ENDED: Final = _WRITE | _ENDED
+_FINISHED: Final = select.EPOLLRDHUP
+_REPORTED: Final = {
+    0: select.EPOLLET,
+    _READ: _READ | _FINISHED,
+    _WRITE: _WRITE,
+    _READ | _WRITE: _READ | _FINISHED | _WRITE,
+}
+"""What is registered for the events that are wanted. EPOLLERR and EPOLLHUP are reported whatever is
+asked for, and the latter lasts: if nothing is wanted, once a change."""
+
+_NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+
+_NOT_REGISTERED: Final = -1
+
+_GOES_ON, _FINISHES, _CLOSES = range(3)
+"""Whether and how a connection is to end once all has been sent."""
 
 _EVENTS: Final = 256
+_ROUNDS: Final = 8
+"""How often the poller looks for events before others get their turn: what one event leads to is
+often there at once, and a turn of the reactor costs more than a look."""
+
 _ACCEPTS: Final = 32
 """Connections accepted before others get their turn."""
+
+_INFO_SIZE: Final = 28
+"""Bytes of C{struct tcp_info} (<linux/tcp.h>) up to and with C{tcpi_unacked}, which is the number
+of those who wait to be accepted if the socket listens (tcp_get_info in net/ipv4/tcp.c)."""
+
+_backlog: Final = struct.Struct("I").unpack_from
 
 _RETRY: Final = 0.1
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -93,7 +119,7 @@ class Handler(Protocol):
     """What is in a L{Poller}."""
 
     def ready(self, events: int) -> None:
-        """epoll(7) reports C{events}."""
+        """epoll(7) reports C{events}; if it has ended meanwhile, it does nothing."""
 
     def connectionLost(self, reason: Failure) -> None:
         """C{ready} has raised an exception: end."""
@@ -106,7 +132,6 @@ class Poller:
     def __init__(self, reactor: IReactorFDSet) -> None:
         self._reactor = reactor
         self._handlers: dict[int, Handler] = {}
-        self._added: set[int] = set()
 
     def open(self) -> None:
         """To be called before anything is added."""
@@ -115,13 +140,12 @@ class Poller:
 
     def add(self, descriptor: int, handler: Handler, events: int) -> None:
         """Report C{events} (level-triggered), resets, and nothing else to C{handler}."""
-        self._epoll.register(descriptor, events or _NOTHING)
+        self._epoll.register(descriptor, _REPORTED[events])
         self._handlers[descriptor] = handler
-        self._added.add(descriptor)
 
     def change(self, descriptor: int, events: int) -> None:
         """Report C{events} from now on."""
-        self._epoll.modify(descriptor, events or _NOTHING)
+        self._epoll.modify(descriptor, _REPORTED[events])
 
     def remove(self, descriptor: int) -> None:
         """To be called before C{descriptor} is closed.
@@ -141,19 +165,20 @@ class Poller:
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        handlers, added = self._handlers, self._added
-        added.clear()
-        for descriptor, events in self._epoll.poll(0, _EVENTS):
-            # An earlier one of this batch may have ended it, and a new one may have its number.
-            if descriptor in added or descriptor not in handlers:
-                continue
-            handler = handlers[descriptor]
-            try:
-                handler.ready(events)
-            except Exception:
-                reason = Failure()
-                _log.failure("Error in a connection", reason)
-                handler.connectionLost(reason)
+        handlers, poll = self._handlers, self._epoll.poll
+        for _ in range(_ROUNDS):
+            # Whose events these are is found out first: one handler may end another one, and a
+            # new one may get the number of that.
+            found = [(handlers[descriptor], events) for descriptor, events in poll(0, _EVENTS)]
+            if not found:
+                return
+            for handler, events in found:
+                try:
+                    handler.ready(events)
+                except Exception:
+                    reason = Failure()
+                    _log.failure("Error in a connection", reason)
+                    handler.connectionLost(reason)
 
     def connectionLost(self, reason: Failure) -> None:
         """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
@@ -225,23 +250,26 @@ class Connection:
     """A connected socket and its protocol.
 
     @ivar connected: until C{connectionLost}.
+    @ivar finishing: see L{IDescriptorTransport}.
     """
 
     __slots__ = (
         "_address",
         "_buffer",
+        "_descriptor",
         "_ending",
         "_events",
+        "_half_closes",
         "_paused",
         "_poller",
         "_producer",
         "_reader",
-        "_registered",
         "_reported",
         "_socket",
         "_streaming",
         "_writer",
         "connected",
+        "finishing",
         "protocol",
     )
 
@@ -254,29 +282,45 @@ class Connection:
         """
         self._poller = poller
         self._socket = sock
+        self._descriptor = sock.fileno()
         self._address = address
         self.protocol = protocol
+        self._half_closes = IHalfCloseableProtocol.providedBy(protocol)
         self.connected = True
-        self._registered = False
-        self._events = self._reported = _READ
+        self.finishing = False
+        self._events = _READ
+        self._reported = _NOT_REGISTERED
         self._buffer = b""
-        self._ending: Callable[[], None] | None = None
+        self._ending = _GOES_ON
         self._producer: Any = None
         self._streaming = self._paused = False
         self._reader: Callable[[], None] | None = None
         self._writer: Callable[[], None] | None = None
 
-    def begin(self) -> None:
-        """Have the poller report what is wanted by now."""
-        if self.connected:
-            self._poller.add(self._socket.fileno(), self, self._events)
-            self._registered = True
-            self._reported = self._events
+    def begin(self, *, read: bool) -> None:
+        """Give the protocol its transport, and, if C{read}, what has come by now."""
+        try:
+            self.protocol.makeConnection(self)
+            if read and self.connected:
+                self.doRead()
+            if self.connected:
+                self._poller.add(self._descriptor, self, self._events)
+                self._reported = self._events
+        except Exception:
+            reason = Failure()
+            _log.failure("Error in a new connection", reason)
+            self.connectionLost(reason)
 
     def ready(self, events: int) -> None:
-        if events & (_READ | _ENDED) and self._events & _READ:
-            self.doRead()
-        if events & (_WRITE | _ENDED) and self._events & _WRITE:
+        if events & _READ_OR_ENDED and self._events & _READ:
+            if events & _FINISHED:
+                self.finishing = True
+                self.doRead()
+                if self._events & _READ:  # still: the end may come next
+                    self.doRead()
+            else:
+                self.doRead()
+        if events & _WRITE_OR_ENDED and self._events & _WRITE:
             self.doWrite()
         elif (
             events & _RESET
@@ -289,12 +333,9 @@ class Connection:
     def _want(self, events: int) -> None:
         if self.connected:
             self._events = events
-            self._update()
-
-    def _update(self) -> None:
-        if self._registered and self._events != self._reported:
-            self._reported = self._events
-            self._poller.change(self._socket.fileno(), self._events)
+            if events != self._reported != _NOT_REGISTERED:
+                self._reported = events
+                self._poller.change(self._descriptor, events)
 
     # Reading
 
@@ -316,10 +357,10 @@ class Connection:
 
     def readConnectionLost(self, reason: Failure) -> None:
         """The peer's end-of-file; it is told again if reading is resumed."""
-        self._events &= ~_READ
-        if IHalfCloseableProtocol.providedBy(self.protocol):
+        if self._half_closes:
+            self._events &= ~_READ
             self.protocol.readConnectionLost()
-            self._update()
+            self._want(self._events)
         else:
             self.connectionLost(reason)
 
@@ -338,12 +379,12 @@ class Connection:
 
     # Writing
 
-    def write(self, data: bytes) -> None:
-        if not self.connected or self._ending is not None:
+    def write(self, data: bytes, flags: int = 0) -> None:
+        if not self.connected or self._ending:
             return
         if not self._buffer:
             try:
-                sent = self._socket.send(data)
+                sent = self._socket.send(data, flags)
             except BlockingIOError:
                 sent = 0
             except OSError as problem:
@@ -380,8 +421,8 @@ class Connection:
             if self._producer is not None and (self._paused or not self._streaming):
                 self._paused = False
                 self._producer.resumeProducing()
-            elif self._ending is not None:
-                self._ending()
+            else:
+                self._end()
 
     def write_by(self, writer: Callable[[], None] | None) -> None:
         if not self.connected:
@@ -401,28 +442,29 @@ class Connection:
 
     def unregisterProducer(self) -> None:
         self._producer = None
-        if self._ending == self._close and not self._buffer:
-            self._close()
+        if self._ending == _CLOSES:
+            self._end()
 
     # The end
 
     def loseWriteConnection(self) -> None:
-        if self._ending is None:
-            self._end_with(self._finish)
+        if self.connected and not self._ending:
+            self._ending = _FINISHES
+            self._end()
 
     def loseConnection(self) -> None:
-        self._end_with(self._close)
-
-    def _end_with(self, ending: Callable[[], None]) -> None:
         if self.connected:
-            self._ending = ending
+            self._ending = _CLOSES
             if not self._buffer and (self._producer is None or self._streaming):
-                ending()
+                self.connectionLost(_DONE)
 
-    def _close(self) -> None:
-        self.connectionLost(_DONE)
-
-    def _finish(self) -> None:
+    def _end(self) -> None:
+        """End as was asked for, if all that was to be sent before has been."""
+        if not self._ending or self._buffer or not (self._producer is None or self._streaming):
+            return
+        if self._ending == _CLOSES:
+            self.connectionLost(_DONE)
+            return
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as problem:
@@ -431,7 +473,7 @@ class Connection:
             self.writeConnectionLost(_DONE)
 
     def writeConnectionLost(self, reason: Failure) -> None:
-        if IHalfCloseableProtocol.providedBy(self.protocol):
+        if self._half_closes:
             self.protocol.writeConnectionLost()
 
     def abortConnection(self) -> None:
@@ -447,23 +489,23 @@ class Connection:
         if not self.connected:
             return
         self.connected = False
-        if self._registered:
-            self._registered = False
-            self._poller.remove(self._socket.fileno())
+        if self._reported != _NOT_REGISTERED:
+            self._poller.remove(self._descriptor)
         self._events = 0
+        self._descriptor = -1
         self._socket.close()
         producer, self._producer = self._producer, None
         if producer is not None:
             producer.stopProducing()
         self._buffer = b""
-        self._reader = self._writer = self._ending = None
+        self._reader = self._writer = None
         protocol, self.protocol = self.protocol, None
         protocol.connectionLost(reason)
 
     # Facts
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self._descriptor
 
     def logPrefix(self) -> str:
         return "connection"
@@ -487,32 +529,10 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(enabled))
 
 
-def _start(connection: Connection, *, read: bool = False) -> None:
-    """Give the protocol its transport, and, if C{read}, what has come by now."""
-    try:
-        connection.protocol.makeConnection(connection)
-        if read and connection.connected:
-            connection.doRead()
-        connection.begin()
-    except Exception:
-        reason = Failure()
-        _log.failure("Error in a new connection", reason)
-        connection.connectionLost(reason)
-
-
 def _tune(sock: SocketType) -> None:
     """Add no delay of our own (Nagle's), and find peers that vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
-    """Give an accepted socket its protocol, and that what has come by now."""
-    protocol = factory.buildProtocol(twisted_address(address))
-    if protocol is None:
-        sock.close()
-    else:
-        _start(Connection(poller, sock, address, protocol), read=True)
 
 
 def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
@@ -526,6 +546,18 @@ def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
         sock.close()
     else:
         _take(poller, sock, address, factory)
+
+
+def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
+    """Give an accepted socket its protocol, and that what has come by now.
+
+    The factory is not told by whom: C{getPeer} of the transport is, when somebody asks.
+    """
+    protocol = factory.buildProtocol(None)
+    if protocol is None:
+        sock.close()
+    else:
+        Connection(poller, sock, address, protocol).begin(read=True)
 
 
 @implementer(IListeningPort, IPushProducer)
@@ -599,26 +631,31 @@ class Port:
         self._update()
 
     def ready(self, events: int) -> None:
-        for _ in range(_ACCEPTS):
+        listener, family, poller = self._socket, self._socket.family, self._poller
+        # To ask how many wait costs a tenth of an accept(2) in vain.
+        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        (waiting,) = _backlog(info, _INFO_SIZE - 4)
+        for _ in range(min(waiting, _ACCEPTS)):
             if self._paused or not self._listening:
                 return
             if self._shortage.waiting:  # a visitor that was accepted before comes first
                 self._wait()
                 return
             try:
-                descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
+                descriptor, address = listener._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
-                self._shortage.over()
-                return
+                break
             except OSError as problem:
                 if problem.errno not in _VISITOR_GONE:
                     self._shortage.tell(problem)
                     self._wait()
                     return
                 continue
-            sock = SocketType(self._socket.family, self._socket.type, 0, descriptor)
+            sock = SocketType(family, socket.SOCK_STREAM, 0, descriptor)
             sock.setblocking(False)
-            _take(self._poller, sock, address, self._factory)
+            _take(poller, sock, address, self._factory)
+        if waiting <= _ACCEPTS:
+            self._shortage.over()
 
 
 @implementer(ITarget)
@@ -640,36 +677,72 @@ class Dialer:
         self.poller = poller
         self.shortage = shortage
         self.deadlines = deadlines
-        self.family = family
-        self.address = address
         self.destination = twisted_address(address)
+        self._family = family
+        self._address = address
 
-    def connect(self, factory: ClientFactory) -> Connector:
+    def connect(self, factory: ClientFactory) -> Connector | None:
         """Connect the factory's protocol; if that takes no waiting, before this returns."""
+        sock, problem = self.dial()
+        if not problem:
+            self.establish(sock, factory.buildProtocol(self.destination))
+            return None
         connector = Connector(self, factory)
-        connector.connect()
+        connector.take(sock, problem)
         return connector
+
+    def dial(self) -> tuple[Any, int | None]:
+        """A socket, if there can be one, and what hinders its connection: an C{errno}, or 0.
+
+        C{EINPROGRESS}: nothing but time.
+        """
+        sock = None
+        try:
+            sock = SocketType(self._family, _NON_BLOCKING)
+            _tune(sock)
+            problem = sock.connect_ex(self._address)
+            if problem == errno.EINPROGRESS:
+                # Over loopback it is connected all the same. To ask is cheaper than to wait.
+                sock.send(b"")
+                problem = 0
+        except BlockingIOError:
+            return sock, errno.EINPROGRESS
+        except OSError as error:
+            return sock, error.errno
+        return sock, problem
+
+    def establish(self, sock: SocketType, protocol: Any) -> Connection | None:
+        """Give a connected socket its protocol, if it is to have one."""
+        if protocol is None:
+            sock.close()
+            return None
+        connection = Connection(self.poller, sock, self._address, protocol)
+        connection.begin(read=False)
+        return connection
 
 
 @implementer(IConnector)
 class Connector:
-    """One attempt to connect; it ends in a protocol or in C{clientConnectionFailed}."""
+    """An attempt to connect that has to wait; it ends in a protocol or in
+    C{clientConnectionFailed}."""
 
-    __slots__ = ("_dialer", "_factory", "_pending", "_registered", "_socket", "_transport")
+    __slots__ = ("_connection", "_dialer", "_factory", "_pending", "_registered", "_socket")
 
     def __init__(self, dialer: Dialer, factory: ClientFactory) -> None:
         self._dialer = dialer
         self._factory = factory
-        self._pending = False
-        self._registered = False
+        self._pending = self._registered = False
         self._socket: SocketType | None = None
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
 
     def connect(self) -> None:
+        self.take(*self._dialer.dial())
+
+    def take(self, sock: SocketType | None, problem: int | None) -> None:
+        """Go on with what L{Dialer.dial} has given."""
         self._pending = True
-        self._attempt()
-        if self._pending:
-            self._dialer.deadlines.add(self)
+        self._dialer.deadlines.add(self)
+        self._judge(sock, problem)
 
     def getDestination(self) -> IAddress:
         return self._dialer.destination
@@ -678,8 +751,8 @@ class Connector:
         self._fail(UserError())
 
     def disconnect(self) -> None:
-        if self._transport is not None:
-            self._transport.loseConnection()
+        if self._connection is not None:
+            self._connection.loseConnection()
         else:
             self.stopConnecting()
 
@@ -688,77 +761,57 @@ class Connector:
         self._fail(Unanswered(f"no answer within {self._dialer.deadlines.seconds:g} s"))
 
     def ready(self, events: int) -> None:
-        assert self._socket is not None
-        self._judge(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        sock = self._leave_poller()
+        if sock is not None:
+            self._judge(sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def connectionLost(self, reason: Failure) -> None:
         self._fail(reason.value)
 
-    def _attempt(self) -> None:
-        if not self._pending:
-            return
-        dialer = self._dialer
-        try:
-            kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-            self._socket = sock = SocketType(dialer.family, kind)
-            _tune(sock)
-            problem = sock.connect_ex(dialer.address)
-            if problem == errno.EINPROGRESS:
-                # Over loopback it is connected all the same. To ask is cheaper than to wait.
-                sock.send(b"")
-                problem = 0
-        except BlockingIOError:
-            dialer.poller.add(sock.fileno(), self, _WRITE)
+    def _retry(self) -> None:
+        if self._pending:
+            self._judge(*self._dialer.dial())
+
+    def _judge(self, sock: SocketType | None, problem: int | None) -> None:
+        self._socket = sock
+        if problem == errno.EINPROGRESS:
+            assert sock is not None
+            self._dialer.poller.add(sock.fileno(), self, _WRITE)
             self._registered = True
-        except OSError as error:
-            self._judge(error.errno)
+        elif problem:
+            error = OSError(problem, os.strerror(problem))
+            if problem in _SHORT:
+                self._close()
+                self._dialer.shortage.tell(error)
+                self._dialer.shortage.wait(self._retry)
+            else:
+                self._fail(getConnectError(error))
         else:
-            self._judge(problem)
-
-    def _judge(self, problem: int | None) -> None:
-        """What came of the attempt: an C{errno}, or 0."""
-        if not problem:
-            self._succeed()
-            return
-        error = OSError(problem, os.strerror(problem))
-        if problem in _SHORT:
-            self._drop()
-            self._dialer.shortage.tell(error)
-            self._dialer.shortage.wait(self._attempt)
-        else:
-            self._fail(getConnectError(error))
-
-    def _succeed(self) -> None:
-        sock = self._socket
-        assert sock is not None
-        self._leave_poller()
-        protocol = self._factory.buildProtocol(self._dialer.destination)
-        self._end()
-        self._socket = None
-        if protocol is None:
-            sock.close()
-            return
-        self._transport = Connection(self._dialer.poller, sock, self._dialer.address, protocol)
-        _start(self._transport)
+            assert sock is not None
+            protocol = self._factory.buildProtocol(self._dialer.destination)
+            self._end()
+            self._socket = None
+            self._connection = self._dialer.establish(sock, protocol)
 
     def _fail(self, problem: BaseException | None) -> None:
         if self._pending:
             self._end()
-            self._drop()
+            self._close()
             self._factory.clientConnectionFailed(self, Failure(problem))
 
     def _end(self) -> None:
         self._pending = False
         self._dialer.deadlines.discard(self)
 
-    def _drop(self) -> None:
-        self._leave_poller()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+    def _close(self) -> None:
+        sock = self._leave_poller()
+        self._socket = None
+        if sock is not None:
+            sock.close()
 
-    def _leave_poller(self) -> None:
+    def _leave_poller(self) -> SocketType | None:
         if self._registered:
             assert self._socket is not None
             self._registered = False
             self._dialer.poller.remove(self._socket.fileno())
+        return self._socket
