@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.interfaces import IReadDescriptor
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
@@ -100,6 +101,28 @@ class INetwork(Interface):
 
     def close() -> None:
         """Give back what C{open} took. All connections have ended."""
+
+
+class IPoller(IReadDescriptor):
+    """One epoll for many descriptors; what is in it has C{ready(events)} and C{connectionLost}."""
+
+    READ = Attribute("""The event that there is something to read.""")
+
+    def add(descriptor: int, handler: Any, events: int) -> None:
+        """Report C{events} to C{handler}."""
+
+    def turn(timeout: float) -> None:
+        """Wait for events, so many seconds at most (-1: for ever), and report them."""
+
+
+class IPollerHost(Interface):
+    """A reactor that can wait by somebody else's epoll, with its own descriptors in that."""
+
+    def invite(poller: IPoller) -> None:
+        """Take C{poller}'s events from now on, and wait by it unless it is the second one."""
+
+    def dismiss(poller: IPoller) -> None:
+        """Take them no longer."""
 
 
 class IHangupWatch(Interface):

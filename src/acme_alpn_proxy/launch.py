@@ -236,8 +236,9 @@ def run(
     @param started: is called when it steers; if it says no, the proxy stops again.
     @param leash: once it steers, its end-of-file stops it.
     """
-    from twisted.internet import reactor
+    from .reactor import install  # which exists on Linux only
 
+    reactor = install()
     program = make_program(options, reactor, pidfile)
     if options["nodaemon"]:
         program.on_refusal = lambda problem: None  # the caller prints it
@@ -262,8 +263,7 @@ def run(
     stream: Any = sys.__stderr__
     if not options["nodaemon"]:
         stream = file = open_log_file(options["logfile"])
-        threads: Any = reactor
-        signal.signal(signal.SIGUSR1, lambda *_: threads.callFromThread(reopen, file))
+        signal.signal(signal.SIGUSR1, lambda *_: reactor.callFromThread(reopen, file))
     log = observer(stream, options["log-format"], options["log-level"])
     config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options

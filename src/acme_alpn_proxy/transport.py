@@ -34,7 +34,6 @@ from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IListeningPort,
     IPushProducer,
-    IReactorFDSet,
     IReactorTime,
     IReadDescriptor,
     ITCPTransport,
@@ -46,7 +45,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .deadlines import DeadlineQueue, Unanswered
-from .interfaces import IDescriptorTransport, ITarget
+from .interfaces import IDescriptorTransport, IPoller, IPollerHost, ITarget
 
 READ_SIZE: Final = 65_536
 """Bytes read at once: a read that fills this finds a sender at full speed."""
@@ -125,18 +124,26 @@ class Handler(Protocol):
         """C{ready} has raised an exception: end."""
 
 
-@implementer(IReadDescriptor)
+@implementer(IPoller)
 class Poller:
-    """One epoll for all lean descriptors, itself one of the reactor's."""
+    """One epoll for all lean descriptors, itself one of the reactor's or the other way round."""
 
-    def __init__(self, reactor: IReactorFDSet) -> None:
+    READ = _READ
+
+    def __init__(self, reactor: Any) -> None:
+        """
+        @param reactor: an C{IReactorFDSet}.
+        """
         self._reactor = reactor
         self._handlers: dict[int, Handler] = {}
 
     def open(self) -> None:
         """To be called before anything is added."""
         self._epoll = select.epoll()
-        self._reactor.addReader(self)
+        if IPollerHost.providedBy(self._reactor):
+            self._reactor.invite(self)
+        else:
+            self._reactor.addReader(self)
 
     def add(self, descriptor: int, handler: Handler, events: int) -> None:
         """Report C{events} (level-triggered), resets, and nothing else to C{handler}."""
@@ -157,7 +164,10 @@ class Poller:
 
     def close(self) -> None:
         """Report nothing any more."""
-        self._reactor.removeReader(self)
+        if IPollerHost.providedBy(self._reactor):
+            self._reactor.dismiss(self)
+        else:
+            self._reactor.removeReader(self)
         self._handlers.clear()
         self._epoll.close()
 
@@ -165,11 +175,14 @@ class Poller:
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        handlers, poll = self._handlers, self._epoll.poll
+        self.turn(0)
+
+    def turn(self, timeout: float) -> None:
+        handlers, epoll = self._handlers, self._epoll
         for _ in range(_ROUNDS):
             # Whose events these are is found out first: one handler may end another one, and a
             # new one may get the number of that.
-            found = [(handlers[descriptor], events) for descriptor, events in poll(0, _EVENTS)]
+            found = [(handlers[each], events) for each, events in epoll.poll(timeout, _EVENTS)]
             if not found:
                 return
             for handler, events in found:
@@ -179,6 +192,9 @@ class Poller:
                     reason = Failure()
                     _log.failure("Error in a connection", reason)
                     handler.connectionLost(reason)
+            if epoll.closed:
+                return
+            timeout = 0
 
     def connectionLost(self, reason: Failure) -> None:
         """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
