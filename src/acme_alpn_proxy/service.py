@@ -47,7 +47,7 @@ _REMOVE_RETRY_LIMIT: Final = 30.0
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket, non-blocking; raises L{OSError}.
+    """A listening TCP socket, non-blocking; raises C{OSError}.
 
     For C{"::"} it takes IPv4 too, whatever net.ipv6.bindv6only says, and where there is no IPv6 it
     is one for IPv4 alone.
@@ -154,7 +154,7 @@ class ListenerService(Service):
             port.resumeProducing()
 
     def _try_to_open(self) -> bool:
-        """Whether it listens; L{False} while the port is taken."""
+        """Whether it listens; C{False} while the port is taken."""
         missing = None
         for host in self.hosts:
             try:
@@ -329,7 +329,7 @@ class ProxyService(MultiService):
         self.steering.setServiceParent(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Its numbers, for L{json.dumps}."""
+        """Its numbers, for C{json.dumps}."""
         statistics = self._factory.statistics
         decided = statistics.acme.live + statistics.fallback.live
         return statistics.as_json() | {
