@@ -63,7 +63,8 @@ def _told(manager: socket.socket) -> tuple[int, dict[str, str]]:
 def test_told(
     road: Street, site: Website, proxy: Proxy, manager: socket.socket, tmp_path: Path
 ) -> None:
-    """With -n, its manager is told when it steers, when it stops, and what it waits for."""
+    """With -n, its manager is told when it steers, when it stops, and for how many connections it
+    still waits."""
     words = proxy.start_words("-n", "--linger", "0.5", "--drain-timeout", "60")
     process = proxy.namespace.popen(proxy.program, *words, log=tmp_path / "log", env=proxy.env)
     try:
@@ -71,12 +72,16 @@ def test_told(
         assert _told(manager) == (process.pid, started)
         assert _told(manager) == (process.pid, {"READY": "1", "MAINPID": str(process.pid)})
         assert len(proxy.namespace.rules()) == 4
-        with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        host, visitor = road.host, road.visitor.namespace
+        with site.visit(visitor, host.ipv4) as visit:
             assert visit.get().steered
-            process.send_signal(signal.SIGTERM)
-            stopping = {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "90500000"}
-            assert _told(manager) == (process.pid, stopping)
-            assert _told(manager)[1]["STATUS"].startswith("Let go of :443;")
+            with site.visit(visitor, host.ipv6) as other:
+                assert other.get().steered
+                process.send_signal(signal.SIGTERM)
+                stopping = {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "90500000"}
+                assert _told(manager) == (process.pid, stopping)
+                assert _told(manager)[1]["STATUS"].startswith("Let go of :443;")
+                assert _told(manager)[1] == {"STATUS": "Draining 2 live connections"}
             assert _told(manager)[1] == {"STATUS": "Draining 1 live connections"}
         assert _told(manager)[1]["STATUS"].startswith("Stopped:")
         assert process.wait(10) == 0
