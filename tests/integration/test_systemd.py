@@ -16,10 +16,9 @@ from .acme import Issued, Pebble, issued, pebble
 from .machine import Machine, machine
 from .netns import Street, terminate, wait_until
 from .packages import ROOT, install, install_dependencies
-from .proxy import Proxy
-from .website import NAME, PAGE, Website
+from .proxy import AT_ONCE, Proxy
+from .website import NAME, Website, steers
 
-AT_ONCE = ("--linger", "0")
 SERVICE = "acme-alpn-proxy.service"
 UNIT = ROOT / "packaging" / "systemd" / SERVICE
 SETTINGS = "/etc/default/acme-alpn-proxy"
@@ -115,13 +114,6 @@ def _shown(debian: Machine, name: str) -> str:
     return shown.stdout.strip()
 
 
-def _steers(road: Street, site: Website) -> bool:
-    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-        answer = visit.get()
-    assert answer.body == PAGE
-    return answer.steered
-
-
 def _settings(debian: Machine, options: str) -> None:
     debian.write(SETTINGS, f"ACME_ALPN_PROXY_OPTIONS={options}\n")
 
@@ -158,14 +150,14 @@ def test_service(road: Street, site: Website, debian: Machine, redirect: str) ->
         assert visit.get().steered
     debian.run("systemctl", "stop", SERVICE)
     assert _shown(debian, "Result") == "success"
-    assert not _steers(road, site)
+    assert not steers(road, site)
     assert road.host.namespace.rules() == []
 
 
 def test_without_settings(road: Street, site: Website, debian: Machine) -> None:
     """Just installed, it starts, and takes the redirect that leaves no rule where it can."""
     debian.run("systemctl", "start", SERVICE)
-    assert _steers(road, site)
+    assert steers(road, site)
     assert road.host.namespace.rules() == []
 
 
@@ -178,7 +170,7 @@ def test_killed(road: Street, site: Website, debian: Machine) -> None:
     wait_until(lambda: _shown(debian, "ActiveState") == "failed", "it has ended")
     assert _shown(debian, "Result") == "signal"
     assert road.host.namespace.rules() == []
-    assert not _steers(road, site)
+    assert not steers(road, site)
 
 
 def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
@@ -188,7 +180,7 @@ def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
     assert done.returncode != 0
     log = debian.run("journalctl", "--unit", SERVICE).stdout
     assert re.search(r"already running as PID \d+", log)
-    assert _steers(road, site)
+    assert steers(road, site)
 
 
 # The examples
@@ -203,7 +195,7 @@ def _use_examples(debian: Machine, *names: str) -> None:
 
 def _has_let_go(road: Street, site: Website, debian: Machine) -> None:
     wait_until(lambda: _shown(debian, "ActiveState") == "inactive", "the proxy has ended")
-    assert not _steers(road, site)
+    assert not steers(road, site)
     assert road.host.namespace.rules() == []
 
 
