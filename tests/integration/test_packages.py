@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from acme_alpn_proxy import __version__
 
 from .machine import Machine, machine
 from .netns import Namespace, Street
-from .packages import install, install_dependencies
+from .packages import ROOT, install, install_dependencies
 from .proxy import AT_ONCE, Proxy, ends
 from .website import Website, steers
 
@@ -83,8 +84,14 @@ def debian(host: Namespace, tmp_path: Path) -> Iterator[Machine]:
 
 
 def test_installed(debian: Machine, dist: Path) -> None:
-    """Once installed, both programs, the man page and the completions are there."""
+    """Once installed, both programs, the man page and the completions are there, and it is told
+    who maintains them."""
     install(debian, dist)
+    told = debian.run("dpkg-query", "-W", "-f", "${Maintainer}", "acme-alpn-proxy").stdout
+    assert (
+        told
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"][0]["name"]
+    )
     assert debian.run("acme-alpn-proxy", "--version").stdout == f"acme-alpn-proxy {__version__}\n"
     assert "Get TLS certificates" in debian.run("twistd3", "--help").stdout
     assert "--fallback=VALUE" in debian.run("man", "acme-alpn-proxy").stdout
