@@ -1,5 +1,6 @@
 # make demo   a certificate from a test CA, in throwaway network namespaces, under visitors
 # make test   everything that CI runs
+# make docs  the documents as HTML, build/docs/index.html
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
@@ -9,13 +10,16 @@ PYTHON ?= python3
 VENV := .venv
 DIST := dist
 
-.PHONY: demo test wheel pyz deb bench clean
+.PHONY: demo test docs wheel pyz deb bench clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
 
 test: $(VENV)/tox
 	$(VENV)/bin/tox run
+
+docs: $(VENV)/tox
+	$(VENV)/bin/tox run -e docs
 
 bench: $(VENV)/bench
 	$(VENV)/bin/python -m bench $(BENCH)

@@ -1,32 +1,46 @@
-"""The commands that the documents tell people to run."""
+"""What stands in the documents: blocks of commands, and commands within the text."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_SHELL = ("", "sh", "shell", "bash", "console")
+
+README = "README.md"
+CLIENTS = "docs/clients.md"
+
+MAKE = f"{README}: acme-alpn-proxy"
+SYNOPSIS = f"{README}: Use it (3)"
+
+_FENCE = "```"
 
 
-def shell_blocks(document: str) -> dict[str, str]:
-    """The fenced shell blocks of a document, each by C{document: heading}.
+def fenced_blocks(document: str) -> dict[str, str]:
+    """The fenced blocks of a document, each by C{document: heading}.
 
-    A fence that says no language is taken for the shell's. Under one heading the second block is
-    C{document: heading (2)}, and so on.
+    Under one heading the second block is C{document: heading (2)}, and so on.
     """
     blocks: dict[str, str] = {}
-    name, count, block, is_shell = document, 0, None, False
+    name, count, block = document, 0, None
     for line in (ROOT / document).read_text().splitlines():
-        if line.startswith("```"):
+        if line.lstrip().startswith(_FENCE):
             if block is None:
-                block, is_shell = [], line.removeprefix("```").strip() in _SHELL
+                block = []
                 continue
-            if is_shell:
-                count += 1
-                blocks[name if count == 1 else f"{name} ({count})"] = "\n".join(block) + "\n"
+            count += 1
+            blocks[name if count == 1 else f"{name} ({count})"] = "\n".join(block) + "\n"
             block = None
         elif block is not None:
             block.append(line)
         elif line.startswith("#"):
             name, count = f"{document}: {line.lstrip('#').strip()}", 0
     return blocks
+
+
+def spans(document: str) -> list[str]:
+    """What a document has in the type of code outside its blocks."""
+    text = re.sub(
+        rf"^ *{_FENCE}.*?^ *{_FENCE}", "", (ROOT / document).read_text(), flags=re.M | re.S
+    )
+    return [" ".join(span.split()) for span in re.findall("`([^`]+)`", text)]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 from twisted.python.usage import UsageError
 
-from acme_alpn_proxy import __version__
-from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
+from acme_alpn_proxy import __version__, cli
+from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions
 
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
 
@@ -94,6 +94,12 @@ def test_wait() -> None:
     assert console("stop", "--wait")["wait"]
     assert console("run", "--wait", "--", "true")["wait"]
     assert refusal("start", "--wait") == "--wait goes with stop or run"
+
+
+def test_each_command_can_be_run() -> None:
+    """What is understood as a command is one that can be run."""
+    assert set(COMMANDS) == set(cli.COMMANDS)
+    assert set(ALIASES.values()) <= set(COMMANDS)
 
 
 def test_check() -> None:

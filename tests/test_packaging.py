@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -100,9 +101,59 @@ def test_completion_in_bash(made: Path) -> None:
     assert "sh" in complete_in_bash(made, "run", "--", "sh")
 
 
-def test_completion_in_zsh(made: Path) -> None:
-    """zsh understands its completion, which has every option and command."""
-    run("zsh", "-n", made / f"_{PROGRAM}")
+TYPED_IN_ZSH = """
+PROMPT=
+fpath=($ZDOTDIR $fpath)
+autoload -Uz compinit
+compinit -u -D
+tell() { print -r -- $BUFFER; exit }
+zle -N tell
+bindkey '^X' tell
+"""
+
+
+def complete_in_zsh(made: Path, line: str) -> str:
+    """What zsh makes of a line when Tab is typed; it completes at a terminal alone."""
+    (made / ".zshrc").write_text(TYPED_IN_ZSH)
+    ours, theirs = os.openpty()
+    try:
+        os.write(ours, f"{line}\t\x18".encode())
+        done = subprocess.run(
+            ["zsh", "-d", "-i"],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env={"PATH": os.environ["PATH"], "TERM": "dumb", "ZDOTDIR": str(made)},
+            start_new_session=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    return done.stdout.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("sto", "stop"),
+        ("--redir", "--redirect="),
+        ("--redirect=sk", "--redirect=sk-lookup"),
+        ("--redirect sk", "--redirect sk-lookup"),
+        ("--uid=nobod", "--uid=nobody"),
+        (f"--logfile={ROOT}/pyproj", f"--logfile={ROOT}/pyproject.toml"),
+        ("--hello-timeout ", "--hello-timeout"),
+    ],
+)
+def test_completion_in_zsh(made: Path, typed: str, completed: str) -> None:
+    """zsh completes commands, options, and the values that an option can have."""
+    assert complete_in_zsh(made, f"{PROGRAM} {typed}") == f"{PROGRAM} {completed}"
+
+
+def test_completion_for_zsh_has_everything(made: Path) -> None:
+    """What zsh is given has every option and command."""
     text = (made / f"_{PROGRAM}").read_text()
     assert set(re.findall(r"--[a-z0-9-]+", text)) >= LONG_OPTIONS
     assert commands() <= set(re.findall(r'([a-z]+)\\:"', text))

@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from acme_alpn_proxy.run import CANNOT_RUN, NOT_FOUND, CannotRun, run_command
 
-from .integration.netns import terminate, wait_until
+from .integration.netns import ready, wait_until
 
 RUN = """
 import sys
@@ -119,8 +118,7 @@ def test_interrupt_of_the_terminal() -> None:
         os.close(terminal)
 
 
-@contextmanager
-def _runner(*words: str) -> Iterator[subprocess.Popen[str]]:
+def _runner(*words: str) -> AbstractContextManager[subprocess.Popen[str]]:
     """The command run by a process of its own; it has told that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *words],
@@ -128,12 +126,7 @@ def _runner(*words: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        terminate(process)
+    return ready(process)
 
 
 def _masks(path: Path) -> list[int]:

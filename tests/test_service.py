@@ -377,6 +377,34 @@ class StopTests(ServiceCase):
         self.told("reset a connection", *ENDED)
         self.successResultOf(stopped)
 
+    def test_drain_is_told(self) -> None:
+        """While connections drain it is told how many they still are, once a change and second."""
+        events: list[LogEvent] = []
+        observer: Callable[[LogEvent], None] = events.append
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+
+        def told() -> list[tuple[str, str | None]]:
+            said = [(event["log_level"].name, formatEvent(event)) for event in events]
+            events.clear()
+            return said
+
+        visitors = [Live(self.factory, self.story) for _ in range(5)]
+        self.proxy.stopService()
+        visitors.pop().end()
+        told()
+        self.reactor.advance(3)
+        self.assertEqual(told(), [("info", "Draining 4 live connections")])
+        visitors.pop().end()
+        visitors.pop().end()
+        self.assertEqual(told(), [])
+        self.reactor.pump([1, 1, 1])
+        self.assertEqual(told(), [("debug", "Draining 2 live connections")])
+        while visitors:
+            visitors.pop().end()
+        self.assertEqual(told(), [("info", "Stopped: all connections have ended")])
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
     def test_end_wait_while_draining(self) -> None:
         """Told not to wait any longer, it resets what lives and ends."""
         Live(self.factory, self.story)

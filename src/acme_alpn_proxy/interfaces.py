@@ -62,10 +62,10 @@ class IDescriptorTransport(Interface):
         """Read now, as if there were something."""
 
     def read_by(reader: Callable[[], None] | None) -> None:
-        """Call C{reader()} when there is something to read; L{None}: read it for the protocol."""
+        """Call C{reader()} when there is something to read; C{None}: read it for the protocol."""
 
     def write_by(writer: Callable[[], None] | None) -> None:
-        """Call C{writer()} when something can be written, until this is called with L{None}."""
+        """Call C{writer()} when something can be written, until this is called with C{None}."""
 
     def failed(problem: OSError) -> None:
         """The descriptor told this when it was used: the connection is lost."""

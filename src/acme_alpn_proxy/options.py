@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from twisted.python.usage import Options, UsageError
+from twisted.python import usage
+from twisted.python.usage import UsageError
 from twisted.python.util import gidFromString, uidFromString
 
 from . import __version__
@@ -125,11 +126,11 @@ def _group(value: str) -> int:
     return group
 
 
-class ProxyOptions(Options):
+class ProxyOptions(usage.Options):
     """What both ways of starting the proxy understand.
 
     After parsing, C{alpn} and C{fallback} are L{Address}es, C{rulespec} is a list of words or
-    L{None}, C{ipv6} a C{bool}.
+    C{None}, C{ipv6} a C{bool}.
     """
 
     synopsis = "Usage: twistd [options] acme-alpn-proxy [options]"
@@ -305,10 +306,10 @@ class ConsoleOptions(ProxyOptions):
         """The base class folds the long description's lines; keep them."""
         folded, self.longdesc = self.longdesc, ""
         try:
-            usage: str = super().getUsage(width)
+            text: str = super().getUsage(width)
         finally:
             self.longdesc = folded
-        return f"{usage.rstrip()}\n\n{folded}\n"
+        return f"{text.rstrip()}\n\n{folded}\n"
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """Options may stand before and after the command; what is behind C{--} is not ours."""

@@ -35,6 +35,9 @@ this number since Linux 5.4."""
 WATCH_INTERVAL: Final = 3.0
 """Seconds between two looks whether the redirect is still there."""
 
+DRAIN_NEWS_INTERVAL: Final = 1.0
+"""Seconds between two looks how many connections a stop still waits for."""
+
 MAX_PIPES: Final = 64
 """Of 1 MiB each."""
 
@@ -47,7 +50,7 @@ _REMOVE_RETRY_LIMIT: Final = 30.0
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket, non-blocking; raises L{OSError}.
+    """A listening TCP socket, non-blocking; raises C{OSError}.
 
     For C{"::"} it takes IPv4 too, whatever net.ipv6.bindv6only says, and where there is no IPv6 it
     is one for IPv4 alone.
@@ -154,7 +157,7 @@ class ListenerService(Service):
             port.resumeProducing()
 
     def _try_to_open(self) -> bool:
-        """Whether it listens; L{False} while the port is taken."""
+        """Whether it listens; C{False} while the port is taken."""
         missing = None
         for host in self.hosts:
             try:
@@ -329,7 +332,7 @@ class ProxyService(MultiService):
         self.steering.setServiceParent(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Its numbers, for L{json.dumps}."""
+        """Its numbers, for C{json.dumps}."""
         statistics = self._factory.statistics
         decided = statistics.acme.live + statistics.fallback.live
         return statistics.as_json() | {
@@ -441,16 +444,34 @@ class ProxyService(MultiService):
             self._log.info("Let go of :443; waiting for what is under way")
             yield self._linger_on()
             yield self.listener.stopService()
-            live = self._factory.live
             if self._hurried:
-                live.abort_all()
-            if live:
-                self._log.info("Draining {count} live connections", count=len(live))
-            yield live.drained(self._reactor, self._drain_timeout)
+                self._factory.live.abort_all()
+            yield self._drain()
             yield self.steering.release()
             self._close()
             self._log.info("Stopped: all connections have ended")
         self._starting = self._stopping = None
+
+    @inlineCallbacks
+    def _drain(self) -> Generator[Deferred[Any], Any, None]:
+        """Wait for the live connections. How many they are is told when it begins, to the log; and
+        when it has changed, to who listens to all that is logged, as the service manager does."""
+        live = self._factory.live
+        told = len(live)
+        if live:
+            self._log.info("Draining {count} live connections", count=told)
+
+        def tell() -> None:
+            nonlocal told
+            if told != len(live):
+                told = len(live)
+                self._log.debug("Draining {count} live connections", count=told)
+
+        telling = LoopingCall(tell)
+        telling.clock = self._reactor
+        telling.start(DRAIN_NEWS_INTERVAL, now=False)
+        yield live.drained(self._reactor, self._drain_timeout)
+        telling.stop()
 
     def _open(self) -> None:
         """Have what connections use."""

@@ -74,6 +74,17 @@ def terminate(process: subprocess.Popen[str], seconds: float = 5.0) -> None:
             pipe.close()
 
 
+@contextmanager
+def ready(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process we started, once it has written the line C{ready}; it is ended afterwards."""
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        terminate(process)
+
+
 class CommandFailed(RuntimeError):
     """A command in a namespace ended with an exit code other than 0."""
 
@@ -287,35 +298,34 @@ def _number(namespace: Namespace, link: str, ipv4: str, ipv6: str) -> None:
 
 
 @contextmanager
+def _neighbours() -> Iterator[tuple[Namespace, Node]]:
+    """Host and visitor, who has addresses already."""
+    with Namespace.made("host") as host, Namespace.made("visitor") as visitor:
+        _cable(host, LINK, visitor, LINK)
+        _number(visitor, LINK, "10.88.0.2", "fd88::2")
+        yield host, Node(visitor, "10.88.0.2", "fd88::2")
+
+
+@contextmanager
 def street() -> Iterator[Street]:
     """Host and visitor, IPv4 and IPv6."""
-    with ExitStack() as stack:
-        host = stack.enter_context(Namespace.made("host"))
-        visitor = stack.enter_context(Namespace.made("visitor"))
-        _cable(host, LINK, visitor, LINK)
+    with _neighbours() as (host, visitor):
         _number(host, LINK, "10.88.0.1", "fd88::1")
-        _number(visitor, LINK, "10.88.0.2", "fd88::2")
-        yield Street(Node(host, "10.88.0.1", "fd88::1"), Node(visitor, "10.88.0.2", "fd88::2"))
+        yield Street(Node(host, "10.88.0.1", "fd88::1"), visitor)
 
 
 @contextmanager
 def unnumbered_street() -> Iterator[Street]:
     """As L{street}, but the host's addresses are on its loopback, none on the visitor's cable."""
-    with ExitStack() as stack:
-        host = stack.enter_context(Namespace.made("host"))
-        visitor = stack.enter_context(Namespace.made("visitor"))
-        _cable(host, LINK, visitor, LINK)
-        _number(visitor, LINK, "10.88.0.2", "fd88::2")
+    with _neighbours() as (host, visitor):
         host.ip(f"address add fe80::1/64 dev {LINK} nodad")
         host.ip("address add 192.0.2.10/32 dev lo")
         host.ip("address add 2001:db8::10/128 dev lo nodad")
         host.ip(f"route add 10.88.0.0/24 dev {LINK} src 192.0.2.10")
         host.ip(f"route add fd88::/64 dev {LINK} src 2001:db8::10")
-        visitor.ip(f"route add 192.0.2.10/32 dev {LINK}")
-        visitor.ip(f"route add 2001:db8::10/128 via fe80::1 dev {LINK}")
-        yield Street(
-            Node(host, "192.0.2.10", "2001:db8::10"), Node(visitor, "10.88.0.2", "fd88::2")
-        )
+        visitor.namespace.ip(f"route add 192.0.2.10/32 dev {LINK}")
+        visitor.namespace.ip(f"route add 2001:db8::10/128 via fe80::1 dev {LINK}")
+        yield Street(Node(host, "192.0.2.10", "2001:db8::10"), visitor)
 
 
 @contextmanager

@@ -16,6 +16,13 @@ PROGRAM = Path(sys.executable).parent / "acme-alpn-proxy"
 DRAIN_SECONDS = 30.0
 GUARD = "acme-alpn-proxy-guard"
 
+AT_ONCE = ("--linger", "0")
+"""For tests to which the linger is no matter."""
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+NOBODY_WHO_MAY_WRITE = (*NOBODY, "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+"""To be put before a command."""
+
 
 class Proxy:
     """The console script, run in a namespace with PID file and log in a directory of the test's."""

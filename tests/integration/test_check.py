@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 from .netns import Namespace, Street, wait_until
-from .proxy import PORT, Proxy
-from .test_commands import NOBODY_WHO_MAY_WRITE
+from .proxy import AT_ONCE, NOBODY_WHO_MAY_WRITE, PORT, Proxy
 from .visitors import visitors
 from .warm import WarmProxy, warm_proxy
 from .website import Website
 
 REDIRECTS = ("iptables", "sk-lookup")
-AT_ONCE = ("--linger", "0")
 CALLS = [f"probe {who} {family}" for family in ("IPv4", "IPv6") for who in ("visitor", "validator")]
 MOMENTS = 12
 

@@ -18,13 +18,10 @@ import pytest
 
 from .fakes import FakeIptables
 from .netns import Namespace, Street, ended, pidfd, terminate, wait_until
-from .proxy import PORT, Proxy, ends
+from .proxy import AT_ONCE, NOBODY_WHO_MAY_WRITE, PORT, Proxy, ends
 from .warm import Done, WarmProxy, warm_proxy
 from .website import PAGE, Visit, Website
 
-AT_ONCE = ("--linger", "0")
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-NOBODY_WHO_MAY_WRITE = (*NOBODY, "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
 """Not root, and yet its files are no hindrance: what is left to fail is iptables."""
 CALLS_BEFORE_THE_FIRST_RULE = 4
 CALLS_OF_A_START = 8

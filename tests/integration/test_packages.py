@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,19 +13,9 @@ from acme_alpn_proxy import __version__
 
 from .machine import Machine, machine
 from .netns import Namespace, Street
-from .packages import install, install_dependencies
-from .proxy import Proxy, ends
-from .website import PAGE, Website
-
-AT_ONCE = ("--linger", "0")
-
-
-def _steers(road: Street, site: Website) -> bool:
-    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-        answer = visit.get()
-    assert answer.body == PAGE
-    return answer.steered
-
+from .packages import ROOT, install, install_dependencies
+from .proxy import AT_ONCE, Proxy, ends
+from .website import Website, steers
 
 # The one file
 
@@ -43,9 +34,9 @@ def test_one_file(road: Street, site: Website, one_file: Proxy) -> None:
     """The one file shows its help, starts, steers, and stops."""
     assert one_file.run("--help").stdout.startswith("Usage: acme-alpn-proxy")
     one_file.start(*AT_ONCE)
-    assert _steers(road, site)
+    assert steers(road, site)
     one_file.stop(wait=True)
-    assert not _steers(road, site)
+    assert not steers(road, site)
     assert one_file.namespace.rules() == []
     assert ends(one_file.pid, 0)
 
@@ -93,8 +84,14 @@ def debian(host: Namespace, tmp_path: Path) -> Iterator[Machine]:
 
 
 def test_installed(debian: Machine, dist: Path) -> None:
-    """Once installed, both programs, the man page and the completions are there."""
+    """Once installed, both programs, the man page and the completions are there, and it is told
+    who maintains them."""
     install(debian, dist)
+    told = debian.run("dpkg-query", "-W", "-f", "${Maintainer}", "acme-alpn-proxy").stdout
+    assert (
+        told
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"][0]["name"]
+    )
     assert debian.run("acme-alpn-proxy", "--version").stdout == f"acme-alpn-proxy {__version__}\n"
     assert "Get TLS certificates" in debian.run("twistd3", "--help").stdout
     assert "--fallback=VALUE" in debian.run("man", "acme-alpn-proxy").stdout
@@ -118,9 +115,9 @@ def test_upgrade(road: Street, site: Website, debian: Machine, dist: Path, tmp_p
     assert debian.run("dpkg-query", "-W", "-f", "${Version}", "acme-alpn-proxy").stdout == "99"
     settings = debian.run("cat", "/etc/default/acme-alpn-proxy").stdout
     assert settings == "ACME_ALPN_PROXY_DISABLEV6=y\n"
-    assert _steers(road, site)
+    assert steers(road, site)
     debian.run("acme-alpn-proxy", "stop", "--wait")
-    assert not _steers(road, site)
+    assert not steers(road, site)
 
 
 def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> None:
@@ -129,10 +126,10 @@ def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> No
     install(debian, dist)
     debian.run("twistd3", "--help")
     debian.run("acme-alpn-proxy", *AT_ONCE, "start")
-    assert _steers(road, site)
+    assert steers(road, site)
     assert debian.changed() > before
     debian.run("dpkg", "--purge", "acme-alpn-proxy")
-    assert not _steers(road, site)
+    assert not steers(road, site)
     assert road.host.namespace.rules() == []
     assert set(road.host.namespace.pids()) == processes
     assert debian.changed() == before

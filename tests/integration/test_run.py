@@ -7,19 +7,16 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
 from .acme import EMAIL, LEGO_SECONDS, RESPONDER, pebble
-from .netns import Namespace, Street, ended, pidfd, terminate, wait_until
-from .proxy import PORT, Proxy, kill
-from .website import PAGE, Website
-
-AT_ONCE = ("--linger", "0")
+from .netns import Namespace, Street, ended, pidfd, ready, wait_until
+from .proxy import AT_ONCE, PORT, Proxy, kill
+from .website import Website, steers
 
 
 @pytest.fixture
@@ -35,8 +32,9 @@ def _run(proxy: Proxy, *words: str) -> subprocess.CompletedProcess[str]:
     return proxy.run(*_words(proxy, *words), check=False)
 
 
-@contextmanager
-def _running(proxy: Proxy, *words: str, end: str = "exit 7") -> Iterator[subprocess.Popen[str]]:
+def _running(
+    proxy: Proxy, *words: str, end: str = "exit 7"
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """A C{run} whose command has begun, and ends as said when a line is written to it."""
     process = subprocess.Popen(
         proxy.namespace.argv(
@@ -48,12 +46,7 @@ def _running(proxy: Proxy, *words: str, end: str = "exit 7") -> Iterator[subproc
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        terminate(process)
+    return ready(process)
 
 
 def _go_on(process: subprocess.Popen[str]) -> None:
@@ -74,22 +67,15 @@ def _nothing_is_left(proxy: Proxy) -> None:
     assert proxy.namespace.rules() == []
 
 
-def _steered(road: Street, site: Website) -> bool:
-    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-        answer = visit.get()
-    assert answer.body == PAGE
-    return answer.steered
-
-
 def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy) -> None:
     """Visitors are steered from before the command begins until it has ended; then no more, and
     the exit status is the command's."""
     with _running(proxy) as process:
-        assert _steered(road, site)
+        assert steers(road, site)
         _go_on(process)
         assert process.wait(20) == 7
         assert _said(process) == ""
-        assert not _steered(road, site)
+        assert not steers(road, site)
     _nothing_is_left(proxy)
 
 
@@ -169,7 +155,7 @@ def test_running_already(road: Street, site: Website, proxy: Proxy) -> None:
     )
     done = _run(proxy, "--shared", "--", "echo", "done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
-    assert _steered(road, site)
+    assert steers(road, site)
     assert int(proxy.pid_file.read_text()) == proxy.pid
     proxy.stop(wait=True)
 

@@ -18,10 +18,9 @@ import pytest
 from .. import hellos
 from .netns import Street, pidfd, wait_until
 from .netns import ended as ended_by
-from .proxy import Proxy, kill
+from .proxy import AT_ONCE, Proxy, kill
 from .website import Website
 
-AT_ONCE = ("--linger", "0")
 MOST_SECONDS = 0.25
 ACME_HELLO = hellos.openssl_hello(b"acme-tls/1", server_name=b"site.example")
 

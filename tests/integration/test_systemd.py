@@ -12,17 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from .acme import Issued, Pebble, issued, pebble
 from .machine import Machine, machine
 from .netns import Street, terminate, wait_until
 from .packages import ROOT, install, install_dependencies
-from .proxy import Proxy
-from .website import PAGE, Website
+from .proxy import AT_ONCE, Proxy
+from .website import NAME, Website, steers
 
-AT_ONCE = ("--linger", "0")
 SERVICE = "acme-alpn-proxy.service"
 UNIT = ROOT / "packaging" / "systemd" / SERVICE
 SETTINGS = "/etc/default/acme-alpn-proxy"
 EXPOSURE = 2.9
+
+LEGO = "lego.service"
+CERTBOT = "certbot.service"
+CERTBOT_UNIT = "[Service]\nType=oneshot\nExecStart=/usr/bin/certbot\n"
 
 
 def test_exposure() -> None:
@@ -58,7 +62,8 @@ def _told(manager: socket.socket) -> tuple[int, dict[str, str]]:
 def test_told(
     road: Street, site: Website, proxy: Proxy, manager: socket.socket, tmp_path: Path
 ) -> None:
-    """With -n, its manager is told when it steers, when it stops, and what it waits for."""
+    """With -n, its manager is told when it steers, when it stops, and for how many connections it
+    still waits."""
     words = proxy.start_words("-n", "--linger", "0.5", "--drain-timeout", "60")
     process = proxy.namespace.popen(proxy.program, *words, log=tmp_path / "log", env=proxy.env)
     try:
@@ -66,12 +71,16 @@ def test_told(
         assert _told(manager) == (process.pid, started)
         assert _told(manager) == (process.pid, {"READY": "1", "MAINPID": str(process.pid)})
         assert len(proxy.namespace.rules()) == 4
-        with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        host, visitor = road.host, road.visitor.namespace
+        with site.visit(visitor, host.ipv4) as visit:
             assert visit.get().steered
-            process.send_signal(signal.SIGTERM)
-            stopping = {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "90500000"}
-            assert _told(manager) == (process.pid, stopping)
-            assert _told(manager)[1]["STATUS"].startswith("Let go of :443;")
+            with site.visit(visitor, host.ipv6) as other:
+                assert other.get().steered
+                process.send_signal(signal.SIGTERM)
+                stopping = {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "90500000"}
+                assert _told(manager) == (process.pid, stopping)
+                assert _told(manager)[1]["STATUS"].startswith("Let go of :443;")
+                assert _told(manager)[1] == {"STATUS": "Draining 2 live connections"}
             assert _told(manager)[1] == {"STATUS": "Draining 1 live connections"}
         assert _told(manager)[1]["STATUS"].startswith("Stopped:")
         assert process.wait(10) == 0
@@ -105,13 +114,6 @@ def _shown(debian: Machine, name: str) -> str:
     return shown.stdout.strip()
 
 
-def _steers(road: Street, site: Website) -> bool:
-    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-        answer = visit.get()
-    assert answer.body == PAGE
-    return answer.steered
-
-
 def _settings(debian: Machine, options: str) -> None:
     debian.write(SETTINGS, f"ACME_ALPN_PROXY_OPTIONS={options}\n")
 
@@ -121,13 +123,12 @@ def test_units_are_sound(debian: Machine) -> None:
     examples = "/usr/share/doc/acme-alpn-proxy/examples"
     for program in ("/root/.acme.sh/acme.sh", "/usr/bin/lego", "/usr/bin/certbot"):
         debian.write(program, "#!/bin/sh\n", "755")
-    debian.write("/etc/systemd/system/certbot.service", "[Service]\nExecStart=/usr/bin/certbot\n")
-    copy = f"cp -r {examples}/* /etc/systemd/system"
-    debian.run("sh", "-c", copy)
+    debian.write(f"/etc/systemd/system/{CERTBOT}", CERTBOT_UNIT)
+    debian.run("sh", "-c", f"cp -r {examples}/* /etc/systemd/system")
     names = debian.run("sh", "-c", f"cd {examples}; echo *.service *.timer").stdout.split()
     assert len(names) == 4
     verify = ("systemd-analyze", "--recursive-errors=no", "--man=yes", "verify")
-    for name in (SERVICE, "certbot.service", *names):
+    for name in (SERVICE, CERTBOT, *names):
         assert debian.run(*verify, name).stdout == "", name
 
 
@@ -149,14 +150,14 @@ def test_service(road: Street, site: Website, debian: Machine, redirect: str) ->
         assert visit.get().steered
     debian.run("systemctl", "stop", SERVICE)
     assert _shown(debian, "Result") == "success"
-    assert not _steers(road, site)
+    assert not steers(road, site)
     assert road.host.namespace.rules() == []
 
 
 def test_without_settings(road: Street, site: Website, debian: Machine) -> None:
     """Just installed, it starts, and takes the redirect that leaves no rule where it can."""
     debian.run("systemctl", "start", SERVICE)
-    assert _steers(road, site)
+    assert steers(road, site)
     assert road.host.namespace.rules() == []
 
 
@@ -169,7 +170,7 @@ def test_killed(road: Street, site: Website, debian: Machine) -> None:
     wait_until(lambda: _shown(debian, "ActiveState") == "failed", "it has ended")
     assert _shown(debian, "Result") == "signal"
     assert road.host.namespace.rules() == []
-    assert not _steers(road, site)
+    assert not steers(road, site)
 
 
 def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
@@ -179,20 +180,88 @@ def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
     assert done.returncode != 0
     log = debian.run("journalctl", "--unit", SERVICE).stdout
     assert re.search(r"already running as PID \d+", log)
-    assert _steers(road, site)
+    assert steers(road, site)
 
 
-def test_certbot_example(road: Street, site: Website, debian: Machine) -> None:
-    """With the drop-in the proxy steers while certbot runs, and no longer."""
-    certbot = "#!/bin/sh\nsystemctl is-active acme-alpn-proxy >/was-active\n"
-    debian.write("/usr/bin/certbot", certbot, "755")
-    unit = "[Service]\nType=oneshot\nExecStart=/usr/bin/certbot\n"
-    debian.write("/etc/systemd/system/certbot.service", unit)
-    drop_in = "/usr/share/doc/acme-alpn-proxy/examples/certbot.service.d"
-    debian.run("cp", "-r", drop_in, "/etc/systemd/system")
-    _settings(debian, " ".join(AT_ONCE))
+# The examples
+
+
+def _use_examples(debian: Machine, *names: str) -> None:
+    copies = [f"/usr/share/doc/acme-alpn-proxy/examples/{name}" for name in names]
+    debian.run("cp", "-r", *copies, "/etc/systemd/system")
     debian.run("systemctl", "daemon-reload")
-    debian.run("systemctl", "start", "certbot.service")
-    assert debian.run("cat", "/was-active").stdout == "active\n"
+    _settings(debian, " ".join(AT_ONCE))
+
+
+def _has_let_go(road: Street, site: Website, debian: Machine) -> None:
     wait_until(lambda: _shown(debian, "ActiveState") == "inactive", "the proxy has ended")
-    assert not _steers(road, site)
+    assert not steers(road, site)
+    assert road.host.namespace.rules() == []
+
+
+@pytest.mark.parametrize(
+    ("example", "unit", "program"),
+    [
+        ("certbot.service.d", "certbot.service", "/usr/bin/certbot"),
+        ("acme-sh.service", "acme-sh.service", "/root/.acme.sh/acme.sh"),
+    ],
+)
+def test_example(
+    road: Street, site: Website, debian: Machine, example: str, unit: str, program: str
+) -> None:
+    """The proxy steers while certbot or acme.sh runs (here a stand-in), and no longer, whether
+    that succeeds or fails."""
+    debian.write(f"/etc/systemd/system/{CERTBOT}", CERTBOT_UNIT)
+    _use_examples(debian, example)
+    for status in (0, 1):
+        script = f"#!/bin/sh\nsystemctl is-active {SERVICE} >/was-active-{status}\nexit {status}\n"
+        debian.write(program, script, "755")
+        assert debian.run("systemctl", "start", unit, check=False).returncode == status
+        assert debian.run("cat", f"/was-active-{status}").stdout == "active\n"
+        _has_let_go(road, site, debian)
+
+
+def test_lego_example(road: Street, site: Website, debian: Machine, tmp_path: Path) -> None:
+    """lego, as its service has it, renews by TLS-ALPN-01 through the proxy what was ordered by hand
+    as the example says; its timer starts it every day."""
+    with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
+        debian.run("mv", "/usr/bin/lego", "/usr/bin/real-lego")
+        asks_the_test_ca = f'#!/bin/sh\nexec real-lego --server {ca.directory_url} "$@"\n'
+        debian.write("/usr/bin/lego", asks_the_test_ca, "755")
+        debian.write("/etc/ssl/certs/ca-certificates.crt", ca.authority.certificate.read_text())
+        _use_examples(debian, "lego.service", "lego.timer")
+
+        commands = dict(
+            line.split("=", 1)
+            for line in debian.run("systemctl", "cat", LEGO).stdout.splitlines()
+            if line.startswith("Exec")
+        )
+        order = commands["ExecStart"].replace("renew --no-random-sleep", "run")
+        for command in (commands["ExecStartPre"], order, commands["ExecStopPost"]):
+            debian.run(*command.split())
+        _has_let_go(road, site, debian)
+        first = _brought_home(road, ca, debian, tmp_path)
+        assert first.challenges == ["tls-alpn-01"]
+
+        debian.run("systemctl", "start", LEGO)
+        _has_let_go(road, site, debian)
+        second = _brought_home(road, ca, debian, tmp_path)
+    assert second.names == [NAME]
+    assert second.challenges == ["tls-alpn-01"] * 2
+    assert second.certificate.serial_number != first.certificate.serial_number
+
+    debian.run("systemctl", "enable", "--now", "lego.timer")
+    shown = ("systemctl", "show", "--property=Unit,NextElapseUSecRealtime", "lego.timer")
+    timer = dict(line.split("=", 1) for line in debian.run(*shown).stdout.splitlines())
+    assert timer["Unit"] == LEGO
+    assert timer["NextElapseUSecRealtime"] != ""
+
+
+def _brought_home(road: Street, ca: Pebble, debian: Machine, directory: Path) -> Issued:
+    """What lego has below its folder in there."""
+    files = []
+    for name in (f"certificates/{NAME}.crt", "accounts/*/*/keys/*.key"):
+        files.append(directory / name.rpartition(".")[2])
+        text = debian.run("sh", "-c", f"cat /var/lib/lego/{name}").stdout
+        files[-1].write_text(text)
+    return issued(road.host.namespace, ca, *files)

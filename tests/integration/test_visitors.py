@@ -72,31 +72,17 @@ def test_steered_connection_survives_the_stop(
 
 
 @both_families
-def test_connected_but_silent_at_stop(
-    road: Street, site: Website, proxy: Proxy, family: str
+@pytest.mark.parametrize("share", [0, 0.5], ids=["silent", "half a hello"])
+def test_hello_to_come_at_stop(
+    road: Street, site: Website, proxy: Proxy, family: str, share: float
 ) -> None:
-    """Who had connected, but not yet said hello, gets the page after the stop."""
-    proxy.start("--linger", "0.2")
-    connection = road.visitor.namespace.connect(road.host.address(family), 443)
-    with connection:
-        _wait_until_steered(road.host.namespace, connection)
-        _stop_listening(proxy)
-        with closing(site.visit_on(connection)) as visit:
-            answer = visit.get()
-    assert (answer.body, answer.steered) == (PAGE, True)
-    _ends_and_leaves_no_rule(road, proxy)
-
-
-@both_families
-def test_half_a_hello_at_stop(road: Street, site: Website, proxy: Proxy, family: str) -> None:
-    """Who had sent half a ClientHello gets the page after sending the other half."""
+    """Who had connected, and said no hello yet or half of it, gets the page after the stop."""
     proxy.start("--linger", "0.2")
     with road.visitor.namespace.connect(road.host.address(family), 443) as connection:
         client = site.slow_client(connection)
-        client.send_half_the_hello()
+        client.say_hello(share)
         _wait_until_steered(road.host.namespace, connection)
         _stop_listening(proxy)
-        client.send_the_rest()
         assert client.get() == PAGE
     _ends_and_leaves_no_rule(road, proxy)
 

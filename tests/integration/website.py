@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .netns import Namespace, terminate
+from .netns import Namespace, Street, terminate
 from .pki import Authority
 
 NAME = "site.example"
@@ -164,12 +164,12 @@ class Website:
             yield visit
 
     def slow_client(self, connection: socket.socket) -> SlowClient:
-        """A visitor that says hello in two halves, on a connected socket."""
+        """A visitor that says hello bit by bit, on a connected socket."""
         return SlowClient(self._tls, connection)
 
 
 class SlowClient:
-    """A TLS client that sends its ClientHello in two halves, each when it is told to."""
+    """A TLS client that sends as much of its ClientHello as it is told to."""
 
     def __init__(self, context: ssl.SSLContext, connection: socket.socket) -> None:
         self._connection = connection
@@ -180,16 +180,16 @@ class SlowClient:
         except ssl.SSLWantReadError:
             self._hello = self._outgoing.read()
 
-    def send_half_the_hello(self) -> None:
-        """Send the first half of the ClientHello."""
-        self._connection.sendall(self._hello[: len(self._hello) // 2])
-
-    def send_the_rest(self) -> None:
-        """Send the other half."""
-        self._connection.sendall(self._hello[len(self._hello) // 2 :])
+    def say_hello(self, share: float) -> None:
+        """Send the next part of the ClientHello: C{share} of what is left of it."""
+        end = round(len(self._hello) * share)
+        self._connection.sendall(self._hello[:end])
+        self._hello = self._hello[end:]
 
     def get(self) -> bytes:
-        """End the handshake, request the page, and read to the end of the connection."""
+        """Send what is left of the ClientHello, end the handshake, request the page, and read to
+        the end of the connection."""
+        self.say_hello(1)
         self._pumped(self._tls.do_handshake)
         request = f"GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n"
         self._tls.write(request.encode())
@@ -223,3 +223,11 @@ def website(namespace: Namespace, directory: Path) -> Iterator[Website]:
         yield site
     finally:
         terminate(process)
+
+
+def steers(road: Street, site: Website) -> bool:
+    """Whether a new visitor, who gets the page, goes through the proxy."""
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        answer = visit.get()
+    assert answer.body == PAGE
+    return answer.steered
