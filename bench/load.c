@@ -185,6 +185,7 @@ struct visit {
     int sent_hello;
     int answered;
     double began;
+    float waited;
 };
 
 /* A new connection, on its way. */
@@ -225,7 +226,7 @@ static void connections(int at_once, double seconds)
     int epoll = epoll_create1(0), open = 0;
     long done = 0, failed = 0;
     struct visit *visits = calloc(at_once, sizeof *visits);
-    float *waits = calloc(MOST, sizeof *waits);
+    float *waits = calloc(MOST + at_once, sizeof *waits);
     double began = now(), end = began + seconds;
     write_command(ONE_BYTE, 0);
     for (; open < at_once; open++)
@@ -240,8 +241,8 @@ static void connections(int at_once, double seconds)
             ssize_t got = greeted;
             if (greeted > 0) {
                 while ((got = recv(v->fd, &byte, 1, 0)) > 0) {
-                    if (!v->answered && done < MOST)
-                        waits[done] = now() - v->began;
+                    if (!v->answered)
+                        v->waited = now() - v->began;
                     v->answered = 1;
                 }
             }
@@ -249,7 +250,7 @@ static void connections(int at_once, double seconds)
                 continue;
             close(v->fd);
             if (greeted > 0 && got == 0 && v->answered)
-                done++;
+                waits[done++] = v->waited;
             else
                 failed++;
             if (now() < end && done < MOST && failed < 1000)
