@@ -2,7 +2,7 @@
 
 The first flight of a TLS connection is a handshake message of type ClientHello (RFC 8446 section
 4.1.2), carried by one or more records (section 5.1). L{ClientHelloParser} takes it in pieces of any
-size and says, as soon as it can be said, what it is. Each byte is looked at once.
+size and says, as soon as it can be said, what it is; nothing is looked at again when more comes.
 """
 
 from __future__ import annotations
