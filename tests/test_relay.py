@@ -8,7 +8,6 @@ import hashlib
 import os
 import select
 import socket
-import sys
 from typing import Any
 
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
@@ -26,7 +25,7 @@ from acme_alpn_proxy.relay import PIPE_SIZE, PipePool, SpliceRelay, TransportRel
 
 from .test_connection import was_reset
 from .test_hangup import reset
-from .test_transport import TransportCase
+from .test_transport import TransportCase, segments_in
 
 
 @implementer(IHalfCloseableProtocol)
@@ -49,12 +48,6 @@ class End(Protocol):
     def connectionLost(self, reason: Failure = ...) -> None:  # type: ignore[assignment]
         self.lost = True
         self.relay.lost(self.transport)
-
-
-def segments_in(connection: socket.socket) -> int:
-    """C{tcpi_segs_in} of C{struct tcp_info} (<linux/tcp.h>)."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
-    return int.from_bytes(info[140:], sys.byteorder)
 
 
 def take_nothing(source: int, sink: int, count: int) -> int:

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,12 @@ class Producer:
 
     def stopProducing(self) -> None:
         self.story.append("stop")
+
+
+def segments_in(connection: socket.socket) -> int:
+    """C{tcpi_segs_in} of C{struct tcp_info} (<linux/tcp.h>)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
+    return int.from_bytes(info[140:], sys.byteorder)
 
 
 class Restless:
@@ -730,6 +737,15 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         tcp.loseConnection()
         self.assertEqual(self.client.made[0].story, ["made", "lost"])
+
+    def test_segments(self) -> None:
+        """The ACK that ends the handshake goes with the first bytes: two segments, not three."""
+        self.dial()
+        self.client.made[0].transport.write(b"x")
+        target = self.accept()
+        self.assertEqual(target.recv(1), b"x")
+        self.assertEqual(segments_in(target), 2)
+        self.client.made[0].transport.abortConnection()
 
     def test_refused(self) -> None:
         """A refusal is told at once."""
