@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import getopt
+import grp
 import importlib.util
 import math
 import os
+import pwd
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +45,17 @@ DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
 _LONGEST: Final = 86_400.0
+
+
+class Unusable(UsageError):
+    """An option is understood, but what it asks for is not there.
+
+    @ivar status: what the console script exits with (sysexits(3)).
+    """
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def _address(option: str) -> Callable[[str], Address]:
@@ -91,9 +104,10 @@ def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
 def _metrics(value: str) -> str:
     """An endpoint string to listen at; on this host alone if nothing but a port is given."""
     if importlib.util.find_spec("prometheus_client") is None:
-        raise ValueError(
-            "--metrics needs prometheus_client: pip install 'acme-alpn-proxy[metrics]', or"
-            " apt install python3-prometheus-client"
+        raise Unusable(
+            "--metrics needs prometheus_client; pip install 'acme-alpn-proxy[metrics]', or"
+            " apt install python3-prometheus-client",
+            os.EX_UNAVAILABLE,
         )
     from twisted.internet.endpoints import serverFromString
 
@@ -111,18 +125,20 @@ def _metrics(value: str) -> str:
 
 def _user(value: str) -> int:
     try:
-        user: int = uidFromString(value)
-    except KeyError:
-        raise ValueError(f"--uid {value!r}: there is no such user") from None
-    return user
+        return pwd.getpwuid(uidFromString(value)).pw_uid
+    except KeyError:  # a number too: twistd looks for its groups
+        raise Unusable(
+            f"--uid {value!r}: there is no such user; name one of: getent passwd", os.EX_NOUSER
+        ) from None
 
 
 def _group(value: str) -> int:
     try:
-        group: int = gidFromString(value)
-    except KeyError:
-        raise ValueError(f"--gid {value!r}: there is no such group") from None
-    return group
+        return grp.getgrgid(gidFromString(value)).gr_gid
+    except (KeyError, OverflowError):
+        raise Unusable(
+            f"--gid {value!r}: there is no such group; name one of: getent group", os.EX_NOUSER
+        ) from None
 
 
 class ProxyOptions(Options):
@@ -246,7 +262,10 @@ class ProxyOptions(Options):
         try:
             self["rulespec"] = shlex.split(rulespec) or None
         except ValueError as problem:
-            raise UsageError(f"{RULESPEC_VARIABLE}: {problem} in {rulespec!r}") from None
+            raise Unusable(
+                f"ACME_ALPN_PROXY_RULESPEC: {problem} in {rulespec!r}; quote as in a shell",
+                os.EX_CONFIG,
+            ) from None
 
 
 class ConsoleOptions(ProxyOptions):

@@ -401,7 +401,10 @@ def _steer_and_dial(
     try:
         port = reactor.listenTCP(0, responder, interface="127.0.0.1")
     except CannotListenError as problem:
-        raise StartError(f"cannot listen on 127.0.0.1: {problem.socketError}") from None
+        raise StartError(
+            f"cannot listen on 127.0.0.1: {problem.socketError}; see whether lo is up (ip address"
+            " show lo)"
+        ) from None
     options["alpn"] = parse_address(f"127.0.0.1:{port.getHost().port}")
     met: list[_NotingFactory] = []
 
