@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
@@ -183,10 +184,9 @@ class GuardTests(SynchronousTestCase):
     def test_one_claim(self) -> None:
         """The claim is waited for, and refused in words if it does not come."""
         impatient = Impatient()
-        failure = self.failureResultOf(claim_redirect(impatient, 2), StartError)
-        self.assertRegex(
-            str(failure.value), "^another instance redirects :443 here.*; stop it first$"
-        )
+        problem: Any = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
+        self.assertRegex(str(problem), "^another instance redirects :443 here.*; stop it first$")
+        self.assertEqual(problem.status, os.EX_TEMPFAIL)
         self.assertGreaterEqual(impatient.waited, 2)
         self.successResultOf(self.guard.end(COMMANDS))
         self.successResultOf(claim_redirect(COMMANDS, 0)).close()
