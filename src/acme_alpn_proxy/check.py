@@ -25,7 +25,7 @@ from twisted.python.failure import Failure
 
 from .addresses import Address
 from .commands import NOT_FOUND, Result, commands_for
-from .errors import StartError
+from .errors import AS_ADMINISTRATOR, StartError
 from .finding import Finding, Level, worst
 from .firewall.hostfacts import has_ipv6, may_administer_network
 from .firewall.xtables import BINARIES, LOCK_WAIT, listed
@@ -336,7 +336,7 @@ def _remedy(binary: str, result: Result) -> str:
     if result.code == NOT_FOUND:
         return f"install {binary}, or put its folder (often /usr/sbin) on PATH"
     if not may_administer_network():
-        return "run this as root, with CAP_NET_ADMIN where it runs in a container"
+        return AS_ADMINISTRATOR
     return f"see why '{binary} -t nat -L' does not work here"
 
 

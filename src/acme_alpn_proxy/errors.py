@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Final
+
+AS_ADMINISTRATOR: Final = "run this as root, with CAP_NET_ADMIN where it runs in a container"
+"""The remedy for who may not change the firewall's rules."""
 
 
 class StartError(Exception):
@@ -25,10 +29,7 @@ class AlreadyRunning(StartError):
 
 def not_permitted(reason: str) -> StartError:
     """What fails for lack of a privilege over the network."""
-    return StartError(
-        f"{reason}; run this as root, with CAP_NET_ADMIN where it runs in a container",
-        os.EX_NOPERM,
-    )
+    return StartError(f"{reason}; {AS_ADMINISTRATOR}", os.EX_NOPERM)
 
 
 def refused_by_system(problem: OSError) -> StartError:

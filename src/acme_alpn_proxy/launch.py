@@ -136,8 +136,9 @@ def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> 
         report.failed(refused_by_system(problem))
         return 1
     except Exception as problem:
-        text = f"internal error: {problem!r}; see {options['logfile']}"
-        report.failed(StartError(text, os.EX_SOFTWARE))
+        report.failed(
+            StartError(f"internal error: {problem!r}; see {options['logfile']}", os.EX_SOFTWARE)
+        )
         raise
     return 0
 

@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..commands import NOT_FOUND, Result
-from ..errors import StartError, not_permitted
+from ..errors import AS_ADMINISTRATOR, StartError, not_permitted
 from ..firewall import hostfacts
 from ..firewall.opinion import look
 from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
@@ -299,12 +299,11 @@ class IptablesRedirect:
 
     def _refusal(self, family: int, result: Result) -> StartError:
         binary = BINARIES[family]
-        cause = f"'{shlex.join(result.argv)}' failed with status {result.code}: {result.one_line}"
-        if result.code != NOT_FOUND and not hostfacts.may_administer_network():
-            return not_permitted(cause)
         if result.code == NOT_FOUND:
             status = os.EX_UNAVAILABLE
             remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
+        elif not hostfacts.may_administer_network():
+            status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
         elif "lock" in result.output:
             status = os.EX_TEMPFAIL
             remedy = "another program holds the lock of iptables: try again when it has finished"
@@ -313,6 +312,10 @@ class IptablesRedirect:
             remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
         else:
             status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
-        if family == 6:
+        if family == 6 and status != os.EX_NOPERM:
             remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
-        return StartError(f"{cause}; {remedy}", status)
+        return StartError(
+            f"'{shlex.join(result.argv)}' failed with status {result.code}: "
+            f"{result.one_line}; {remedy}",
+            status,
+        )
