@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from twisted.python.reflect import accumulateClassList
+from twisted.python.usage import UsageError
 
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import DEFAULT_LOGFILE, DEFAULT_PIDFILE, ConsoleOptions
@@ -74,7 +75,7 @@ def _choices(coerce: Callable[[str], object] | None = None) -> tuple[str, ...]:
     try:
         if coerce is not None:
             coerce("")
-    except ValueError as problem:
+    except (UsageError, ValueError) as problem:
         told = re.search(r"choose one of (.*)", str(problem))
         return tuple(told[1].split(", ")) if told else ()
     return ()

@@ -62,7 +62,8 @@ def test_addresses(text: str, host: str, port: int, is_endpoint: bool) -> None:
         ("[::g]:443", "'::g' is not an IPv6 address; one looks like [::1]:443"),
         ("[127.0.0.1]:443", "'127.0.0.1' is not an IPv6 address; one looks like [::1]:443"),
         ("1.2.3:443", "'1.2.3' is not an IPv4 address"),
-        ("256.0.0.1:443", "'256.0.0.1' is not an IPv4 address"),
+        ("256.0.0.1:443", "'256.0.0.1' is not an IPv4 address; one looks like 127.0.0.1:443"),
+        ("unix:", "something is missing; an endpoint string looks like"),
         ("pigeon:coop=7:colour=grey", "not an address nor an endpoint string"),
     ],
 )

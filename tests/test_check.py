@@ -77,6 +77,7 @@ class CheckCase(SynchronousTestCase):
         self.patch(check, "handshake", self.handshake)
         self.patch(check, "has_ipv6", lambda: True)
         self.patch(check, "port_is_free", lambda port: True)
+        self.patch(check, "may_administer_network", lambda: True)
         self.refusals: dict[str, StartError] = {}
         self.patch(check, "make_redirect", self.make_redirect)
 
@@ -244,8 +245,8 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, "; install iptables, or put its folder")
         self.commands.calls.clear()
         self.commands.failures = {1: (4, "Permission denied")}
-        self.patch(os, "geteuid", lambda: 1)
-        self.found("iptables", Level.FAILED, "; run this as root$")
+        self.patch(check, "may_administer_network", lambda: False)
+        self.found("iptables", Level.FAILED, "; run this as root, with CAP_NET_ADMIN where")
 
     def test_auto(self) -> None:
         """What C{auto} would choose is what has to work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -93,8 +94,11 @@ class StopTests(CommandCase):
         """C{stop --wait} does not wait for ever either."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
         pid = self.process().pid
-        with self.assertRaisesRegex(StartError, f"PID {pid} still has live connections"):
+        with self.assertRaisesRegex(
+            StartError, f"PID {pid} still has live connections .*; wait on, .*: kill {pid}$"
+        ) as refusal:
             self.stop(OwnerFile(pid, pid, None), "--wait", "--drain-timeout", "0")
+        self.assertEqual(refusal.exception.status, os.EX_TEMPFAIL)
 
 
 class ReportTests(CommandCase):
@@ -114,7 +118,7 @@ class ReportTests(CommandCase):
         self.patch(cli, "RUNNER_DEADLINE", 0.1)
         process = self.process()
         ours, theirs = socket.socketpair()
-        theirs.sendall(b'{"error": null, "running": false, "lines": []}\n')
+        self.tell(theirs, None)
         with ours, theirs:
             cli._await_report(self.options("start"), process.pid, ours)
             self.assertEqual(theirs.recv(1), b"1")
@@ -123,15 +127,26 @@ class ReportTests(CommandCase):
             os.kill(process.pid, 0)
 
     def test_refusal_waits_for_the_end(self) -> None:
-        """A daemon that could not start is let end before its error is told."""
+        """A daemon that could not start is let end before its error is told, with its status; and
+        should twistd's parent process wait for ever, nothing is left of that either."""
+        self.patch(cli, "RUNNER_DEADLINE", 0.1)
+        process = self.process()
         ours, theirs = socket.socketpair()
-        told = {"error": "no", "running": False, "lines": ["warning: careful"]}
-        theirs.sendall(json.dumps(told).encode() + b"\n")
+        self.tell(theirs, ("no", os.EX_CONFIG), "warning: careful")
         threading.Timer(0.1, theirs.close).start()
-        with ours, self.assertRaisesRegex(StartError, "no"):
-            cli._await_report(self.options("start"), 0, ours)
+        with ours, self.assertRaisesRegex(StartError, "no") as refusal:
+            cli._await_report(self.options("start"), process.pid, ours)
+        self.assertEqual(refusal.exception.status, os.EX_CONFIG)
         self.assertEqual(theirs.fileno(), -1)
         self.assertEqual(self.stderr.getvalue(), "acme-alpn-proxy: warning: careful\n")
+        process.returncode = -signal.SIGKILL  # it was waited for
+        with self.assertRaises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+    def tell(self, stream: socket.socket, error: tuple[str, int] | None, *lines: str) -> None:
+        """As the daemon does."""
+        told = {"error": error, "running": False, "lines": lines}
+        stream.sendall(json.dumps(told).encode() + b"\n")
 
 
 class StartTests(CommandCase):
@@ -248,7 +263,39 @@ class WatchTests(CommandCase):
         self.assertEqual(pauses, [1.0, 1.0])
 
 
+class FullDisk(io.StringIO):
+    """Where nothing can be written."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class MainTests(CommandCase):
+    def test_stdout_full(self) -> None:
+        """What cannot be printed is one line and a status, not a traceback."""
+        self.patch(sys, "stdout", FullDisk())
+        self.assertEqual(cli.main(["--version"]), os.EX_OSERR)
+        self.assertRegex(
+            self.stderr.getvalue(), r"^acme-alpn-proxy: the system refuses: .*No space.*; look.*\n$"
+        )
+
+    def test_stderr_full(self) -> None:
+        """With a full stderr the exit status is the same."""
+        self.patch(sys, "__stderr__", FullDisk())
+        self.assertEqual(cli.main(["restart"]), cli.WRONG_USAGE)
+
+    def test_one_line(self) -> None:
+        """Whatever is told is one line, even of what has more."""
+        self.patch(ConsoleOptions, "environment", {"ACME_ALPN_PROXY_PIDFILE": "/no\nwhere/pid"})
+        words = ["--logfile", "/no\nwhere/log", "start"]
+        self.assertEqual(cli.main(words), os.EX_CANTCREAT)
+        self.assertRegex(self.stderr.getvalue(), r"^[^\n]* /no where/log: No such file[^\n]*\n$")
+
+    def test_unusable(self) -> None:
+        """What an option asks for and is not there has a status of its own, and no usage to see."""
+        self.assertEqual(cli.main(["--uid", "no-such", "start"]), os.EX_NOUSER)
+        self.assertRegex(self.stderr.getvalue(), "^acme-alpn-proxy: --uid 'no-such': .*passwd\n$")
+
     def test_no_stderr(self) -> None:
         """With stderr closed nothing is said, and the exit status is the same."""
         self.patch(sys, "__stderr__", None)

@@ -67,7 +67,7 @@ class BlockingCommandsTests(SynchronousTestCase):
             file.write_bytes(b"\x7fELF")
             file.chmod(0o755)
             result = self.run_now([str(file)])
-        self.assertEqual(result.code, 127)
+        self.assertEqual(result.code, 126)
         self.assertIn("Exec format error", result.output)
 
     def test_killed(self) -> None:

@@ -507,11 +507,15 @@ class RefusalTests(HostCase):
 
     def test_refused(self) -> None:
         """A start is refused by name of what would drop, with the remedies, and changes nothing."""
-        for uid, remedy in ((0, "use --redirect sk-lookup.*--force$"), (1000, "run this as root$")):
-            self.patch(os, "geteuid", lambda uid=uid: uid)
+        for may, remedy, status in (
+            (True, "use --redirect sk-lookup.*--force$", os.EX_CONFIG),
+            (False, "run this as root, with CAP_NET_ADMIN", os.EX_NOPERM),
+        ):
+            self.patch(hostfacts, "may_administer_network", lambda may=may: may)
             attempt = IptablesRedirect(PORT, ipv6=False).prepare(recorded("ufw"))
-            text = str(self.failureResultOf(attempt, StartError).value)
-            self.assertRegex(text, f"'ip filter INPUT'; {remedy}")
+            problem: Any = self.failureResultOf(attempt, StartError).value
+            self.assertRegex(str(problem), f"'ip filter INPUT'; {remedy}")
+            self.assertEqual(problem.status, status)
 
     def test_forced(self) -> None:
         """With --force nobody looks."""

@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
@@ -141,7 +142,7 @@ class GuardTests(SynchronousTestCase):
         (self.rules / "broken").write_text("")
         for wish in ("look", "remove", "release"):
             failure = self.failureResultOf(self.guard.ask(COMMANDS, wish), StartError)
-            self.assertIn("no lock, try again", str(failure.value))
+            self.assertRegex(str(failure.value), "no lock, try again; see why")
         self.assertTrue(self.claimed())
         (self.rules / "broken").unlink()
         self.ask("remove")
@@ -183,8 +184,9 @@ class GuardTests(SynchronousTestCase):
     def test_one_claim(self) -> None:
         """The claim is waited for, and refused in words if it does not come."""
         impatient = Impatient()
-        failure = self.failureResultOf(claim_redirect(impatient, 2), StartError)
-        self.assertIn("another instance redirects :443 here", str(failure.value))
+        problem: Any = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
+        self.assertRegex(str(problem), "^another instance redirects :443 here.*; stop it first$")
+        self.assertEqual(problem.status, os.EX_TEMPFAIL)
         self.assertGreaterEqual(impatient.waited, 2)
         self.successResultOf(self.guard.end(COMMANDS))
         self.successResultOf(claim_redirect(COMMANDS, 0)).close()
@@ -197,6 +199,6 @@ class GuardTests(SynchronousTestCase):
             raise FileNotFoundError(2, "No such file or directory")
 
         self.patch(guard_module.subprocess, "Popen", refuse)
-        with self.assertRaisesRegex(StartError, "cannot start /bin/sh as the guard"):
+        with self.assertRaisesRegex(StartError, "cannot start /bin/sh as the guard.*; see whether"):
             self.new_guard()
         self.assertFalse(self.claimed())

@@ -185,6 +185,20 @@ class ConnectionTests(HostCase):
         self.assertEqual(hostfacts.tcp_connections(self.proc), 4)
 
 
+class CapabilityTests(HostCase):
+    def test_effective(self) -> None:
+        """What is in effect counts, whatever else may be had; all that are asked for are needed."""
+        (self.proc / "self").mkdir()
+        own = "CapPrm:\tffffffffffffffff\nCapEff:\t0000000000001080\nCapBnd:\tffffffffffffffff\n"
+        (self.proc / "self" / "status").write_text(f"Name:\tproxy\n{own}")
+        self.assertTrue(hostfacts.has_capabilities(7, 12, proc=self.proc))
+        self.assertFalse(hostfacts.has_capabilities(6, 7, proc=self.proc))
+
+    def test_own(self) -> None:
+        """It is there to be read."""
+        self.assertIs(hostfacts.may_administer_network(), hostfacts.has_capabilities(12))
+
+
 class ProcessStartTimeTests(HostCase):
     def stat(self, name: str, state: str) -> None:
         numbers = " ".join(str(number) for number in range(4, 53))  # field 22 holds 22

@@ -51,6 +51,7 @@ class IptablesCase(SynchronousTestCase):
         globalLogPublisher.addObserver(self.events.append)
         self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
         self.host(has_ipv6=True, tracked_connections=7)
+        self.patch(hostfacts, "may_administer_network", lambda: True)
         for name in ("unnumbered_interfaces", "legacy_tables", "visitor_interfaces"):
             self.patch(hostfacts, name, lambda family: [])
         self.listeners = [self.listener(socket.AF_INET6)]
@@ -202,23 +203,34 @@ class RefusalTests(IptablesCase):
 
     def test_remedies(self) -> None:
         """The refusal names command, status, output and what to do about it."""
-        for code, output, custom, uid, remedy in (
-            (NOT_FOUND, "not found on PATH", False, 0, "install ip6tables"),
-            (4, "Permission denied", False, 1000, "run this as root"),
-            (4, LOCKED, False, 0, "try again when it has finished"),
-            (2, "unknown option", True, 0, "ACME_ALPN_PROXY_RULESPEC is right"),
-            (3, "no\nsuch table\n", False, 0, "'ip6tables -t nat -L' does not work here"),
+        for code, output, custom, remedy, status in (
+            (NOT_FOUND, "not found on PATH", False, "install ip6tables", os.EX_UNAVAILABLE),
+            (4, LOCKED, False, "try again when it has finished", os.EX_TEMPFAIL),
+            (2, "unknown option", True, "ACME_ALPN_PROXY_RULESPEC is right", os.EX_CONFIG),
+            (3, "no\nsuch table\n", False, "'ip6tables -t nat -L' does not", os.EX_OSERR),
         ):
-            self.patch(os, "geteuid", lambda uid=uid: uid)
             self.fail_calls(1, code=code, output=output)
             rulespec = ["-j", "X"] if custom else None
             attempt = self.apply(IptablesRedirect(PORT, rulespec, force=True))
-            text = str(self.failureResultOf(attempt, StartError).value)
+            problem: Any = self.failureResultOf(attempt, StartError).value
             command = "'ip6tables -w 5 -t nat -S PREROUTING'"
             shown = " ".join(output.split())
-            self.assertIn(f"{command} failed with status {code}: {shown}; ", text)
-            self.assertIn(remedy, text)
-            self.assertIn("ACME_ALPN_PROXY_DISABLEV6=y", text)
+            self.assertIn(f"{command} failed with status {code}: {shown}; ", str(problem))
+            self.assertIn(remedy, str(problem))
+            self.assertIn("ACME_ALPN_PROXY_DISABLEV6=y", str(problem))
+            self.assertEqual(problem.status, status)
+
+    def test_not_permitted(self) -> None:
+        """Who may not is told to be root, as a root without the capability is, and nothing else."""
+        self.patch(hostfacts, "may_administer_network", lambda: False)
+        self.fail_calls(1, code=4, output="Permission denied")
+        attempt = self.apply(IptablesRedirect(PORT, force=True))
+        problem: Any = self.failureResultOf(attempt, StartError).value
+        self.assertRegex(
+            str(problem),
+            "denied; run this as root, with CAP_NET_ADMIN where[^;,]*$",
+        )
+        self.assertEqual(problem.status, os.EX_NOPERM)
 
     def test_remedy_of_ipv4(self) -> None:
         """Where IPv4 fails, leaving IPv6 alone is no remedy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy import launch
-from acme_alpn_proxy.errors import AlreadyRunning
+from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.pidfile import NoPIDFile
 
@@ -53,7 +54,7 @@ class ReportTests(ReportCase):
         """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
         self.ours.close()
         self.assertFalse(self.report.started())
-        self.report.failed("no", running=False)
+        self.report.failed(StartError("no"))
 
     def test_process_left_behind(self) -> None:
         """A process that twistd leaves behind when it forks lets go of the socket."""
@@ -65,8 +66,10 @@ class ReportTests(ReportCase):
         self.after_fork_in_child()
         self.after_fork_in_child()
         self.after_fork_in_parent()
-        self.report.failed("no", running=True)
-        self.assertEqual(self.told(), {"error": "no", "running": True, "lines": []})
+        self.report.failed(StartError("no", os.EX_CONFIG))
+        self.assertEqual(
+            self.told(), {"error": ["no", os.EX_CONFIG], "running": False, "lines": []}
+        )
         self.ours.setblocking(False)
         with self.assertRaises(BlockingIOError):
             self.ours.recv(1)
@@ -150,14 +153,44 @@ class DaemonTests(ReportCase):
         """That an instance runs already is told as such."""
         self.assertEqual(self.daemon(AlreadyRunning("as PID 7")), 1)
         told = self.told()
-        self.assertEqual((told["error"], told["running"]), ("as PID 7", True))
+        self.assertEqual((told["error"][0], told["running"]), ("as PID 7", True))
 
     def test_internal_error(self) -> None:
         """A defect of ours is one line too, and names the log; the traceback goes there."""
         with self.assertRaises(ZeroDivisionError):
             self.daemon(ZeroDivisionError("oh"))
-        error = self.told()["error"]
+        error, status = self.told()["error"]
         self.assertIn("internal error: ZeroDivisionError('oh'); see /var/log/", error)
+        self.assertEqual(status, os.EX_SOFTWARE)
+
+    def test_system_refuses(self) -> None:
+        """What the kernel refuses is told with where to look; the traceback goes to the log."""
+        problem = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self.assertEqual(self.daemon(problem), 1)
+        error, status = self.told()["error"]
+        self.assertRegex(error, r"^the system refuses: .*Too many open files; look .*ulimit -a")
+        self.assertEqual(status, os.EX_OSERR)
+        self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
+
+
+class OtherUserTests(SynchronousTestCase):
+    """Whether C{--uid} and C{--gid} can be had is known before anything is applied."""
+
+    def test_may(self) -> None:
+        """Who has the capabilities may, and so may who is that user already."""
+        self.patch(launch, "has_capabilities", lambda *numbers: True)
+        launch._refuse_other_user(65_534, 65_534)
+        self.patch(launch, "has_capabilities", lambda *numbers: False)
+        launch._refuse_other_user(None, None)
+        launch._refuse_other_user(os.geteuid(), os.getegid())
+
+    def test_may_not(self) -> None:
+        """All others are refused."""
+        self.patch(launch, "has_capabilities", lambda *numbers: False)
+        for wanted in ((65_534, None), (None, 65_534)):
+            with self.assertRaisesRegex(StartError, "^may not become .*; run this as root") as no:
+                launch._refuse_other_user(*wanted)
+            self.assertEqual(no.exception.status, os.EX_NOPERM)
 
 
 class StartedTests(SynchronousTestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -12,7 +13,8 @@ import pytest
 from twisted.logger import Logger, LogLevel, LogPublisher, capturedLogs
 from twisted.python.failure import Failure
 
-from acme_alpn_proxy.logs import is_journal, observer, open_log_file, reopen
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.logs import is_journal, make_log_file, observer, open_log_file, reopen
 from acme_alpn_proxy.routing import Route
 
 
@@ -96,3 +98,30 @@ def test_reopen(tmp_path: Path) -> None:
     file.close()
     assert (tmp_path / "gone" / "log").read_text() == "two\nthree\n"
     assert [event["log_level"] for event in events] == [LogLevel.error]
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    """A FIFO keeps nobody waiting: it is refused, as a folder is, and one that is not there."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(StartError, match=r"^cannot write the log file .*; name another") as refused:
+        make_log_file(str(fifo))
+    assert refused.value.status == os.EX_CANTCREAT
+    with pytest.raises(StartError, match="Is a directory"):
+        make_log_file(str(tmp_path))
+    with pytest.raises(StartError, match="No such file"):
+        open_log_file(str(tmp_path / "missing" / "log"))
+
+
+def test_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may not write it is told to be root."""
+
+    def refuse(*words: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        StartError, match=r"^may not write .*: Permission denied; run this as root"
+    ) as no:
+        make_log_file(str(tmp_path / "log"))
+    assert no.value.status == os.EX_NOPERM

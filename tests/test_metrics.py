@@ -113,8 +113,8 @@ def test_bad_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no endpoint is refused; so is any if prometheus_client is missing, with a remedy."""
     assert "--metrics 'no': a port or a server endpoint" in refusal("start", "--metrics", "no")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert refusal("start", "--metrics", "9443").endswith(
-        "--metrics needs prometheus_client: pip install 'acme-alpn-proxy[metrics]', or apt install"
+    assert refusal("start", "--metrics", "9443") == (
+        "--metrics needs prometheus_client; pip install 'acme-alpn-proxy[metrics]', or apt install"
         " python3-prometheus-client"
     )
 

@@ -9,7 +9,7 @@ import pytest
 from twisted.python.usage import UsageError
 
 from acme_alpn_proxy import __version__, cli
-from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions
+from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions, Unusable
 
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
 
@@ -242,12 +242,21 @@ def test_logs(option: str, default: str, choices: str) -> None:
     assert refusal("start", f"--{option}=no").endswith(f"--{option} 'no': choose one of {choices}")
 
 
+def unusable(option: str, value: str, status: int) -> str:
+    """What C{start} says of an option that asks for what is not there, with this exit status."""
+    with pytest.raises(Unusable) as refused:
+        console(option, value, "start")
+    assert refused.value.status == status
+    return str(refused.value)
+
+
 def test_user_and_group() -> None:
     """A user and a group are taken by name or number; one that does not exist is refused."""
     options = console("start", "--uid", "nobody", "--gid", "7")
     assert (options["uid"], options["gid"]) == (65_534, 7)
-    assert refusal("start", "--uid", "no-such").endswith("--uid 'no-such': there is no such user")
-    assert refusal("start", "--gid", "no-such").endswith("--gid 'no-such': there is no such group")
+    for bad in ("no-such", "-5", "4294967294", "99999999999"):
+        assert f"--uid {bad!r}: there is no such user; " in unusable("--uid", bad, os.EX_NOUSER)
+        assert f"--gid {bad!r}: there is no such group; " in unusable("--gid", bad, os.EX_NOUSER)
 
 
 def test_rulespec() -> None:
@@ -263,9 +272,12 @@ def test_rulespec() -> None:
 def test_bad_rulespec() -> None:
     """A quote that is not closed is refused, and the rulespec shown."""
     spec = "-p tcp --comment 'my proxy"
-    assert refusal("start", environment={"ACME_ALPN_PROXY_RULESPEC": spec}) == (
-        f"ACME_ALPN_PROXY_RULESPEC: No closing quotation in {spec!r}"
+    with pytest.raises(Unusable) as refused:
+        console("start", environment={"ACME_ALPN_PROXY_RULESPEC": spec})
+    assert str(refused.value) == (
+        f"ACME_ALPN_PROXY_RULESPEC: No closing quotation in {spec!r}; quote as in a shell"
     )
+    assert refused.value.status == os.EX_CONFIG
 
 
 @pytest.mark.parametrize(("value", "ipv6"), [("y", False), ("", True), ("n", True), ("yes", True)])
@@ -308,7 +320,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "ACME_ALPN_PROXY_PIDFILE ",
         "ACME_ALPN_PROXY_RULESPEC ",
         "ACME_ALPN_PROXY_DISABLEV6=y ",
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;",
+        "77 ",
     ):
         assert [line for line in lines if line.startswith(beginning)] != [], beginning
 

@@ -72,10 +72,13 @@ class NamespaceTests(SynchronousTestCase):
             probe.Namespace("aap-test", [4])
 
     def test_name_taken(self) -> None:
-        """A command that fails is shown with what it says."""
+        """A command that fails is shown with what it says; to be root helps who is not."""
         self.patch(probe, "_unshare", lambda: os.getpid())
-        with self.assertRaisesRegex(StartError, "'ip link add lo .*status 2: .*; run this as root"):
-            probe.Namespace("lo", [4])
+        for may, remedy in ((True, "see why that"), (False, "run this as root")):
+            self.patch(probe, "may_administer_network", lambda may=may: may)
+            failure = f"'ip link add lo .*status 2: .*; {remedy}"
+            with self.assertRaisesRegex(StartError, failure):
+                probe.Namespace("lo", [4])
 
 
 class DialTests(SynchronousTestCase):

@@ -39,11 +39,12 @@ def test_environment() -> None:
 
 def test_not_found() -> None:
     """A command that there is not gives 127, one that is no program 126; both are named."""
-    with pytest.raises(CannotRun, match=r"^no-such-command: command not found$") as missing:
-        run_command(["no-such-command"], {})
-    assert missing.value.status == NOT_FOUND
+    for name in ("no-such-command", ""):
+        with pytest.raises(CannotRun, match=rf"^{name}: command not found; name one") as missing:
+            run_command([name], {})
+        assert missing.value.status == NOT_FOUND
     with pytest.raises(
-        CannotRun, match=r"^cannot run /etc/passwd: Permission denied$"
+        CannotRun, match=r"^cannot run /etc/passwd: Permission denied; name a program"
     ) as no_program:
         run_command(["/etc/passwd"], {})
     assert no_program.value.status == CANNOT_RUN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -198,6 +199,13 @@ class StartTests(ServiceCase):
         """What can be known to go wrong is refused before it listens."""
         self.redirect.problems["prepare"] = StartError("no kernel for this")
         with self.assertRaisesRegex(StartError, "no kernel"):
+            self.proxy.privilegedStartService()
+        self.told("claim PID file", "release PID file")
+
+    def test_system_refuses(self) -> None:
+        """What nobody has expected leaves nothing behind either."""
+        self.redirect.problems["prepare"] = OSError(errno.EMFILE, "Too many open files")
+        with self.assertRaises(OSError):
             self.proxy.privilegedStartService()
         self.told("claim PID file", "release PID file")
 
@@ -634,8 +642,9 @@ class TapTests(SynchronousTestCase):
             program = tap.makeService(options)
             assert isinstance(program, Program)
             if nodaemon:
-                with self.assertRaises(SystemExit):
-                    program.on_refusal(StartError("no"))
+                with self.assertRaises(SystemExit) as end:
+                    program.on_refusal(StartError("no", os.EX_CONFIG))
+                self.assertEqual(end.exception.code, os.EX_CONFIG)
             else:
                 program.on_refusal(StartError("no"))
 

@@ -124,17 +124,18 @@ class RedirectTests(SynchronousTestCase):
     def apply(self, *hosts: str) -> Deferred[None]:
         return self.redirect.apply(COMMANDS, self.listen(*(hosts or ("127.0.0.1", "::1"))))
 
-    def refusal(self, problem: OSError) -> str:
-        """The line for a kernel that refuses the program so."""
+    def refusal(self, problem: OSError, status: int) -> str:
+        """The line for a kernel that refuses the program so, which goes with this exit status."""
 
         def refuse(code: bytes, name: str) -> int:
             raise problem
 
         self.kernel("load_sk_lookup", refuse)
-        prepared = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError)
-        applied = self.failureResultOf(self.apply(), StartError)
-        self.assertEqual(str(prepared.value), str(applied.value))
-        return str(applied.value)
+        prepared: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
+        applied: Any = self.failureResultOf(self.apply(), StartError).value
+        self.assertEqual(str(prepared), str(applied))
+        self.assertEqual((prepared.status, applied.status), (status, status))
+        return str(applied)
 
     def is_open(self, descriptor: int) -> bool:
         try:
@@ -182,24 +183,26 @@ class RedirectTests(SynchronousTestCase):
 
     def test_refused_by_the_verifier(self) -> None:
         """A refused program's error has the verifier's own words."""
-        line = self.refusal(bpf.Refused(errno.EACCES, "R1 type=scalar expected=ctx"))
+        problem = bpf.Refused(errno.EACCES, "R1 type=scalar expected=ctx")
+        line = self.refusal(problem, os.EX_UNAVAILABLE)
         self.assertRegex(line, r"refuses the BPF program: R1 type=scalar.*--redirect iptables$")
         self.assertEqual(self.attached, [])
 
     def test_not_permitted(self) -> None:
         """Without the capability the remedy is root."""
-        line = self.refusal(bpf.Refused(errno.EPERM, ""))
+        line = self.refusal(bpf.Refused(errno.EPERM, ""), os.EX_NOPERM)
         self.assertRegex(line, "^BPF is not permitted; run this as root.*--redirect iptables$")
 
     def test_too_old(self) -> None:
         """A kernel that has no such programs is told to be too old."""
         for number in (errno.EINVAL, errno.ENOSYS):
-            line = self.refusal(OSError(number, os.strerror(number)))
+            line = self.refusal(OSError(number, os.strerror(number)), os.EX_UNAVAILABLE)
             self.assertRegex(line, r"has no BPF sk_lookup; run Linux 5\.9 or newer, on x86-64")
 
     def test_no_memory(self) -> None:
         """Any other error is told in the kernel's words."""
-        line = self.refusal(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+        problem = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        line = self.refusal(problem, os.EX_OSERR)
         self.assertRegex(line, "^cannot steer by BPF sk_lookup: Cannot allocate memory; free some")
 
 

@@ -148,7 +148,7 @@ def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("struct.unpack", lambda form, data: (1, 65_534, 65_534))
     with (
         answering(socket_path(pidfile, 20), b'{"pid": 20}\n'),
-        pytest.raises(StartError, match="may not ask PID 20: run this as root"),
+        pytest.raises(StartError, match="may not ask PID 20; run this as root"),
     ):
         instances(pidfile, None)
     with answering(socket_path(pidfile, 21), b'{"pid": 21}\n'):

@@ -155,7 +155,9 @@ def parse_address(text: str) -> Address:
         try:
             ipaddress.IPv4Address(host)
         except ValueError:
-            raise BadAddress(f"{text!r}: {host!r} is not an IPv4 address") from None
+            raise BadAddress(
+                f"{text!r}: {host!r} is not an IPv4 address; one looks like 127.0.0.1:443"
+            ) from None
     return Address(text, host, port)
 
 
@@ -163,6 +165,8 @@ def _parse_endpoint(text: str) -> Address:
     from twisted.internet.endpoints import clientFromString
 
     try:
+        if text == "unix:":  # which Twisted takes
+            raise TypeError("no path")
         clientFromString(_no_reactor(), text)
     except TypeError:
         raise BadAddress(
@@ -170,7 +174,10 @@ def _parse_endpoint(text: str) -> Address:
             " unix:/run/web.sock"
         ) from None
     except Exception as problem:  # each kind of endpoint raises its own
-        raise BadAddress(f"{text!r}: not an address nor an endpoint string: {problem}") from None
+        raise BadAddress(
+            f"{text!r}: not an address nor an endpoint string: {problem}; one looks like"
+            " tcp:127.0.0.1:443 or unix:/run/web.sock"
+        ) from None
     host, port = "", 0
     if text.startswith("tcp:"):
         words = [word.partition("=") for word in _UNESCAPED_COLON.split(text)[1:]]

@@ -25,9 +25,9 @@ from twisted.python.failure import Failure
 
 from .addresses import Address
 from .commands import NOT_FOUND, Result, commands_for
-from .errors import StartError
+from .errors import AS_ADMINISTRATOR, StartError
 from .finding import Finding, Level, worst
-from .firewall.hostfacts import has_ipv6
+from .firewall.hostfacts import has_ipv6, may_administer_network
 from .firewall.xtables import BINARIES, LOCK_WAIT, listed
 from .interfaces import ICommands
 from .options import PORT, ConsoleOptions
@@ -335,8 +335,8 @@ def port_is_free(port: int) -> bool:
 def _remedy(binary: str, result: Result) -> str:
     if result.code == NOT_FOUND:
         return f"install {binary}, or put its folder (often /usr/sbin) on PATH"
-    if os.geteuid() != 0:
-        return "run this as root"
+    if not may_administer_network():
+        return AS_ADMINISTRATOR
     return f"see why '{binary} -t nat -L' does not work here"
 
 
@@ -383,5 +383,5 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> bool:
         failure.raiseException()
     (check,) = checks
     if options["json"]:
-        print(document(check.findings))
+        print(document(check.findings), flush=True)
     return worst(check.findings) is not Level.FAILED

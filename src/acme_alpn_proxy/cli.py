@@ -19,8 +19,8 @@ from typing import Final
 from twisted.python.usage import UsageError
 
 from .addresses import parse_address
-from .errors import AlreadyRunning, StartError
-from .options import PORT, ConsoleOptions
+from .errors import AlreadyRunning, StartError, refused_by_system
+from .options import PORT, ConsoleOptions, Unusable
 from .pidfile import PIDFile
 from .run import CannotRun, run_command
 from .status import SILENT, VERSION, instances, remove_stale, show
@@ -57,22 +57,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         # Until the proxy takes it: end at once, without a traceback of whatever ran just then.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _fill_standard_descriptors()
     options = ConsoleOptions()
     try:
         options.parseOptions(sys.argv[1:] if argv is None else argv)
+        return COMMANDS[options["command"]](options, PIDFile(options["pidfile"]))
     except UsageError as problem:
         text = str(problem).removeprefix("Parameter type enforcement failed: ")
+        if isinstance(problem, Unusable):
+            _say(text)
+            return problem.status
         _say(f"{text} (see acme-alpn-proxy --help)")
         return WRONG_USAGE
-    pidfile = PIDFile(options["pidfile"])
-    try:
-        return COMMANDS[options["command"]](options, pidfile)
     except AlreadyRunning as instance:
         _say(str(instance))
         return DONE
     except StartError as problem:
         _say(str(problem))
-        return FAILED
+        return problem.status
+    except OSError as problem:
+        refusal = refused_by_system(problem)
+        _say(str(refusal))
+        return refusal.status
+
+
+def _fill_standard_descriptors() -> None:
+    """Who calls may have closed some: nothing that is opened later may take their places."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
 
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -134,7 +147,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
             return DONE
         signal.pidfd_send_signal(process, signal.SIGTERM)
     except PermissionError:
-        raise StartError(f"may not signal PID {pid}: run this as root") from None
+        raise StartError(f"may not signal PID {pid}; run this as root", os.EX_NOPERM) from None
     else:
         _await_let_go(process, pid, pidfile)
         pidfile.remove_of(pid)
@@ -208,7 +221,11 @@ def _await_let_go(process: int, pid: int, pidfile: PIDFile) -> None:
 
 def _await_end(process: int, pid: int, seconds: float) -> None:
     if not _ended(process, seconds):
-        raise StartError(f"PID {pid} still has live connections after {seconds:g} s")
+        raise StartError(
+            f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
+            f" kill {pid}",
+            os.EX_TEMPFAIL,
+        )
 
 
 def _ended(process: int, seconds: float) -> bool:
@@ -222,7 +239,9 @@ def _say(text: str) -> None:
     """One line for the operator. Not by C{sys.stderr}, which twistd gives to its log."""
     stream = sys.__stderr__
     if stream is not None:
-        print(f"acme-alpn-proxy: {text}", file=stream, flush=True)
+        line = " ".join(text.splitlines())  # a path, for one, may have several
+        with contextlib.suppress(OSError):  # the exit status tells, too
+            print(f"acme-alpn-proxy: {line}", file=stream, flush=True)
 
 
 def _refuse_if_running(pidfile: PIDFile) -> None:
@@ -234,9 +253,10 @@ def _refuse_if_running(pidfile: PIDFile) -> None:
 def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
     """Start the daemon; gives the socket to it, which that of C{run} keeps open, too."""
     from . import launch
+    from .logs import make_log_file
 
     _refuse_if_running(pidfile)
-    _check_logfile(options["logfile"])
+    make_log_file(options["logfile"])
     ours, theirs = socket.socketpair()
     child = os.fork()
     if not child:
@@ -270,16 +290,6 @@ def _run_command(options: ConsoleOptions, target: str) -> int:
         return problem.status
 
 
-def _check_logfile(path: str) -> None:
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
-    except OSError as problem:
-        raise StartError(
-            f"cannot write the log file {path}: {problem.strerror}; run this as root, or name"
-            " another one with --logfile"
-        ) from None
-
-
 def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> None:
     """The caller's side: print what the daemon tells; raises L{StartError} if that is an error."""
     stream.settimeout(START_DEADLINE + options["linger"])
@@ -300,7 +310,8 @@ def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) ->
     if told["error"] is not None:
         with contextlib.suppress(TimeoutError):
             told_by.read()  # to the end of the daemon: its listener goes with it
-        raise (AlreadyRunning if told["running"] else StartError)(told["error"])
+        _await_runner(child)
+        raise (AlreadyRunning if told["running"] else StartError)(*told["error"])
     stream.sendall(b"1")
     _await_runner(child)
 

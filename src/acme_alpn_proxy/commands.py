@@ -25,6 +25,7 @@ from .interfaces import ICommands
 DEADLINE: Final = 15.0
 """Seconds a command may take: longer than the 5 s that iptables is told to wait for its lock."""
 
+CANNOT_RUN: Final = 126
 NOT_FOUND: Final = 127
 KILLED: Final = 137
 
@@ -33,8 +34,8 @@ KILLED: Final = 137
 class Result:
     """How a command ended.
 
-    @ivar code: its exit status; 127 if there is no such program, 137 if it was killed, be it for
-        the deadline.
+    @ivar code: its exit status; 127 if there is no such program, 126 if it cannot be run, 137 if it
+        was killed, be it for the deadline.
     @ivar output: what it wrote to both its outputs.
     """
 
@@ -83,7 +84,8 @@ class BlockingCommands:
         except subprocess.TimeoutExpired:
             return succeed(Result.too_slow(argv))
         except OSError as problem:
-            return succeed(Result.of(argv, NOT_FOUND, str(problem).encode()))
+            code = NOT_FOUND if isinstance(problem, FileNotFoundError) else CANNOT_RUN
+            return succeed(Result.of(argv, code, str(problem).encode()))
         code = done.returncode if done.returncode >= 0 else KILLED
         return succeed(Result.of(argv, code, done.stdout))
 

@@ -31,7 +31,8 @@ from twisted.python.failure import Failure
 from twisted.scripts.twistd import ServerOptions, runApp  # type: ignore[attr-defined]
 from zope.interface import implementer
 
-from .errors import AlreadyRunning, StartError
+from .errors import AlreadyRunning, StartError, refused_by_system
+from .firewall.hostfacts import has_capabilities
 from .logs import observer, open_log_file, reopen
 from .notify import notify
 from .options import ConsoleOptions
@@ -45,17 +46,23 @@ _ACK_DEADLINE: Final = 5.0
 _LET_GO_DEADLINE: Final = 30.0
 """Seconds for the redirect to go, at a stop."""
 
+_CAP_SETGID: Final = 6
+_CAP_SETUID: Final = 7
+
 _FORKS_OF_TWISTD: Final = 2
 """After these it is the daemon that runs."""
+
+_log = Logger()
 
 
 @implementer(ILogObserver)
 class Report:
     """The daemon's end of the socket to C{start}: how it went, in one JSON object on one line.
 
-    Its fields: C{error}, the one line, or null; C{running}, whether that is because an instance
-    runs already; C{lines}, what else the operator is to read. C{start} answers with a byte before
-    it exits 0, so that a C{start} that was killed leaves nothing running that nobody knows of.
+    Its fields: C{error}, the one line and the exit status, or null; C{running}, whether that is
+    because an instance runs already; C{lines}, what else the operator is to read. C{start} answers
+    with a byte before it exits 0, so that a C{start} that was killed leaves nothing running that
+    nobody knows of.
     """
 
     def __init__(self, stream: socket.socket, *, keep: bool = False) -> None:
@@ -77,7 +84,7 @@ class Report:
     def started(self) -> bool:
         """Tell that it steers. Whether C{start} is there and has heard."""
         try:
-            self._tell(None, running=False)
+            self._tell(None)
             heard = self.stream.recv(1) != b""
         except OSError:
             heard = False
@@ -85,10 +92,10 @@ class Report:
             self.stream.close()
         return heard
 
-    def failed(self, problem: str, *, running: bool) -> None:
+    def failed(self, problem: StartError) -> None:
         """Tell why it could not start. C{start} then waits for the end of this process."""
         with contextlib.suppress(OSError):
-            self._tell(problem, running=running)
+            self._tell(problem)
 
     def __call__(self, event: LogEvent) -> None:
         """As a log observer: C{start} prints warnings, and what is C{for_operator}."""
@@ -106,9 +113,11 @@ class Report:
     def _go_on(self) -> None:
         self._forks_to_come -= 1
 
-    def _tell(self, problem: str | None, *, running: bool) -> None:
+    def _tell(self, problem: StartError | None) -> None:
         self._told = True
-        told = {"error": problem, "running": running, "lines": self.lines}
+        error = None if problem is None else (str(problem), problem.status)
+        running = isinstance(problem, AlreadyRunning)
+        told = {"error": error, "running": running, "lines": self.lines}
         self.stream.settimeout(_ACK_DEADLINE)
         self.stream.sendall(json.dumps(told).encode() + b"\n")
 
@@ -120,10 +129,16 @@ def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> 
     try:
         run(options, pidfile, report.started, report.stream if report.keep else None)
     except StartError as problem:
-        report.failed(str(problem), running=isinstance(problem, AlreadyRunning))
+        report.failed(problem)
+        return 1
+    except OSError as problem:
+        _log.failure("Cannot start")
+        report.failed(refused_by_system(problem))
         return 1
     except Exception as problem:
-        report.failed(f"internal error: {problem!r}; see {options['logfile']}", running=False)
+        report.failed(
+            StartError(f"internal error: {problem!r}; see {options['logfile']}", os.EX_SOFTWARE)
+        )
         raise
     return 0
 
@@ -225,6 +240,17 @@ class _Maker:
         return self.program
 
 
+def _refuse_other_user(uid: int | None, gid: int | None) -> None:
+    """Unless this process can become it: twistd would end it only when connections are steered."""
+    is_own = uid in (None, os.geteuid()) and gid in (None, os.getegid())
+    if not is_own and not has_capabilities(_CAP_SETGID, _CAP_SETUID):
+        raise StartError(
+            "may not become another user or group; run this as root, with CAP_SETUID and CAP_SETGID"
+            " where it runs in a container, or without --uid and --gid",
+            os.EX_NOPERM,
+        )
+
+
 def run(
     options: ConsoleOptions,
     pidfile: PIDFile,
@@ -238,6 +264,7 @@ def run(
     """
     from .reactor import install  # which exists on Linux only
 
+    _refuse_other_user(options["uid"], options["gid"])
     reactor = install()
     program = make_program(options, reactor, pidfile)
     if options["nodaemon"]:

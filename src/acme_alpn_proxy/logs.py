@@ -23,6 +23,8 @@ from twisted.logger import (
 )
 from twisted.python.logfile import LogFile
 
+from .errors import StartError
+
 ROTATED_FILES: Final = 9
 """Full log files that are kept, of 1 MB each (L{LogFile}): the log must not fill a disk."""
 
@@ -41,17 +43,46 @@ _PLAIN: Final = (str, int, float, type(None))
 _log = Logger()
 
 
+def make_log_file(path: str) -> None:
+    """See to it that there is one which can be written; raises L{StartError}."""
+    try:
+        _make(path)
+    except OSError as problem:
+        raise _refusal(path, problem) from None
+
+
 def open_log_file(path: str) -> LogFile:
-    """Opens it to be added to; full ones are moved aside."""
-    file: LogFile = LogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
+    """Opens it to be added to; full ones are moved aside. Raises L{StartError}."""
+    try:
+        file: LogFile = LogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
+    except OSError as problem:
+        raise _refusal(path, problem) from None
     return file
+
+
+def _make(path: str) -> None:
+    # Not waiting for a FIFO's other end.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    os.close(os.open(path, flags, 0o644))
+
+
+def _refusal(path: str, problem: OSError) -> StartError:
+    if isinstance(problem, PermissionError):
+        return StartError(
+            f"may not write the log file {path}: {problem.strerror}; run this as root, or name"
+            " another one with --logfile",
+            os.EX_NOPERM,
+        )
+    return StartError(
+        f"cannot write the log file {path}: {problem.strerror}; name another one with --logfile",
+        os.EX_CANTCREAT,
+    )
 
 
 def reopen(file: LogFile) -> None:
     """Go on in a file at the same path: the one so far may have been moved aside."""
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        os.close(os.open(file.path, flags, 0o644))
+        _make(file.path)
     except OSError as problem:
         _log.error(
             "Cannot open the log file {path} anew: {problem}; still logging to the one so far",

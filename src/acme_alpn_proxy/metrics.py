@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,6 +134,8 @@ class MetricsService(Service):
         listening: Deferred[Any] = self._endpoint.listen(self._site)
         listening.addErrback(problems.append)
         if problems:
-            why = problems[0].getErrorMessage()
-            raise StartError(f"--metrics {self._text}: {why}; choose another port")
+            why = problems[0].getErrorMessage().rstrip(".")
+            raise StartError(
+                f"--metrics {self._text}: {why}; choose another one, or free it", os.EX_UNAVAILABLE
+            )
         self._listening = listening

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import getopt
+import grp
 import importlib.util
 import math
 import os
+import pwd
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +46,17 @@ DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
 _LONGEST: Final = 86_400.0
+
+
+class Unusable(UsageError):
+    """An option is understood, but what it asks for is not there.
+
+    @ivar status: what the console script exits with (sysexits(3)).
+    """
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def _address(option: str) -> Callable[[str], Address]:
@@ -92,9 +105,10 @@ def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
 def _metrics(value: str) -> str:
     """An endpoint string to listen at; on this host alone if nothing but a port is given."""
     if importlib.util.find_spec("prometheus_client") is None:
-        raise ValueError(
-            "--metrics needs prometheus_client: pip install 'acme-alpn-proxy[metrics]', or"
-            " apt install python3-prometheus-client"
+        raise Unusable(
+            "--metrics needs prometheus_client; pip install 'acme-alpn-proxy[metrics]', or"
+            " apt install python3-prometheus-client",
+            os.EX_UNAVAILABLE,
         )
     from twisted.internet.endpoints import serverFromString
 
@@ -112,18 +126,20 @@ def _metrics(value: str) -> str:
 
 def _user(value: str) -> int:
     try:
-        user: int = uidFromString(value)
-    except KeyError:
-        raise ValueError(f"--uid {value!r}: there is no such user") from None
-    return user
+        return pwd.getpwuid(uidFromString(value)).pw_uid
+    except KeyError:  # a number too: twistd looks for its groups
+        raise Unusable(
+            f"--uid {value!r}: there is no such user; name one of: getent passwd", os.EX_NOUSER
+        ) from None
 
 
 def _group(value: str) -> int:
     try:
-        group: int = gidFromString(value)
-    except KeyError:
-        raise ValueError(f"--gid {value!r}: there is no such group") from None
-    return group
+        return grp.getgrgid(gidFromString(value)).gr_gid
+    except (KeyError, OverflowError):
+        raise Unusable(
+            f"--gid {value!r}: there is no such group; name one of: getent group", os.EX_NOUSER
+        ) from None
 
 
 class ProxyOptions(usage.Options):
@@ -247,7 +263,10 @@ class ProxyOptions(usage.Options):
         try:
             self["rulespec"] = shlex.split(rulespec) or None
         except ValueError as problem:
-            raise UsageError(f"{RULESPEC_VARIABLE}: {problem} in {rulespec!r}") from None
+            raise Unusable(
+                f"ACME_ALPN_PROXY_RULESPEC: {problem} in {rulespec!r}; quote as in a shell",
+                os.EX_CONFIG,
+            ) from None
 
 
 class ConsoleOptions(ProxyOptions):
@@ -269,9 +288,21 @@ class ConsoleOptions(ProxyOptions):
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
         f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
-        "Exit status: 0 done, 1 failed (nothing is left applied), 2 wrong usage;\n"
-        "run: that of COMMAND, 128 + N if signal N ended it, 127 not found, 126 no program,\n"
-        "75 an instance runs already (COMMAND was not run); status: 3 nothing runs."
+        "Exit status:\n"
+        "0    done\n"
+        "2    wrong usage\n"
+        "3    status: nothing runs\n"
+        "67   there is no such user or group\n"
+        "69   what is needed is missing, or taken\n"
+        "70   a defect of this program\n"
+        "71   the system refuses\n"
+        "73   PID file or log file cannot be written\n"
+        "75   somebody else is at it: try again later; run: COMMAND was not run\n"
+        "77   not permitted\n"
+        "78   as this host is set up, visitors would be lost\n"
+        "1    any other failure; nothing is left applied, whatever it was\n"
+        "126  run: COMMAND is no program; 127: it is not found; 128 + N: signal N ended it;\n"
+        "     otherwise run exits as COMMAND did"
     )
 
     optFlags = [  # noqa: RUF012

@@ -70,7 +70,10 @@ class PIDFile:
             if pid is not None:
                 return pid
             time.sleep(_PATIENCE_STEP)  # it has the lock and is about to write
-        raise StartError(f"{self.path} is locked by a program that does not write its PID there")
+        raise StartError(
+            f"{self.path} is locked by a program that does not write its PID there; end that one"
+            f" (see: fuser {self.path})"
+        )
 
     def claim(self) -> None:
         """Write this process's PID; raises L{AlreadyRunning} or L{StartError}."""
@@ -134,9 +137,16 @@ class PIDFile:
             return False
 
     def _refusal(self, what: str, problem: OSError) -> StartError:
+        if isinstance(problem, PermissionError):
+            return StartError(
+                f"may not {what} the PID file {self.path}: {problem.strerror}; run this as root, or"
+                " set ACME_ALPN_PROXY_PIDFILE to another one",
+                os.EX_NOPERM,
+            )
         return StartError(
-            f"cannot {what} the PID file {self.path}: {problem.strerror}; run this as root, or set "
-            "ACME_ALPN_PROXY_PIDFILE to a file in a folder that exists"
+            f"cannot {what} the PID file {self.path}: {problem.strerror}; set"
+            " ACME_ALPN_PROXY_PIDFILE to a plain file in a folder that exists",
+            os.EX_CANTCREAT,
         )
 
 

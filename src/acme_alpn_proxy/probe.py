@@ -30,9 +30,9 @@ from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
 
 from .addresses import parse_address
 from .commands import NOT_FOUND, BlockingCommands, Result, commands_for
-from .errors import StartError
+from .errors import AS_ADMINISTRATOR, StartError
 from .finding import Finding, Level
-from .firewall.hostfacts import has_ipv6, new_interfaces_have_ipv6
+from .firewall.hostfacts import has_ipv6, may_administer_network, new_interfaces_have_ipv6
 from .firewall.interfacerules import names_interfaces
 from .options import PORT, ConsoleOptions
 from .program import Program
@@ -156,9 +156,11 @@ class Namespace:
         self._commands.run(["ip", *words]).addCallback(done.append)
         (result,) = done
         if result.code != 0:
-            remedy = "run this as root"
+            remedy = "see why that command fails"
             if result.code == NOT_FOUND:
                 remedy = "install ip (iproute2)"
+            elif not may_administer_network():
+                remedy = AS_ADMINISTRATOR
             command = shlex.join(result.argv)
             raise StartError(
                 f"'{command}' failed with status {result.code}: {result.one_line}; {remedy}"
@@ -174,7 +176,10 @@ def _unshare() -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
         problem = os.strerror(ctypes.get_errno())
-        raise StartError(f"cannot make a network namespace: {problem}; run this as root")
+        raise StartError(
+            f"cannot make a network namespace: {problem}; run this as root, with CAP_SYS_ADMIN"
+            " where it runs in a container"
+        )
     return threading.get_native_id()
 
 
@@ -401,7 +406,10 @@ def _steer_and_dial(
     try:
         port = reactor.listenTCP(0, responder, interface="127.0.0.1")
     except CannotListenError as problem:
-        raise StartError(f"cannot listen on 127.0.0.1: {problem.socketError}") from None
+        raise StartError(
+            f"cannot listen on 127.0.0.1: {problem.socketError}; see whether lo is up (ip address"
+            " show lo)"
+        ) from None
     options["alpn"] = parse_address(f"127.0.0.1:{port.getHost().port}")
     met: list[_NotingFactory] = []
 

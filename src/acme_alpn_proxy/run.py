@@ -61,10 +61,15 @@ def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
             setsigdef=_IGNORED_BY_PYTHON,
         )
         return _await_end(child)
-    except FileNotFoundError:
-        raise CannotRun(f"{words[0]}: command not found", NOT_FOUND) from None
+    except (FileNotFoundError, ValueError):  # the latter for an empty word
+        raise CannotRun(
+            f"{words[0]}: command not found; name one that is on PATH", NOT_FOUND
+        ) from None
     except OSError as problem:
-        raise CannotRun(f"cannot run {words[0]}: {problem.strerror}", CANNOT_RUN) from None
+        raise CannotRun(
+            f"cannot run {words[0]}: {problem.strerror}; name a program that may be executed",
+            CANNOT_RUN,
+        ) from None
     finally:
         signal.signal(signal.SIGCHLD, ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import socket
 from collections.abc import Generator, Sequence
@@ -139,7 +140,8 @@ class ListenerService(Service):
             if waited >= self._patience:
                 raise StartError(
                     f"port {self._port} is taken by another program; stop that one (see: ss -ltnp "
-                    f"'sport = :{self._port}')"
+                    f"'sport = :{self._port}')",
+                    os.EX_UNAVAILABLE,
                 )
             yield commands.pause(_BIND_RETRY)
             waited += _BIND_RETRY
@@ -168,7 +170,11 @@ class ListenerService(Service):
                     return False
                 missing = problem
         if missing is not None and not self.sockets:
-            raise StartError(f"cannot listen on port {self._port}: {missing.strerror}")
+            raise StartError(
+                f"cannot listen on port {self._port}: {missing.strerror}; see whether lo is up"
+                " (ip address show lo), and how many files may be open (ulimit -n)",
+                os.EX_OSERR,
+            )
         return True
 
     @inlineCallbacks
@@ -361,7 +367,7 @@ class ProxyService(MultiService):
             return problem
 
         if self._starting is None:
-            told.errback(StartError("the service was not started"))
+            told.errback(StartError("the service was not started; start it first"))
         else:
             self._starting.addCallback(tell)
         return told
@@ -414,7 +420,7 @@ class ProxyService(MultiService):
         self._pidfile.claim()
         try:
             self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
-        except StartError:
+        except Exception:
             self._pidfile.release()
             raise
         self._open()

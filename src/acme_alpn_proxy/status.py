@@ -97,7 +97,7 @@ def instances(pidfile: str, owner: int | None) -> list[dict[str, Any]]:
         try:
             answer = ask(path)
         except PermissionError:
-            raise StartError(f"may not ask PID {pid}: run this as root") from None
+            raise StartError(f"may not ask PID {pid}; run this as root", os.EX_NOPERM) from None
         except (OSError, ValueError):
             continue  # it has ended, or is just ending
         if answer:

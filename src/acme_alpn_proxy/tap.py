@@ -111,7 +111,7 @@ def exit_with_line(problem: StartError) -> NoReturn:
     tell, and for ever if none comes.
     """
     print(f"acme-alpn-proxy: {problem}", file=sys.__stderr__)
-    raise SystemExit(1)
+    raise SystemExit(problem.status)
 
 
 def makeService(options: Options) -> IService:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -83,13 +84,21 @@ class Proxy:
     @property
     def guard(self) -> int:
         """The process that removes the rules should the proxy die."""
-        (guard,) = [pid for pid in self.namespace.pids() if _argument(pid, 3) == GUARD]
+        pids = [pid for pid in self.namespace.pids() if _argument(pid, 3) == GUARD]
+        (guard,) = [pid for pid in pids if _leads_its_session(pid)]  # not what it forks meanwhile
         return guard
 
     def kill_with_guard(self) -> None:
         """SIGKILL the process when nobody is left to remove its rules."""
         kill(self.guard)
         self.kill()
+
+
+def _leads_its_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:  # it has ended
+        return False
 
 
 def _argument(pid: int, number: int) -> str:

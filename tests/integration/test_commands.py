@@ -58,7 +58,7 @@ def _nothing_is_left(proxy: Proxy) -> None:
     assert not proxy.pid_file.exists()
 
 
-def _refused(done: Done, pattern: str, status: int = 1) -> None:
+def _refused(done: Done, pattern: str, status: int) -> None:
     """It failed, and said so in one line in which C{pattern} is found: cause, then remedy."""
     assert done.returncode == status, done
     assert done.stdout == ""
@@ -351,7 +351,7 @@ def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None
         for call in range(CALLS_BEFORE_THE_FIRST_RULE + 1, CALLS_OF_A_START + 1):
             fake.reset(failing=call)
             done = warm.run(*proxy.start_words(*AT_ONCE))
-            _refused(done, f"it died before it had started; see {proxy.log_file}")
+            _refused(done, f"it died before it had started; see {proxy.log_file}", 1)
             assert proxy.namespace.rules() == []
             assert proxy.namespace.pids() == [warm.pid]
 
@@ -363,8 +363,9 @@ def test_port_taken(host: Namespace, proxy: Proxy) -> None:
     """Another program has port 21443: C{start} says so, and how to find it."""
     with host.listen("127.0.0.1", PORT) as other:
         done = proxy.start(*AT_ONCE, check=False)
-        _refused(done, rf"port {PORT} is taken by another program; stop that one \(see: ss .*\)")
-        _refused(proxy.start(*AT_ONCE, "-n", check=False), f"port {PORT} is taken")
+        why = rf"port {PORT} is taken by another program; stop that one \(see: ss .*\)"
+        _refused(done, why, os.EX_UNAVAILABLE)
+        _refused(proxy.start(*AT_ONCE, "-n", check=False), why, os.EX_UNAVAILABLE)
         assert host.rules() == []
         assert not proxy.pid_file.exists()
         _said(proxy.run("stop"), "not running")
@@ -379,15 +380,26 @@ def test_pid_file_in_a_folder_that_is_not_there(
     """The PID file cannot be written: C{start} says why, and which variable to set."""
     proxy.env["ACME_ALPN_PROXY_PIDFILE"] = path = str(tmp_path / "missing" / "pid")
     done = proxy.start(*AT_ONCE, *foreground, check=False)
-    _refused(done, f"cannot write the PID file {path}: No such file.*; .*ACME_ALPN_PROXY_PIDFILE")
+    why = f"cannot write the PID file {path}: No such file.*; .*ACME_ALPN_PROXY_PIDFILE"
+    _refused(done, why, os.EX_CANTCREAT)
     _nothing_is_left(proxy)
 
 
 def test_log_file_not_writable(proxy: Proxy, tmp_path: Path) -> None:
-    """The log cannot be written: C{start} says why, and names --logfile."""
+    """The log cannot be written: C{start} says why, and names --logfile; C{run} says the same."""
     proxy.log_file = tmp_path / "missing" / "log"
-    done = proxy.start(*AT_ONCE, check=False)
-    _refused(done, f"cannot write the log file {proxy.log_file}: No such file.*; .*--logfile")
+    why = f"cannot write the log file {proxy.log_file}: No such file.*; .*--logfile"
+    _refused(proxy.start(*AT_ONCE, check=False), why, os.EX_CANTCREAT)
+    done = proxy.run("run", "--logfile", str(proxy.log_file), "--", "echo", "ran", check=False)
+    _refused(done, why, os.EX_CANTCREAT)
+    _nothing_is_left(proxy)
+
+
+def test_log_file_that_nobody_reads(proxy: Proxy, tmp_path: Path) -> None:
+    """C{start} does not wait for somebody to read the FIFO that is to be the log."""
+    proxy.log_file = tmp_path / "fifo"
+    os.mkfifo(proxy.log_file)
+    _refused(proxy.start(*AT_ONCE, check=False), "cannot write the log file", os.EX_CANTCREAT)
     _nothing_is_left(proxy)
 
 
@@ -395,21 +407,76 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
     """Who is not root is told so by C{start} and by C{stop}."""
     command = (*NOBODY_WHO_MAY_WRITE, proxy.program)
     start = host.run(*command, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
-    _refused(start, "failed with status 1: Operation not permitted .*; run this as root")
+    why = "failed with status 1: Operation not permitted .*; run this as root"
+    _refused(start, why, os.EX_NOPERM)
     _nothing_is_left(proxy)
     stop = host.run(*command, "stop", check=False, env=proxy.env)
     _said(stop, "not running")
     proxy.start(*AT_ONCE)
     stop = host.run(*command, "stop", check=False, env=proxy.env)
-    _refused(stop, f"may not signal PID {proxy.pid}: run this as root")
+    _refused(stop, f"may not signal PID {proxy.pid}; run this as root", os.EX_NOPERM)
     proxy.stop(wait=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "pattern"),
+    [
+        ("net_admin", [], "cannot be seen: .*; run this as root, with CAP_NET_ADMIN"),
+        ("net_admin", ["--force"], "failed with status .*; run this as root, with CAP_NET_ADMIN"),
+        ("net_admin", ["--redirect", "sk-lookup"], "; run this as root, with CAP_NET_ADMIN"),
+        ("setuid", ["--uid", "nobody"], "may not become another user or group; run this as root"),
+        ("setgid", ["--gid", "nogroup"], "may not become another user or group; run this as root"),
+    ],
+)
+@pytest.mark.parametrize("foreground", [[], ["-n"]])
+def test_root_who_may_not(
+    proxy: Proxy, missing: str, words: list[str], pattern: str, foreground: list[str]
+) -> None:
+    """Root in a container, who lacks a capability, is told which; nobody has been steered."""
+    proxy.wrapper = ("setpriv", f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
+    done = proxy.start(*AT_ONCE, *words, *foreground, check=False)
+    _refused(done, pattern, os.EX_NOPERM)
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("option", ["--uid", "--gid"])
+def test_user_that_is_not_there(proxy: Proxy, option: str) -> None:
+    """A user or a group that there is not, by name or by number, is refused at once."""
+    for value in ("no-such", "4294967294"):
+        done = proxy.start(*AT_ONCE, option, value, check=False)
+        _refused(done, f"{option} '{value}': there is no such .*; name one", os.EX_NOUSER)
+    _nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("foreground", [[], ["-n"]])
+def test_few_descriptors(proxy: Proxy, foreground: list[str]) -> None:
+    """With next to no files to open it is said where to look, and no process stays behind."""
+    line = f"ulimit -n 10; exec {proxy.start_line(*AT_ONCE, *foreground)}"
+    for redirect in ("none", "sk-lookup"):
+        command = f"{line} --redirect {redirect} --force"
+        done = proxy.namespace.run("sh", "-c", command, check=False, env=proxy.env)
+        assert done.returncode == os.EX_OSERR, done
+        last = done.stderr.splitlines()[-1]
+        assert re.fullmatch(r"acme-alpn-proxy: .*Too many open files.*; .*ulimit -a.*", last), done
+        assert "Traceback" not in done.stderr
+    assert proxy.namespace.pids() == []
+
+
+def test_standard_descriptors_are_closed(proxy: Proxy) -> None:
+    """Called with the three of them closed, by a daemon say, C{start} and C{stop} work."""
+    closed = "0<&- 1>&- 2>&-"
+    for line in (proxy.start_line(*AT_ONCE), f"{proxy.program} stop --wait --linger 0"):
+        proxy.namespace.run("sh", "-c", f"{line} {closed}", env=proxy.env)
+        assert bool(proxy.namespace.rules()) == ("start" in line)
+    _nothing_is_left(proxy)
 
 
 def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
     """No iptables on PATH: C{start} says so."""
     without = ("env", "PATH=/nowhere", proxy.program)
     done = host.run(*without, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
-    _refused(done, "ip6tables: not found on PATH; install ip6tables, .*on PATH")
+    why = "ip6tables: not found on PATH; install ip6tables, .*on PATH"
+    _refused(done, why, os.EX_UNAVAILABLE)
     _nothing_is_left(proxy)
     _said(host.run(*without, "stop", env=proxy.env), "not running")
 
@@ -420,7 +487,8 @@ def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
         for call in range(1, CALLS_OF_A_START + 1):
             fake.reset(failing=call)
             done = warm.run(*proxy.start_words(*AT_ONCE))
-            _refused(done, "tables .*' failed with status 4: iptables: Resource .*; see why")
+            why = "tables .*' failed with status 4: iptables: Resource .*; see why"
+            _refused(done, why, os.EX_OSERR)
             _nothing_is_left(proxy)
         fake.reset(failing=CALLS_OF_A_START + 1)
         _said(warm.run(*proxy.start_words(*AT_ONCE)))
@@ -436,7 +504,7 @@ def test_ipv6_rule_fails(proxy: Proxy, fake: FakeIptables) -> None:
     (fake.directory / "iptables").unlink()
     fake.reset(failing=4)
     done = proxy.start(*AT_ONCE, check=False)
-    _refused(done, "'ip6tables .*-I PREROUTING.*ACME_ALPN_PROXY_DISABLEV6=y")
+    _refused(done, "'ip6tables .*-I PREROUTING.*ACME_ALPN_PROXY_DISABLEV6=y", os.EX_OSERR)
     _nothing_is_left(proxy)
 
 
@@ -451,15 +519,20 @@ def test_lock_of_iptables_is_held(host: Namespace, proxy: Proxy, tmp_path: Path)
     lock = tmp_path / "lock"
     proxy.env |= {"PATH": f"{legacy}:{os.environ['PATH']}", "XTABLES_LOCKFILE": str(lock)}
     done = host.run("flock", lock, proxy.program, *proxy.start_words(), check=False, env=proxy.env)
-    _refused(done, "failed with status 4: .*lock.*; another program holds the lock.* try again")
+    why = "failed with status 4: .*lock.*; another program holds the lock.* try again"
+    _refused(done, why, os.EX_TEMPFAIL)
     _nothing_is_left(proxy)
 
 
 def test_rulespec_that_iptables_refuses(proxy: Proxy) -> None:
-    """A rulespec that iptables does not understand: its words, and the variable, are named."""
+    """A rulespec that iptables, or a shell, does not understand is shown, with the variable."""
     proxy.env["ACME_ALPN_PROXY_RULESPEC"] = "-p tcp --dport 443 -j NOSUCH"
     done = proxy.start(*AT_ONCE, check=False)
-    _refused(done, "failed with status 2: .*NOSUCH.*; see whether ACME_ALPN_PROXY_RULESPEC")
+    why = "failed with status 2: .*NOSUCH.*; see whether ACME_ALPN_PROXY_RULESPEC"
+    _refused(done, why, os.EX_CONFIG)
+    proxy.env["ACME_ALPN_PROXY_RULESPEC"] = "-p tcp 'open"
+    done = proxy.start(*AT_ONCE, check=False)
+    _refused(done, "ACME_ALPN_PROXY_RULESPEC: .*'open\"; quote as in a shell", os.EX_CONFIG)
     _nothing_is_left(proxy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def _refused(road: Street, site: Website, proxy: Proxy, *words: str) -> None:
     ruleset = ["nft", "--stateless", "list", "ruleset"]  # without the counters
     before = host.rules(), host.run(*ruleset).stdout
     refused = proxy.start(check=False)
-    assert refused.returncode == 1, refused
+    assert refused.returncode == os.EX_CONFIG, refused
     for word in (*words, "--force"):
         assert word in refused.stderr
     assert len(refused.stderr.splitlines()) == 1, refused.stderr

@@ -200,7 +200,7 @@ def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, redirec
     rules = proxy.namespace.rules()
     if redirect == "iptables":
         refused = proxy.start("--redirect", redirect, check=False)
-        assert refused.returncode == 1
+        assert refused.returncode == os.EX_CONFIG
         assert re.search(
             "exempt from connection tracking.* -j .*--redirect sk-lookup", refused.stderr
         )
@@ -221,7 +221,7 @@ def test_default_drop_firewall(
     before = proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout
     if redirect == "iptables":
         refused = proxy.start("--redirect", redirect, check=False)
-        assert refused.returncode == 1
+        assert refused.returncode == os.EX_CONFIG
         assert re.search("port 21443, where the firewall drops them: .*sk-lookup", refused.stderr)
         assert proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout == before
         assert [visit(site, road, family) for family in FAMILIES] == [False, False]
@@ -269,7 +269,7 @@ def test_published_by_a_container_engine(road: Street, tmp_path: Path, redirect:
             check=redirect != "sk-lookup",
         )
         if redirect == "sk-lookup":
-            assert started.returncode == 1
+            assert started.returncode == os.EX_CONFIG
             assert re.search("sent elsewhere: .* DOCKER.*--redirect iptables", started.stderr)
         else:
             if redirect == "auto":
@@ -430,7 +430,7 @@ def test_bpf_not_permitted(road: Street, proxy: Proxy) -> None:
     """Without the capability for BPF start says so in one line, with the remedy, and is undone."""
     proxy.wrapper = ("setpriv", "--bounding-set", "-sys_admin,-bpf")
     refused = proxy.start("--redirect", "sk-lookup", check=False)
-    assert refused.returncode == 1
+    assert refused.returncode == os.EX_NOPERM
     assert re.fullmatch(
         r"acme-alpn-proxy: BPF is not permitted; run this as root.*use --redirect iptables\n",
         refused.stderr,

@@ -91,8 +91,12 @@ def test_what_the_command_gets(proxy: Proxy) -> None:
 @pytest.mark.parametrize(
     ("command", "status", "why"),
     [
-        ("no-such-command", 127, "no-such-command: command not found"),
-        ("/etc/passwd", 126, "cannot run /etc/passwd: Permission denied"),
+        ("no-such-command", 127, "no-such-command: command not found; name one that is on PATH"),
+        (
+            "/etc/passwd",
+            126,
+            "cannot run /etc/passwd: Permission denied; name a program that may be executed",
+        ),
     ],
 )
 def test_no_command(proxy: Proxy, command: str, status: int, why: str) -> None:
@@ -164,7 +168,7 @@ def test_cannot_start(proxy: Proxy) -> None:
     """If the proxy cannot start, one line says why, and the command is not run."""
     with proxy.namespace.listen("127.0.0.1", PORT):
         done = _run(proxy, "--", "echo", "done")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (os.EX_UNAVAILABLE, "")
     assert re.fullmatch(f"acme-alpn-proxy: port {PORT} is taken by .*\n", done.stderr)
     assert not proxy.pid_file.exists()
 

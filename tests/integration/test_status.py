@@ -136,8 +136,8 @@ def test_not_root(proxy: Proxy) -> None:
         check=False,
         env=proxy.env,
     )
-    assert done.returncode == 1
-    assert done.stderr == f"acme-alpn-proxy: may not ask PID {proxy.pid}: run this as root\n"
+    assert done.returncode == os.EX_NOPERM
+    assert done.stderr == f"acme-alpn-proxy: may not ask PID {proxy.pid}; run this as root\n"
     proxy.stop(wait=True)
 
 
@@ -169,7 +169,7 @@ def test_metrics(proxy: Proxy) -> None:
     another program has that port the proxy does not start."""
     with proxy.namespace.listen("127.0.0.1", 9443):
         done = proxy.start(*AT_ONCE, "--metrics", "9443", check=False)
-        assert done.returncode == 1
+        assert done.returncode == os.EX_UNAVAILABLE
         assert re.fullmatch("acme-alpn-proxy: --metrics tcp:9443:.* in use.*\n", done.stderr)
         assert proxy.namespace.rules() == []
     proxy.start(*AT_ONCE, "--metrics", "9443")

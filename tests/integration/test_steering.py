@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_redirect_that_would_reach_nobody(tmp_path: Path) -> None:
     with unnumbered_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         proxy = Proxy(road.host.namespace, tmp_path)
         refused = proxy.start(check=False)
-        assert refused.returncode == 1
+        assert refused.returncode == os.EX_CONFIG
         assert "DNAT" in refused.stderr
         assert not proxy.pid_file.exists()
         _nobody_listens_or_is_redirected(road.host.namespace)

@@ -93,10 +93,10 @@ def test_daemon(road: Street, site: Website, host: Namespace, tmp_path: Path) ->
 
 
 def test_foreground_refusal(host: Namespace) -> None:
-    """With -n a refusal is one line on stderr and exit status 1, without a traceback."""
+    """With -n a refusal is one line on stderr and its own exit status, without a traceback."""
     with host.listen("127.0.0.1", PORT):
         refused = host.run(TWISTD, "-n", "--pidfile=", *SUBCOMMAND, check=False)
-    assert refused.returncode == 1
+    assert refused.returncode == os.EX_UNAVAILABLE
     assert re.fullmatch(
         rf"acme-alpn-proxy: port {PORT} is taken by another program; [^\n]*\n", refused.stderr
     )

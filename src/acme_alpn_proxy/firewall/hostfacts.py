@@ -16,6 +16,8 @@ _SIOCGIFADDR: Final = 0x8915
 _IPV6_GLOBAL: Final = 0x00
 """The scope of a global address in /proc/net/if_inet6."""
 
+_CAP_NET_ADMIN: Final = 12
+
 _ROUTE_UP: Final = 0x0001
 _ROUTE_REJECT: Final = 0x0200
 
@@ -142,6 +144,18 @@ def tcp_connections(proc: Path = PROC) -> int:
                 counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
                 total += counts.get("inuse", 0) + counts.get("tw", 0)
     return total
+
+
+def has_capabilities(*numbers: int, proc: Path = PROC) -> bool:
+    """Whether this process has them all in effect (capabilities(7), <linux/capability.h>)."""
+    status = (proc / "self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return all(effective >> number & 1 for number in numbers)
+
+
+def may_administer_network() -> bool:
+    """Whether this process may change the firewall's rules."""
+    return has_capabilities(_CAP_NET_ADMIN)
 
 
 def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:

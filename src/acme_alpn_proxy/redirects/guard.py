@@ -112,7 +112,8 @@ def claim_redirect(
                 claim.close()
                 raise StartError(
                     "another instance redirects :443 here, or is about to end that:"
-                    f" {problem.strerror}; stop it first"
+                    f" {problem.strerror}; stop it first",
+                    os.EX_TEMPFAIL,
                 ) from None
         yield commands.pause(_STEP)
         waited += _STEP
@@ -146,7 +147,9 @@ class Guard:
             except OSError as problem:
                 self._line.close()
                 raise StartError(
-                    f"cannot start /bin/sh as the guard of the rules: {problem.strerror}"
+                    f"cannot start /bin/sh as the guard of the rules: {problem.strerror}; see"
+                    " whether it is there, and look at the limits (ulimit -a)",
+                    os.EX_OSERR,
                 ) from None
         # Commands that run when the proxy is killed hold the line too: the guard removes the rules
         # when none of them is about to add one.
@@ -174,12 +177,14 @@ class Guard:
                 waited += _STEP
                 answer += self._receive()
                 if waited >= ANSWER_DEADLINE:
-                    raise StartError("the guard of the rules does not answer")
+                    raise StartError("the guard of the rules does not answer; it is asked again")
         except OSError as problem:
-            raise StartError(f"the guard of the rules is gone: {problem.strerror}") from None
+            raise StartError(
+                f"the guard of the rules is gone: {problem.strerror}; another one takes over"
+            ) from None
         verdict, *words = answer.decode("utf-8", "backslashreplace").split()
         if verdict == "failed":
-            raise StartError(" ".join(words))
+            raise StartError(f"{' '.join(words)}; see why that command fails")
         return words
 
     @inlineCallbacks

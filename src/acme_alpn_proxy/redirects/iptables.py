@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..commands import NOT_FOUND, Result
-from ..errors import StartError
+from ..errors import AS_ADMINISTRATOR, StartError, not_permitted
 from ..firewall import hostfacts
 from ..firewall.opinion import look
 from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
@@ -255,21 +255,23 @@ class IptablesRedirect:
                     f"visitors come in by {', '.join(names)}, which has no IPv{family} address for "
                     "REDIRECT to map them to, so they would all be dropped; set "
                     f"ACME_ALPN_PROXY_RULESPEC='{shlex.join(_as_dnat(self._rulespec))}', "
-                    "which keeps the address they dialled"
+                    "which keeps the address they dialled",
+                    os.EX_CONFIG,
                 )
 
     @inlineCallbacks
     def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
         for family in self._families:
             reason = yield look(commands, family, self._port)
-            if reason is not None:
-                remedy = "run this as root"
-                if os.geteuid() == 0:
-                    remedy = (
-                        "use --redirect sk-lookup, for which the firewall need not be changed, or"
-                        " steer all the same with --force"
-                    )
-                raise StartError(f"{reason}; {remedy}")
+            if reason is None:
+                continue
+            if not hostfacts.may_administer_network():
+                raise not_permitted(reason)
+            raise StartError(
+                f"{reason}; use --redirect sk-lookup, for which the firewall need not be changed,"
+                " or steer all the same with --force",
+                os.EX_CONFIG,
+            )
 
     def _warn_of_small_table(self) -> None:
         limit = hostfacts.max_tracked_connections()
@@ -298,18 +300,22 @@ class IptablesRedirect:
     def _refusal(self, family: int, result: Result) -> StartError:
         binary = BINARIES[family]
         if result.code == NOT_FOUND:
+            status = os.EX_UNAVAILABLE
             remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
-        elif os.geteuid() != 0:
-            remedy = "run this as root"
+        elif not hostfacts.may_administer_network():
+            status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
         elif "lock" in result.output:
+            status = os.EX_TEMPFAIL
             remedy = "another program holds the lock of iptables: try again when it has finished"
         elif self._custom:
+            status = os.EX_CONFIG
             remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
         else:
-            remedy = f"see why '{binary} -t nat -L' does not work here"
-        if family == 6:
+            status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
+        if family == 6 and status != os.EX_NOPERM:
             remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
         return StartError(
             f"'{shlex.join(result.argv)}' failed with status {result.code}: "
-            f"{result.one_line}; {remedy}"
+            f"{result.one_line}; {remedy}",
+            status,
         )

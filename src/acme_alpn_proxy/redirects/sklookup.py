@@ -24,7 +24,8 @@ from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..errors import StartError
+from ..errors import StartError, not_permitted
+from ..firewall.hostfacts import may_administer_network
 from ..firewall.opinion import look_whether_sent_elsewhere
 from ..interfaces import ICommands, IRedirect
 from . import bpf
@@ -139,13 +140,16 @@ class SkLookupRedirect:
             with _loaded_program([]):
                 pass
         except OSError as problem:
-            raise StartError(_why_refused(problem)) from None
+            raise _refusal(problem) from None
         for family in () if self._force else self._hosts:
             reason = yield look_whether_sent_elsewhere(commands, family)
             if reason is not None:
+                if not may_administer_network():
+                    raise not_permitted(reason)
                 raise StartError(
                     f"{reason}; use --redirect iptables, whose rule comes first, or steer all the"
-                    " same with --force"
+                    " same with --force",
+                    os.EX_CONFIG,
                 )
         return tuple(self._hosts.values())
 
@@ -153,7 +157,7 @@ class SkLookupRedirect:
         try:
             self._link = self._attach(listeners)
         except OSError as problem:
-            return fail(StartError(_why_refused(problem)))
+            return fail(_refusal(problem))
         if len(listeners) < len(self._hosts):
             self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
         return succeed(None)
@@ -203,19 +207,28 @@ def _loaded_program(listeners: Sequence[socket.socket]) -> Iterator[int]:
         yield program
 
 
-def _why_refused(problem: OSError) -> str:
-    """Cause and remedy, on one line."""
+def _refusal(problem: OSError) -> StartError:
     kernel = f"{platform.release()} on {platform.machine()}"
     if isinstance(problem, bpf.Refused) and problem.reason:
-        cause = f"the kernel ({kernel}) refuses the BPF program: {problem.reason}"
-        remedy = "report this"
-    elif problem.errno == errno.EPERM:
-        cause = "BPF is not permitted"
-        remedy = "run this as root, with CAP_BPF and CAP_NET_ADMIN where it runs in a container"
-    elif problem.errno in (errno.ENOSYS, errno.EINVAL):
-        cause = f"this kernel ({kernel}) has no BPF sk_lookup"
-        remedy = "run Linux 5.9 or newer, on x86-64 or aarch64"
-    else:
-        cause = f"cannot steer by BPF sk_lookup: {problem.strerror}"
-        remedy = "free some memory and start again"
-    return f"{cause}; {remedy}, or use --redirect iptables"
+        return StartError(
+            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this, or use"
+            " --redirect iptables",
+            os.EX_UNAVAILABLE,
+        )
+    if problem.errno == errno.EPERM:
+        return StartError(
+            "BPF is not permitted; run this as root, with CAP_BPF and CAP_NET_ADMIN where it runs"
+            " in a container, or use --redirect iptables",
+            os.EX_NOPERM,
+        )
+    if problem.errno in (errno.ENOSYS, errno.EINVAL):
+        return StartError(
+            f"this kernel ({kernel}) has no BPF sk_lookup; run Linux 5.9 or newer, on x86-64 or"
+            " aarch64, or use --redirect iptables",
+            os.EX_UNAVAILABLE,
+        )
+    return StartError(
+        f"cannot steer by BPF sk_lookup: {problem.strerror}; free some memory and look at the"
+        " limits (ulimit -a), or use --redirect iptables",
+        os.EX_OSERR,
+    )
