@@ -37,7 +37,7 @@ class Target:
         self.factories: list[Any] = []
         self.transports: list[StringTransport] = []
 
-    def connect(self, factory: Any) -> Any:
+    def connect(self, factory: Any, first: bytes = b"") -> Any:
         self.factories.append(factory)
         transport = StringTransport()
         self.transports.append(transport)

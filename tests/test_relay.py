@@ -123,6 +123,34 @@ class SpliceRelayTests(TransportCase):
             made = relay_between(front, back, NoHangupWatch(), self.pipes)
             self.assertIs(type(made), TransportRelay)
 
+    def test_sent_ahead(self) -> None:
+        """What the target's transport has sent already is not sent again."""
+        self.back.transport.unregisterProducer()
+        self.front.transport.unregisterProducer()
+        self.back.transport.sent_ahead = 3
+        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipes)
+        made.start(b"hello")
+        self.assertEqual(self.server.recv(5), b"lo")
+        self.assertEqual(made.moved, (5, 0))
+
+    def test_last_words(self) -> None:
+        """Bytes that came before a reset, or behind which a FIN was awaited, come out before it."""
+        for end in ("reset", "no FIN"):
+            for near, far in (("front", "visitor"), ("back", "server")):
+                sender = getattr(self, far)
+                receiver = self.server if sender is self.visitor else self.visitor
+                transport = getattr(self, near).transport
+                if end == "reset":
+                    sender.sendall(b"last words")
+                else:
+                    transport.finishing = True
+                    self.relay.received(transport, b"last words")
+                reset(sender)
+                self.turn(lambda: self.front.lost and self.back.lost)
+                self.assertEqual(receiver.recv(20), b"last words", (end, far))
+                self.assertTrue(was_reset(receiver))
+                self.setUp()
+
     def test_small(self) -> None:
         """Small pieces are copied, without a pipe."""
         for _ in range(3):

@@ -703,11 +703,11 @@ class ConnectorTests(TransportCase):
         self.addCleanup(self.deadlines.close)
         self.client = Client()
 
-    def dial(self, address: Any = None) -> Any:
+    def dial(self, address: Any = None, first: bytes = b"") -> Any:
         where = address or self.listener.getsockname()
         dialer = Dialer(self.poller, self.shortage, self.deadlines, socket.AF_INET, where)
         verifyObject(ITarget, dialer)
-        return dialer.connect(self.client)
+        return dialer.connect(self.client, first)
 
     def accept(self) -> socket.socket:
         connection, _ = self.listener.accept()
@@ -737,6 +737,14 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         tcp.loseConnection()
         self.assertEqual(self.client.made[0].story, ["made", "lost"])
+
+    def test_sent_ahead(self) -> None:
+        """What the protocol is going to write first is on its way before there is a protocol."""
+        self.dial(first=b"hello")
+        target = self.accept()
+        self.assertEqual(target.recv(9), b"hello")
+        self.assertEqual(self.client.made[0].transport.sent_ahead, 5)
+        self.client.made[0].transport.abortConnection()
 
     def test_segments(self) -> None:
         """The ACK that ends the handshake goes with the first bytes: two segments, not three."""

@@ -52,6 +52,10 @@ class IDescriptorTransport(Interface):
         """Whether the peer's FIN has come: the bytes before it are read, and it itself, at once."""
     )
 
+    sent_ahead = Attribute(
+        """How many of the bytes that L{ITarget.connect} was shown have been sent by now."""
+    )
+
     def write(data: bytes, flags: int = 0) -> None:
         """As in C{ITransport}; C{flags} are those of send(2)."""
 
@@ -74,10 +78,11 @@ class IDescriptorTransport(Interface):
 class ITarget(Interface):
     """A way to connect to an address."""
 
-    def connect(factory: ClientFactory) -> IConnector | None:
+    def connect(factory: ClientFactory, first: bytes = b"") -> IConnector | None:
         """Connect the factory's protocol, or call its C{clientConnectionFailed}.
 
-        Either may come before this returns; then there need not be a connector.
+        Either may come before this returns; then there need not be a connector. C{first} is what
+        the protocol is going to write first: it may be sent ahead, before there is a protocol.
         """
 
 

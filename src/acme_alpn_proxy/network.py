@@ -38,7 +38,7 @@ class EndpointTarget:
         self._timeout = timeout
         self._clock = clock
 
-    def connect(self, factory: ClientFactory) -> Any:
+    def connect(self, factory: ClientFactory, first: bytes = b"") -> Any:
         attempt = self._endpoint.connect(factory)
         connecting = _Connecting(attempt)
         attempt.addTimeout(self._timeout, self._clock, self._unanswered)

@@ -205,7 +205,8 @@ class ProxyServer(Protocol):
         route = factory.routing.route(verdict)
         self._passage = factory.decided(self.transport, route, verdict)
         self._connecting = True
-        connector = factory.connect(route, self)
+        assert self._parser is not None
+        connector = factory.connect(route, self, bytes(self._parser.received))
         if self._connecting:  # still
             self._connector = connector
             self.transport.pauseProducing()
@@ -263,9 +264,12 @@ class ProxyServerFactory(ServerFactory):
         self.hangups: IHangupWatch = NoHangupWatch()
         self._targets = targets
 
-    def connect(self, route: Route, server: ProxyServer) -> Any:
-        """Connect the route's target to C{server}; gives the connector."""
-        return self._targets[route].connect(ProxyClientFactory(server, route))
+    def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
+        """Connect the route's target to C{server}, whose visitor has sent C{first}.
+
+        @return: the connector, if there is something to wait for.
+        """
+        return self._targets[route].connect(ProxyClientFactory(server, route), first)
 
     def hold(self, size: int) -> None:
         """C{size} more bytes of half hellos are held."""

@@ -81,7 +81,9 @@ class Relay:
         back.registerProducer(_Source(self, front), True)
         front.registerProducer(_Source(self, back), True)
         front.resumeProducing()
-        back.write(first)
+        rest = first[getattr(back, "sent_ahead", 0) :]  # see IDescriptorTransport
+        if rest:
+            back.write(rest)
 
     def received(self, source: object, data: bytes) -> None:
         self.quiet = 0
@@ -369,9 +371,12 @@ class SpliceRelay(Relay):
         else:
             self._from_back += size
 
-    def lost(self, source: object) -> None:
+    def lost(self, source: Any) -> None:
         if not self._ended:
-            self._reset(self._other(source))
+            sink = self._other(source)
+            if source.finishing:  # and yet no FIN came, for which bytes may wait (see tcp(7))
+                sink.setTcpNoDelay(True)
+            self._reset(sink)
         if self._splices is not None:
             for splice in self._splices.values():
                 splice.drop()

@@ -266,7 +266,7 @@ class Connection:
     """A connected socket and its protocol.
 
     @ivar connected: until C{connectionLost}.
-    @ivar finishing: see L{IDescriptorTransport}.
+    @ivar finishing, sent_ahead: see L{IDescriptorTransport}.
     """
 
     __slots__ = (
@@ -287,12 +287,15 @@ class Connection:
         "connected",
         "finishing",
         "protocol",
+        "sent_ahead",
     )
 
     disconnecting = False
     read_size = READ_SIZE
 
-    def __init__(self, poller: Poller, sock: SocketType, address: Any, protocol: Any) -> None:
+    def __init__(
+        self, poller: Poller, sock: SocketType, address: Any, protocol: Any, sent_ahead: int = 0
+    ) -> None:
         """
         @param address: the peer's, as the socket module has it.
         """
@@ -302,6 +305,7 @@ class Connection:
         self._address = address
         self.protocol = protocol
         self._half_closes = IHalfCloseableProtocol.providedBy(protocol)
+        self.sent_ahead = sent_ahead
         self.connected = True
         self.finishing = False
         self._events = _READ
@@ -330,7 +334,7 @@ class Connection:
     def ready(self, events: int) -> None:
         if events & _READ_OR_ENDED and self._events & _READ:
             if events & _FINISHED:
-                self.finishing = True
+                self.finishing |= not events & _RESET
                 self.doRead()
                 if self._events & _READ:  # still: the end may come next
                     self.doRead()
@@ -591,6 +595,7 @@ class Port:
         """
         self._poller = poller
         self._shortage = shortage
+        self._family = listener.family
         # socket.accept makes an object of Python's; this is the one of C under it.
         self._socket = SocketType(
             listener.family, listener.type, listener.proto, os.dup(listener.fileno())
@@ -647,31 +652,39 @@ class Port:
         self._update()
 
     def ready(self, events: int) -> None:
-        listener, family, poller = self._socket, self._socket.family, self._poller
-        # To ask how many wait costs a tenth of an accept(2) in vain.
-        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
-        (waiting,) = _backlog(info, _INFO_SIZE - 4)
-        for _ in range(min(waiting, _ACCEPTS)):
-            if self._paused or not self._listening:
+        if not self._accept() or not self._listening:
+            return
+        # How many more wait is asked when the first is on his way, and for a tenth of what an
+        # accept(2) in vain takes.
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        (more,) = _backlog(info, _INFO_SIZE - 4)
+        for _ in range(min(more, _ACCEPTS)):
+            if not self._accept():
                 return
-            if self._shortage.waiting:  # a visitor that was accepted before comes first
-                self._wait()
-                return
-            try:
-                descriptor, address = listener._accept()  # type: ignore[attr-defined]
-            except BlockingIOError:
-                break
-            except OSError as problem:
-                if problem.errno not in _VISITOR_GONE:
-                    self._shortage.tell(problem)
-                    self._wait()
-                    return
-                continue
-            sock = SocketType(family, socket.SOCK_STREAM, 0, descriptor)
-            sock.setblocking(False)
-            _take(poller, sock, address, self._factory)
-        if waiting <= _ACCEPTS:
+        if more <= _ACCEPTS:
             self._shortage.over()
+
+    def _accept(self) -> bool:
+        """Accept one visitor; whether the next one may be."""
+        if self._paused or not self._listening:
+            return False
+        if self._shortage.waiting:  # a visitor that was accepted before comes first
+            self._wait()
+            return False
+        try:
+            descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
+        except BlockingIOError:
+            return False
+        except OSError as problem:
+            if problem.errno in _VISITOR_GONE:
+                return True
+            self._shortage.tell(problem)
+            self._wait()
+            return False
+        sock = SocketType(self._family, socket.SOCK_STREAM, 0, descriptor)
+        sock.setblocking(False)
+        _take(self._poller, sock, address, self._factory)
+        return True
 
 
 @implementer(ITarget)
@@ -697,44 +710,44 @@ class Dialer:
         self._family = family
         self._address = address
 
-    def connect(self, factory: ClientFactory) -> Connector | None:
-        """Connect the factory's protocol; if that takes no waiting, before this returns."""
-        sock, problem = self.dial()
+    def connect(self, factory: ClientFactory, first: bytes = b"") -> Connector | None:
+        sock, problem, sent = self.dial(first)
         if not problem:
-            self.establish(sock, factory.buildProtocol(self.destination))
+            self.establish(sock, factory.buildProtocol(self.destination), sent)
             return None
         connector = Connector(self, factory)
         connector.take(sock, problem)
         return connector
 
-    def dial(self) -> tuple[Any, int | None]:
-        """A socket, if there can be one, and what hinders its connection: an C{errno}, or 0.
+    def dial(self, first: bytes = b"") -> tuple[Any, int | None, int]:
+        """Make a socket, connect it, and send C{first}, if all this takes no waiting.
 
-        C{EINPROGRESS}: nothing but time.
+        @return: the socket, if there can be one; what hinders its connection, an C{errno} or 0
+            (C{EINPROGRESS}: nothing but time); and how much of C{first} was sent.
         """
         sock = None
         try:
             sock = SocketType(self._family, _NON_BLOCKING)
-            _tune(sock)
             # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             problem = sock.connect_ex(self._address)
-            if problem == errno.EINPROGRESS:
-                # Over loopback it is connected all the same. To ask is cheaper than to wait.
-                sock.send(b"")
-                problem = 0
+            if problem and problem != errno.EINPROGRESS:
+                return sock, problem, 0
+            # Over loopback it is connected all the same. To try is cheaper than to wait, and the
+            # target has something to do while the rest is made here.
+            return sock, 0, sock.send(first)
         except BlockingIOError:
-            return sock, errno.EINPROGRESS
+            return sock, errno.EINPROGRESS, 0
         except OSError as error:
-            return sock, error.errno
-        return sock, problem
+            return sock, error.errno, 0
 
-    def establish(self, sock: SocketType, protocol: Any) -> Connection | None:
+    def establish(self, sock: SocketType, protocol: Any, sent: int = 0) -> Connection | None:
         """Give a connected socket its protocol, if it is to have one."""
         if protocol is None:
             sock.close()
             return None
-        connection = Connection(self.poller, sock, self._address, protocol)
+        _tune(sock)
+        connection = Connection(self.poller, sock, self._address, protocol, sent)
         connection.begin(read=False)
         return connection
 
@@ -754,7 +767,7 @@ class Connector:
         self._connection: Connection | None = None
 
     def connect(self) -> None:
-        self.take(*self._dialer.dial())
+        self.take(*self._dialer.dial()[:2])
 
     def take(self, sock: SocketType | None, problem: int | None) -> None:
         """Go on with what L{Dialer.dial} has given."""
@@ -788,7 +801,7 @@ class Connector:
 
     def _retry(self) -> None:
         if self._pending:
-            self._judge(*self._dialer.dial())
+            self._judge(*self._dialer.dial()[:2])
 
     def _judge(self, sock: SocketType | None, problem: int | None) -> None:
         self._socket = sock
