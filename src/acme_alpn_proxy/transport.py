@@ -9,6 +9,7 @@ does not take all; every connection has TCP_NODELAY and SO_KEEPALIVE from the st
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import select
 import socket
@@ -112,6 +113,12 @@ _log = Logger()
 
 _DONE: Final = Failure(ConnectionDone())
 _ABORTED: Final = Failure(ConnectionAborted())
+
+
+@functools.cache
+def _lost(problem: int | None) -> Failure:
+    """How a protocol is told of an C{errno}: many a connection ends by a reset."""
+    return Failure(ConnectionLost(f"{os.strerror(problem or 0)} ({problem})"))
 
 
 class Handler(Protocol):
@@ -348,7 +355,7 @@ class Connection:
             and self.connected
             and (problem := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         ):
-            self.failed(OSError(problem, os.strerror(problem)))
+            self.connectionLost(_lost(problem))
 
     def _want(self, events: int) -> None:
         if self.connected:
@@ -502,7 +509,7 @@ class Connection:
             self.connectionLost(_ABORTED)
 
     def failed(self, problem: OSError) -> None:
-        self.connectionLost(Failure(ConnectionLost(f"{problem.strerror} ({problem.errno})")))
+        self.connectionLost(_lost(problem.errno))
 
     def connectionLost(self, reason: Failure) -> None:
         """Close the socket and tell the protocol; a second time it does nothing."""
