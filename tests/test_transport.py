@@ -602,6 +602,34 @@ class PortTests(TransportCase):
         self.turn_all()
         self.assertEqual(visitor.recv(1), b"")
 
+    def test_error_in_the_factory(self) -> None:
+        """One for whom the factory fails is closed, and the next one is accepted."""
+        self.kind = lambda: 1 // 0
+        visitor = self.visit()
+        self.turn_all()
+        self.assertEqual(visitor.recv(1), b"")
+        self.assertEqual([line["log_level"].name for line in self.lines], ["critical"])
+        self.flushLoggedErrors(ZeroDivisionError)
+        _, protocol = self.connect()
+        protocol.transport.abortConnection()
+
+    def test_stopped_by_the_first(self) -> None:
+        """Stopped by one that it accepts, it asks for no more."""
+        visitor = self.visit()
+        self.kind = lambda: self.port.stopListening() and HalfNoting()
+        self.turn_all()
+        self.assertEqual(len(self.accepted), 1)
+        visitor.close()
+        self.accepted[0].transport.abortConnection()
+
+    def test_addresses(self) -> None:
+        """The factory is told who comes."""
+        told: list[Any] = []
+        self.factory.buildProtocol = lambda address: told.append(address)  # type: ignore
+        visitor = self.visit()
+        self.turn_all()
+        self.assertEqual((told[0].host, told[0].port), visitor.getsockname())
+
     def test_adopt(self) -> None:
         """A connection that was accepted elsewhere can be given to it, unless it has gone."""
         self.port.pauseProducing()

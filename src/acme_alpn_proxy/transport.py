@@ -189,7 +189,11 @@ class Poller:
         for _ in range(_ROUNDS):
             # Whose events these are is found out first: one handler may end another one, and a
             # new one may get the number of that.
-            found = [(handlers[each], events) for each, events in epoll.poll(timeout, _EVENTS)]
+            found = [
+                (handlers[descriptor], events)
+                for descriptor, events in epoll.poll(timeout, _EVENTS)
+                if descriptor in handlers
+            ]
             if not found:
                 return
             for handler, events in found:
@@ -576,11 +580,12 @@ def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
 
 
 def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
-    """Give an accepted socket its protocol, and that what has come by now.
-
-    The factory is not told by whom: C{getPeer} of the transport is, when somebody asks.
-    """
-    protocol = factory.buildProtocol(None)
+    """Give an accepted socket its protocol, and that what has come by now."""
+    try:
+        protocol = factory.buildProtocol(twisted_address(address))
+    except Exception:
+        _log.failure("Error in a factory")
+        protocol = None
     if protocol is None:
         sock.close()
     else:
