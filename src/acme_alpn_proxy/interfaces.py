@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IReadDescriptor
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
@@ -108,8 +107,11 @@ class INetwork(Interface):
         """Give back what C{open} took. All connections have ended."""
 
 
-class IPoller(IReadDescriptor):
-    """One epoll for many descriptors; what is in it has C{ready(events)} and C{connectionLost}."""
+class IPoller(Interface):
+    """One epoll for many descriptors; what is in it has C{ready(events)} and C{connectionLost}.
+
+    It is an C{IReadDescriptor}, too.
+    """
 
     READ = Attribute("""The event that there is something to read.""")
 

@@ -131,7 +131,7 @@ class Handler(Protocol):
         """C{ready} has raised an exception: end."""
 
 
-@implementer(IPoller)
+@implementer(IPoller, IReadDescriptor)
 class Poller:
     """One epoll for all lean descriptors, itself one of the reactor's or the other way round."""
 
