@@ -1,6 +1,6 @@
 # make demo   a certificate from a test CA, in throwaway network namespaces, under visitors
 # make test   everything that CI runs
-# make docs  the documents as HTML, build/docs/index.html
+# make docs   the documents as HTML, build/docs/index.html
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look

@@ -26,6 +26,7 @@ _HANDSHAKE: Final = 0x16
 _RECORD_HEADER: Final = 5
 _CLIENT_HELLO: Final = 0x01
 _MESSAGE_HEADER: Final = 4
+_BOTH_HEADERS: Final = _RECORD_HEADER + _MESSAGE_HEADER
 _SERVER_NAME: Final = 0
 _HOST_NAME: Final = 0
 _both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
@@ -168,11 +169,11 @@ def _parse_body(hello: bytes) -> ClientHello:
 
 def _body_in_one_record(wire: bytes) -> bytes | None:
     """The body of a hello that has come whole and in one record, as nearly every hello does."""
-    if len(wire) < _RECORD_HEADER + _MESSAGE_HEADER:
+    if len(wire) < _BOTH_HEADERS:
         return None
     content, version, record, message, high, low = _both_headers(wire)
     length = high << 16 | low
-    end = _RECORD_HEADER + _MESSAGE_HEADER + length
+    end = _BOTH_HEADERS + length
     if (
         content == _HANDSHAKE
         and version == 3
@@ -180,7 +181,7 @@ def _body_in_one_record(wire: bytes) -> bytes | None:
         and _MESSAGE_HEADER + length <= record <= MAX_RECORD
         and end <= len(wire)
     ):
-        return wire[_RECORD_HEADER + _MESSAGE_HEADER : end]
+        return wire[_BOTH_HEADERS:end]
     return None
 
 

@@ -264,7 +264,7 @@ class ProxyOptions(usage.Options):
             self["rulespec"] = shlex.split(rulespec) or None
         except ValueError as problem:
             raise Unusable(
-                f"ACME_ALPN_PROXY_RULESPEC: {problem} in {rulespec!r}; quote as in a shell",
+                f"{RULESPEC_VARIABLE}: {problem} in {rulespec!r}; quote as in a shell",
                 os.EX_CONFIG,
             ) from None
 

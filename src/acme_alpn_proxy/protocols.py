@@ -142,10 +142,8 @@ class ProxyServer(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._passage is None:
             self._leave_hellos()
-        self._connecting = False
-        connector = self._connector
+        connector = self._end_wait()
         if connector is not None:
-            self._reached()
             connector.stopConnecting()
         self.end_lost(self.transport)
 
@@ -180,9 +178,7 @@ class ProxyServer(Protocol):
 
     def target_connected(self, transport: Any) -> None:
         """The target's end is there."""
-        self._connecting = False
-        if self._connector is not None:
-            self._reached()
+        self._end_wait()
         self._ends += 1
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
@@ -193,9 +189,7 @@ class ProxyServer(Protocol):
     def target_failed(self, route: Route, failure: Failure) -> None:
         """The target cannot be connected."""
         if self._connecting:
-            self._connecting = False
-            if self._connector is not None:
-                self._reached()
+            self._end_wait()
             self.factory.unreachable(self._passage, route, failure)
             self.abort()
 
@@ -212,10 +206,13 @@ class ProxyServer(Protocol):
             self.transport.pauseProducing()
             factory.hangups.add(self.transport, self.abort)
 
-    def _reached(self) -> None:
-        """The wait for the target is over, whether it was reached or not."""
-        self._connector = None
-        self.factory.hangups.discard(self.transport)
+    def _end_wait(self) -> Any:
+        """The target is waited for no longer, reached or not; gives the connector, if any."""
+        self._connecting = False
+        connector, self._connector = self._connector, None
+        if connector is not None:
+            self.factory.hangups.discard(self.transport)
+        return connector
 
     def _leave_hellos(self) -> None:
         self.factory.hellos.discard(self)

@@ -95,7 +95,7 @@ class Relay:
             self._front.write(data)
 
     def finished(self, source: Any) -> None:
-        sink = self._back if source is self._front else self._front
+        sink = self._other(source)
         sink.unregisterProducer()
         if self._finished is None or self._finished is source:
             self._finished = source

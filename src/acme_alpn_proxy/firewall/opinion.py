@@ -77,12 +77,9 @@ _PRIORITIES: Final = {"raw": -300, "mangle": -150, "nat": _DNAT_PRIORITY}
 
 def drops(firewall: Firewall, visit: Visit) -> Verdict:
     """Whether visitors are dropped on their way from the redirect to the proxy's port."""
-    for base in _bases(firewall, visit):
-        if base.sees_proxy_port:
-            verdict = judge(base.chains, base.name)
-            if isinstance(verdict, Caught):
-                return verdict
-    return Passed()
+    return _first_caught(
+        (base for base in _bases(firewall, visit) if base.sees_proxy_port), Action.DROP
+    )
 
 
 def exempts_from_tracking(firewall: Firewall, visit: Visit) -> Verdict:
@@ -90,12 +87,9 @@ def exempts_from_tracking(firewall: Firewall, visit: Visit) -> Verdict:
 
     @param visit: to the port before the redirect, L{HTTPS}.
     """
-    for base in _bases(firewall, visit):
-        if base.before_tracking:
-            verdict = judge(base.chains, base.name, Action.NOTRACK)
-            if isinstance(verdict, Caught):
-                return verdict
-    return Passed()
+    return _first_caught(
+        (base for base in _bases(firewall, visit) if base.before_tracking), Action.NOTRACK
+    )
 
 
 def sends_elsewhere(firewall: Firewall, visit: Visit) -> Verdict:
@@ -103,11 +97,17 @@ def sends_elsewhere(firewall: Firewall, visit: Visit) -> Verdict:
 
     @param visit: to the port that they dial, L{HTTPS}.
     """
-    for base in _bases(firewall, visit):
-        if base.hook == "prerouting":
-            verdict = judge(base.chains, base.name, Action.TRANSLATE)
-            if isinstance(verdict, Caught):
-                return verdict
+    return _first_caught(
+        (base for base in _bases(firewall, visit) if base.hook == "prerouting"), Action.TRANSLATE
+    )
+
+
+def _first_caught(bases: Iterable[_Base], what: Action) -> Verdict:
+    """The verdict of the first of these chains that does C{what} to visitors."""
+    for base in bases:
+        verdict = judge(base.chains, base.name, what)
+        if isinstance(verdict, Caught):
+            return verdict
     return Passed()
 
 

@@ -109,7 +109,7 @@ class _End(Enum):
     FELL_THROUGH = "fell through"
 
 
-def judge(chains: Mapping[str, Chain], name: str, what: Action = Action.DROP) -> Verdict:
+def judge(chains: Mapping[str, Chain], name: str, what: Action) -> Verdict:
     """Whether visitors that enter the base chain C{name} run into a rule that does C{what}."""
     end = _follow(chains, name, what)
     if isinstance(end, Caught):
