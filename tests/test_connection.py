@@ -386,7 +386,7 @@ class BulkTests(ConnectionTests):
         self.start()
 
     def held(self, transport: Any) -> int:
-        return len(transport._buffer)
+        return len(transport.waiting)
 
     @in_thread
     def test_back_pressure(self) -> None:

@@ -184,7 +184,7 @@ class TransportCase(SynchronousTestCase):
     def fill_from_here(self, protocol: Any) -> int:
         """Write until something waits in the transport; how many bytes were written."""
         written = 0
-        while not protocol.transport._buffer:
+        while not protocol.transport.waiting:
             protocol.transport.write(bytes(65_536))
             written += 65_536
         return written
@@ -373,6 +373,45 @@ class ConnectionTests(TransportCase):
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 2)
         self.connect()
 
+    def test_last_bytes(self) -> None:
+        """Who is given the last bytes can know that they are; what follows is the end-of-file."""
+        visitor, protocol = self.connect()
+        finishing: list[bool] = []
+        protocol.on_data = lambda: finishing.append(protocol.transport.finishing)
+        visitor.sendall(b"not the last")
+        self.turn(lambda: protocol.data)
+        visitor.sendall(b"the last")
+        visitor.close()
+        self.turn_all()
+        self.assertEqual(protocol.story, ["made", "end of file"])
+        self.assertEqual(finishing, [False, True])
+
+    def test_event_of_another(self) -> None:
+        """The event of a closed connection whose number this one has, and that a process about to
+        be spawned holds, does no harm."""
+        visitor, protocol = self.connect()
+        everything = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLHUP
+        for events in (everything, everything | select.EPOLLERR):
+            protocol.transport.ready(events)
+            visitor.sendall(b"x")
+            protocol.transport.ready(events)
+            self.assertFalse(protocol.transport.finishing)
+            protocol.transport.pauseProducing()
+            protocol.transport.ready(events)
+            protocol.transport.resumeProducing()
+        self.turn_all()
+        self.assertEqual((protocol.data, protocol.story), (b"xx", ["made"]))
+
+    def test_closed_and_held_elsewhere(self) -> None:
+        """A closed connection that another process holds is reported once at most."""
+        visitor, protocol = self.connect()
+        copy = os.dup(protocol.transport.fileno())
+        self.addCleanup(os.close, copy)
+        protocol.transport.loseConnection()
+        visitor.sendall(b"to nobody")
+        self.turn_all()
+        self.assertEqual(protocol.data, b"")
+
     def test_number_used_again(self) -> None:
         """An event of one that an earlier event of the same batch has ended is not taken for one of
         its successor under the same number."""
@@ -491,9 +530,9 @@ class WriteTests(TransportCase):
         _, protocol = self.connect()
         protocol.transport.doWrite()
         self.fill_from_here(protocol)
-        waiting = len(protocol.transport._buffer)
+        waiting = len(protocol.transport.waiting)
         protocol.transport.doWrite()
-        self.assertEqual(len(protocol.transport._buffer), waiting)
+        self.assertEqual(len(protocol.transport.waiting), waiting)
 
     def test_kernel_full(self) -> None:
         """What is written when the kernel takes nothing waits, and goes out in pieces later."""
@@ -505,10 +544,10 @@ class WriteTests(TransportCase):
         except BlockingIOError:
             pass
         protocol.transport.write(bytes(20_000_000))
-        self.assertEqual(len(protocol.transport._buffer), 20_000_000)
+        self.assertEqual(len(protocol.transport.waiting), 20_000_000)
         self.read_all(visitor, count + 20_000_000)
         self.turn_all()
-        self.assertEqual(protocol.transport._buffer, b"")
+        self.assertEqual(protocol.transport.waiting, b"")
 
     def test_reset_before_the_rest(self) -> None:
         """A reset that is met when the rest is written ends the connection."""
@@ -538,6 +577,7 @@ class WriteTests(TransportCase):
         def read() -> None:
             story.append("read")
             protocol.transport.read_by(None)
+            protocol.transport.again()
 
         def write() -> None:
             story.append("write")
@@ -754,13 +794,13 @@ class ConnectorTests(TransportCase):
         return full.getsockname()
 
     def test_at_once(self) -> None:
-        """Over loopback it is connected when the call returns, without delay or keepalive lost, and
-        there is nothing to be stopped."""
+        """Over loopback it is connected when the call returns, without a delay of our own or
+        keepalive, which a peer on this host does not need, and there is nothing to be stopped."""
         self.assertIsNone(self.dial())
         self.assertEqual(self.client.made[0].story, ["made"])
         tcp = self.client.made[0].transport
         self.assertTrue(tcp.getTcpNoDelay())
-        self.assertTrue(tcp.getTcpKeepAlive())
+        self.assertFalse(tcp.getTcpKeepAlive())
         self.assertEqual(tcp.getPeer(), twisted_address(self.listener.getsockname()))
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         tcp.loseConnection()

@@ -47,10 +47,13 @@ class IDescriptorTransport(Interface):
     """
 
     read_size = Attribute("""Bytes that the protocol is given at most at once.""")
-    finishing = Attribute(
-        """Whether the peer's FIN has come: the bytes before it are read, and it itself, at once."""
+    receive = Attribute(
+        """What is called with the bytes that are read: the protocol's C{dataReceived}, until
+        another is put here."""
     )
-
+    finishing = Attribute("""Whether the peer's FIN has been read: no bytes follow.""")
+    waiting = Attribute("""The bytes that were written and are not yet taken by the kernel.""")
+    producer = Attribute("""Who is paused while bytes wait, or L{None}.""")
     sent_ahead = Attribute(
         """How many of the bytes that L{ITarget.connect} was shown have been sent by now."""
     )
@@ -64,8 +67,14 @@ class IDescriptorTransport(Interface):
     def doRead() -> None:
         """Read now, as if there were something."""
 
+    def again() -> None:
+        """Be told of what there is to read, as if it had come just now."""
+
     def read_by(reader: Callable[[], None] | None) -> None:
-        """Call C{reader()} when there is something to read; C{None}: read it for the protocol."""
+        """Call C{reader()} when there is something to read; C{None}: read it for the protocol.
+
+        The reader reads all there is, or asks for it C{again}.
+        """
 
     def write_by(writer: Callable[[], None] | None) -> None:
         """Call C{writer()} when something can be written, until this is called with C{None}."""

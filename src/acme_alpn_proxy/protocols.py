@@ -178,7 +178,10 @@ class ProxyServer(Protocol):
 
     def target_connected(self, transport: Any) -> None:
         """The target's end is there."""
-        self._end_wait()
+        if self._connector is None:
+            self._connecting = False
+        else:
+            self._end_wait()
         self._ends += 1
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
@@ -216,8 +219,9 @@ class ProxyServer(Protocol):
 
     def _leave_hellos(self) -> None:
         self.factory.hellos.discard(self)
-        self.factory.held -= self._held
-        self._held = 0
+        if self._held:
+            self.factory.held -= self._held
+            self._held = 0
 
 
 class ProxyServerFactory(ServerFactory):

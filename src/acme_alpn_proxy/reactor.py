@@ -21,6 +21,7 @@ class ProxyReactor(EPollReactor):
     """Waits by a poller, if there is one."""
 
     _guest: IPoller | None = None
+    _goes_on = True
 
     def invite(self, poller: IPoller) -> None:
         if self._guest is None:
@@ -36,11 +37,19 @@ class ProxyReactor(EPollReactor):
             self.removeReader(poller)
 
     def doIteration(self, timeout: float | None) -> None:
-        """One turn; C{timeout} in seconds, L{None}: until something happens."""
-        if self._guest is None:
-            self.doPoll(timeout)
-        else:
+        """Turns until there is something to do for the reactor itself: a call that is due or comes
+        from a thread, or the end. C{timeout} in seconds, L{None}: until something happens."""
+        self._goes_on = True
+        while self._guest is not None:
             self._guest.turn(-1 if timeout is None else timeout)
+            timeout = self.timeout()
+            if timeout == 0 or self.threadCallQueue or not (self._goes_on and self.running):
+                return
+        self.doPoll(timeout)
+
+    def stop(self) -> None:
+        self._goes_on = False
+        super().stop()
 
 
 class _All:

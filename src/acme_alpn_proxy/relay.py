@@ -295,7 +295,9 @@ class _Splice:
             self._relay.count(self.source, got)
             if got < _ENOUGH:
                 self.source.read_by(None)
-            if not self._push():
+            if self._push():
+                self.source.again()
+            else:
                 self.source.pauseProducing()
                 self._sink.write_by(self._push_rest)
         else:
@@ -350,18 +352,35 @@ class SpliceRelay(Relay):
         self._pipes = pipes
         self._splices: dict[Any, _Splice] | None = None
 
-    def received(self, source: Any, data: bytes) -> None:
+    def start(self, first: bytes) -> None:
+        front, back = self._front, self._back
+        self._from_front = len(first)
+        front.receive, back.receive = self._move_to_back, self._move_to_front
+        front.resumeProducing()
+        rest = first[back.sent_ahead :]
+        if rest:
+            self._move(front, back, rest)
+
+    def _move_to_back(self, data: bytes) -> None:
+        self._from_front += len(data)
+        self._move(self._front, self._back, data)
+
+    def _move_to_front(self, data: bytes) -> None:
+        self._from_back += len(data)
+        self._move(self._back, self._front, data)
+
+    def _move(self, source: Any, sink: Any, data: bytes) -> None:
         self.quiet = 0
         # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
-        flags = socket.MSG_MORE if source.finishing else 0
-        if source is self._front:
-            self._from_front += len(data)
-            self._back.write(data, flags)
-        else:
-            self._from_back += len(data)
-            self._front.write(data, flags)
-        if len(data) == source.read_size:
+        sink.write(data, socket.MSG_MORE if source.finishing else 0)
+        if sink.waiting:
+            if sink.producer is None:
+                sink.registerProducer(_Source(self, source), True)
+        elif len(data) == source.read_size:
             self._speed_up(source)
+
+    def received(self, source: Any, data: bytes) -> None:
+        source.receive(data)
 
     def count(self, source: object, size: int) -> None:
         """So many bytes of C{source} have moved past L{received}."""
@@ -372,11 +391,7 @@ class SpliceRelay(Relay):
             self._from_back += size
 
     def lost(self, source: Any) -> None:
-        if not self._ended:
-            sink = self._other(source)
-            if source.finishing:  # and yet no FIN came, for which bytes may wait (see tcp(7))
-                sink.setTcpNoDelay(True)
-            self._reset(sink)
+        super().lost(source)
         if self._splices is not None:
             for splice in self._splices.values():
                 splice.drop()

@@ -3,7 +3,8 @@
 What Twisted's own transports do, with these differences: all descriptors are in one L{Poller}; a
 protocol hears of a reset at once, whether its transport is being read or not; C{connectionLost}
 comes before the call that ends the connection returns; a producer is paused as soon as the kernel
-does not take all; every connection has TCP_NODELAY and SO_KEEPALIVE from the start.
+does not take all; every connection has TCP_NODELAY from the start, and SO_KEEPALIVE unless its
+peer is this host.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
+from ipaddress import ip_address
 from socket import SocketType
 from typing import Any, Final, Protocol
 
@@ -54,22 +56,18 @@ READ_SIZE: Final = 65_536
 _READ: Final = select.EPOLLIN
 _WRITE: Final = select.EPOLLOUT
 _RESET: Final = select.EPOLLERR
+_FINISHED: Final = select.EPOLLRDHUP
 _ENDED: Final = select.EPOLLERR | select.EPOLLHUP
 _READ_OR_ENDED: Final = _READ | _ENDED
 _WRITE_OR_ENDED: Final = _WRITE | _ENDED
-_FINISHED: Final = select.EPOLLRDHUP
-_REPORTED: Final = {
-    0: select.EPOLLET,
-    _READ: _READ | _FINISHED,
-    _WRITE: _WRITE,
-    _READ | _WRITE: _READ | _FINISHED | _WRITE,
-}
-"""What is registered for the events that are wanted. EPOLLERR and EPOLLHUP are reported whatever is
-asked for, and the latter lasts: if nothing is wanted, once a change."""
+_OVER: Final = _FINISHED | _ENDED
+_CHANGES: Final = _READ | _FINISHED | select.EPOLLET
+"""What a connection is registered for: it is told of each change, once. What it does not want now
+it asks for again later, by EPOLL_CTL_MOD, which tells of what is there by then (epoll(7))."""
 
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
-_NOT_REGISTERED: Final = -1
+_NOT_REGISTERED: Final = 0
 
 _GOES_ON, _FINISHES, _CLOSES = range(3)
 """Whether and how a connection is to end once all has been sent."""
@@ -115,6 +113,10 @@ _DONE: Final = Failure(ConnectionDone())
 _ABORTED: Final = Failure(ConnectionAborted())
 
 
+def _nothing(data: bytes) -> None:
+    """Nobody is left to take bytes."""
+
+
 @functools.cache
 def _lost(problem: int | None) -> Failure:
     """How a protocol is told of an C{errno}: many a connection ends by a reset."""
@@ -133,7 +135,10 @@ class Handler(Protocol):
 
 @implementer(IPoller, IReadDescriptor)
 class Poller:
-    """One epoll for all lean descriptors, itself one of the reactor's or the other way round."""
+    """One epoll for all lean descriptors, itself one of the reactor's or the other way round.
+
+    @ivar alone: whether the event that is being handled was the only one.
+    """
 
     READ = _READ
 
@@ -143,6 +148,7 @@ class Poller:
         """
         self._reactor = reactor
         self._handlers: dict[int, Handler] = {}
+        self.alone = False
 
     def open(self) -> None:
         """To be called before anything is added."""
@@ -153,20 +159,25 @@ class Poller:
             self._reactor.addReader(self)
 
     def add(self, descriptor: int, handler: Handler, events: int) -> None:
-        """Report C{events} (level-triggered), resets, and nothing else to C{handler}."""
-        self._epoll.register(descriptor, _REPORTED[events])
+        """Report C{events}, which are those of epoll(7), EPOLLERR and EPOLLHUP to C{handler}."""
+        self._epoll.register(descriptor, events)
         self._handlers[descriptor] = handler
 
     def change(self, descriptor: int, events: int) -> None:
-        """Report C{events} from now on."""
-        self._epoll.modify(descriptor, _REPORTED[events])
+        """Report C{events} from now on, and those of them that are there already."""
+        self._epoll.modify(descriptor, events)
 
     def remove(self, descriptor: int) -> None:
-        """To be called before C{descriptor} is closed.
-
-        A process about to be spawned may hold a copy, and the kernel would go on to report that.
-        """
+        """Report nothing of C{descriptor} any more."""
         self._epoll.unregister(descriptor)
+        del self._handlers[descriptor]
+
+    def forget(self, descriptor: int) -> None:
+        """C{descriptor}, whose changes were reported (EPOLLET), is about to be closed.
+
+        The kernel takes it out of the epoll then, unless a process about to be spawned holds a
+        copy: a change of that is reported once, to nobody or to who has the number by then.
+        """
         del self._handlers[descriptor]
 
     def close(self) -> None:
@@ -196,6 +207,7 @@ class Poller:
             ]
             if not found:
                 return
+            self.alone = len(found) == 1
             for handler, events in found:
                 try:
                     handler.ready(events)
@@ -218,11 +230,12 @@ class Shortage:
     """Too few descriptors, or too little memory: who meets it tries again a little later.
 
     @ivar waiting: who waits, the first one first.
+    @ivar told: whether the log has been told, and it is not known to be over.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._told = False
+        self.told = False
         self._timer: Any = None
         self.waiting: list[Callable[[], None]] = []
 
@@ -234,8 +247,8 @@ class Shortage:
 
     def tell(self, problem: OSError) -> None:
         """One line in the log, until it is over."""
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             _log.warn(
                 "New connections wait: {problem}; is the limit on open files (ulimit -n) too low?",
                 problem=problem.strerror,
@@ -243,7 +256,7 @@ class Shortage:
 
     def over(self) -> None:
         """All who waited to be accepted are."""
-        self._told = False
+        self.told = False
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -277,28 +290,30 @@ class Connection:
     """A connected socket and its protocol.
 
     @ivar connected: until C{connectionLost}.
-    @ivar finishing, sent_ahead: see L{IDescriptorTransport}.
+    @ivar receive, finishing, waiting, producer, sent_ahead: see L{IDescriptorTransport}.
     """
 
     __slots__ = (
         "_address",
-        "_buffer",
+        "_blocked",
         "_descriptor",
         "_ending",
-        "_events",
         "_half_closes",
         "_paused",
         "_poller",
-        "_producer",
         "_reader",
-        "_reported",
+        "_reading",
+        "_registered",
         "_socket",
         "_streaming",
         "_writer",
         "connected",
         "finishing",
+        "producer",
         "protocol",
+        "receive",
         "sent_ahead",
+        "waiting",
     )
 
     disconnecting = False
@@ -319,11 +334,13 @@ class Connection:
         self.sent_ahead = sent_ahead
         self.connected = True
         self.finishing = False
-        self._events = _READ
-        self._reported = _NOT_REGISTERED
-        self._buffer = b""
+        self.waiting = b""
+        self.producer: Any = None
+        self.receive: Callable[[bytes], None]
+        self._reading = True
+        self._blocked = False
+        self._registered = _NOT_REGISTERED
         self._ending = _GOES_ON
-        self._producer: Any = None
         self._streaming = self._paused = False
         self._reader: Callable[[], None] | None = None
         self._writer: Callable[[], None] | None = None
@@ -331,46 +348,50 @@ class Connection:
     def begin(self, *, read: bool) -> None:
         """Give the protocol its transport, and, if C{read}, what has come by now."""
         try:
+            self.receive = self.protocol.dataReceived
             self.protocol.makeConnection(self)
             if read and self.connected:
-                self.doRead()
+                self._read(0)
             if self.connected:
-                self._poller.add(self._descriptor, self, self._events)
-                self._reported = self._events
+                events = _CHANGES | _WRITE if self._blocked else _CHANGES
+                self._poller.add(self._descriptor, self, events)
+                self._registered = events
         except Exception:
             reason = Failure()
             _log.failure("Error in a new connection", reason)
             self.connectionLost(reason)
 
     def ready(self, events: int) -> None:
-        if events & _READ_OR_ENDED and self._events & _READ:
-            if events & _FINISHED:
-                self.finishing |= not events & _RESET
-                self.doRead()
-                if self._events & _READ:  # still: the end may come next
-                    self.doRead()
-            else:
-                self.doRead()
-        if events & _WRITE_OR_ENDED and self._events & _WRITE:
+        if self._reading and events & _READ_OR_ENDED:
+            self._read(events)
+        if self._blocked and events & _WRITE_OR_ENDED:
             self.doWrite()
         elif (
             events & _RESET
-            and not self._events
+            and not self._reading
             and self.connected
             and (problem := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         ):
             self.connectionLost(_lost(problem))
 
-    def _want(self, events: int) -> None:
-        if self.connected:
-            self._events = events
-            if events != self._reported != _NOT_REGISTERED:
-                self._reported = events
-                self._poller.change(self._descriptor, events)
+    def again(self) -> None:
+        """Be told of what there is to read, as if it had come just now."""
+        if self._registered:
+            self._poller.change(self._descriptor, self._registered)
+
+    def _block(self) -> None:
+        """Be told when the kernel takes bytes again."""
+        self._blocked = True
+        if self._registered:
+            self._registered |= _WRITE
+            self._poller.change(self._descriptor, self._registered)
 
     # Reading
 
     def doRead(self) -> None:
+        self._read(0)
+
+    def _read(self, events: int) -> None:
         if self._reader is not None:
             self._reader()
             return
@@ -381,17 +402,38 @@ class Connection:
         except OSError as problem:
             self.failed(problem)
             return
-        if data:
-            self.protocol.dataReceived(data)
-        else:
+        if not data:
             self.readConnectionLost(_DONE)
+        elif len(data) == READ_SIZE:
+            self.again()
+            self.receive(data)
+        elif events & _OVER:
+            self._finish(data)
+        else:  # there was no more
+            self.receive(data)
+
+    def _finish(self, data: bytes) -> None:
+        """An end was announced: read it before C{data}, which came before it, is given."""
+        try:
+            rest = self._socket.recv(READ_SIZE)
+        except BlockingIOError:  # another one's event: see Poller.forget
+            self.receive(data)
+        except OSError as problem:
+            self.receive(data)
+            self.failed(problem)
+        else:
+            if rest:
+                self.again()
+            self.finishing = not rest
+            self.receive(data + rest)
+            if self.finishing and self._reading:
+                self.readConnectionLost(_DONE)
 
     def readConnectionLost(self, reason: Failure) -> None:
         """The peer's end-of-file; it is told again if reading is resumed."""
         if self._half_closes:
-            self._events &= ~_READ
+            self._reading = False
             self.protocol.readConnectionLost()
-            self._want(self._events)
         else:
             self.connectionLost(reason)
 
@@ -400,10 +442,12 @@ class Connection:
             self._reader = reader
 
     def pauseProducing(self) -> None:
-        self._want(self._events & ~_READ)
+        self._reading = False
 
     def resumeProducing(self) -> None:
-        self._want(self._events | _READ)
+        if not self._reading and self.connected:
+            self._reading = True
+            self.again()
 
     def stopProducing(self) -> None:
         self.loseConnection()
@@ -413,7 +457,7 @@ class Connection:
     def write(self, data: bytes, flags: int = 0) -> None:
         if not self.connected or self._ending:
             return
-        if not self._buffer:
+        if not self.waiting:
             try:
                 sent = self._socket.send(data, flags)
             except BlockingIOError:
@@ -424,11 +468,11 @@ class Connection:
             if sent == len(data):
                 return
             data = data[sent:]
-            self._want(self._events | _WRITE)
-        self._buffer += data
-        if self._producer is not None and self._streaming and not self._paused:
+            self._block()
+        self.waiting += data
+        if self.producer is not None and self._streaming and not self._paused:
             self._paused = True
-            self._producer.pauseProducing()
+            self.producer.pauseProducing()
 
     def writeSequence(self, data: Any) -> None:
         self.write(b"".join(data))
@@ -437,21 +481,21 @@ class Connection:
         if self._writer is not None:
             self._writer()
             return
-        if not self._buffer:
+        if not self.waiting:
             return
         try:
-            sent = self._socket.send(self._buffer)
+            sent = self._socket.send(self.waiting)
         except BlockingIOError:
             return
         except OSError as problem:
             self.failed(problem)
             return
-        self._buffer = self._buffer[sent:]
-        if not self._buffer:
-            self._want(self._events & ~_WRITE)
-            if self._producer is not None and (self._paused or not self._streaming):
+        self.waiting = self.waiting[sent:]
+        if not self.waiting:
+            self._blocked = False
+            if self.producer is not None and (self._paused or not self._streaming):
                 self._paused = False
-                self._producer.resumeProducing()
+                self.producer.resumeProducing()
             else:
                 self._end()
 
@@ -459,20 +503,25 @@ class Connection:
         if not self.connected:
             return
         self._writer = writer
-        self._want(self._events & ~_WRITE if writer is None else self._events | _WRITE)
+        if writer is None:
+            self._blocked = False
+        else:
+            self._block()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        if self._producer is not None:
-            raise RuntimeError(f"{self._producer} is still registered, {producer} cannot be")
+        if self.producer is not None:
+            raise RuntimeError(f"{self.producer} is still registered, {producer} cannot be")
         if not self.connected:
             producer.stopProducing()
             return
-        self._producer, self._streaming, self._paused = producer, streaming, False
+        self.producer, self._streaming, self._paused = producer, streaming, bool(self.waiting)
         if not streaming:
             producer.resumeProducing()
+        elif self._paused:
+            producer.pauseProducing()
 
     def unregisterProducer(self) -> None:
-        self._producer = None
+        self.producer = None
         if self._ending == _CLOSES:
             self._end()
 
@@ -486,12 +535,12 @@ class Connection:
     def loseConnection(self) -> None:
         if self.connected:
             self._ending = _CLOSES
-            if not self._buffer and (self._producer is None or self._streaming):
+            if not self.waiting and (self.producer is None or self._streaming):
                 self.connectionLost(_DONE)
 
     def _end(self) -> None:
         """End as was asked for, if all that was to be sent before has been."""
-        if not self._ending or self._buffer or not (self._producer is None or self._streaming):
+        if not self._ending or self.waiting or not (self.producer is None or self._streaming):
             return
         if self._ending == _CLOSES:
             self.connectionLost(_DONE)
@@ -520,16 +569,18 @@ class Connection:
         if not self.connected:
             return
         self.connected = False
-        if self._reported != _NOT_REGISTERED:
-            self._poller.remove(self._descriptor)
-        self._events = 0
+        if self._registered:
+            self._registered = _NOT_REGISTERED
+            self._poller.forget(self._descriptor)
+        self._reading = self._blocked = False
         self._descriptor = -1
         self._socket.close()
-        producer, self._producer = self._producer, None
+        producer, self.producer = self.producer, None
         if producer is not None:
             producer.stopProducing()
-        self._buffer = b""
+        self.waiting = b""
         self._reader = self._writer = None
+        self.receive = _nothing
         protocol, self.protocol = self.protocol, None
         protocol.connectionLost(reason)
 
@@ -666,6 +717,8 @@ class Port:
     def ready(self, events: int) -> None:
         if not self._accept() or not self._listening:
             return
+        if self._poller.alone and not self._shortage.told:
+            return  # nobody else has come, most likely; else there is the next look
         # How many more wait is asked when the first is on his way, and for a tenth of what an
         # accept(2) in vain takes.
         info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
@@ -699,6 +752,14 @@ class Port:
         return True
 
 
+def _is_connected(sock: SocketType) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
 @implementer(ITarget)
 class Dialer:
     """Connects to one numeric address."""
@@ -719,6 +780,7 @@ class Dialer:
         self.shortage = shortage
         self.deadlines = deadlines
         self.destination = twisted_address(address)
+        self._is_near = ip_address(self.destination.host).is_loopback
         self._family = family
         self._address = address
 
@@ -758,7 +820,10 @@ class Dialer:
         if protocol is None:
             sock.close()
             return None
-        _tune(sock)
+        if self._is_near:  # the kernel tells of its end, whatever that is
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            _tune(sock)
         connection = Connection(self.poller, sock, self._address, protocol, sent)
         connection.begin(read=False)
         return connection
@@ -804,9 +869,10 @@ class Connector:
         self._fail(Unanswered(f"no answer within {self._dialer.deadlines.seconds:g} s"))
 
     def ready(self, events: int) -> None:
-        sock = self._leave_poller()
-        if sock is not None:
-            self._judge(sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        assert self._socket is not None
+        problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem or _is_connected(self._socket):  # else another one's event: see Poller.forget
+            self._judge(self._leave_poller(), problem)
 
     def connectionLost(self, reason: Failure) -> None:
         self._fail(reason.value)
