@@ -85,6 +85,36 @@ class ProxyReactorTests(SynchronousTestCase):
         self.poller.close()
         self.assertNotIn(self.poller, self.reactor.getReaders())
 
+    def test_own_turn(self) -> None:
+        """It goes on with the poller's events until there is something to do for itself."""
+        self.poller.open()
+        self.addCleanup(self.poller.close)
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        theirs.send(b"x")
+        for act in (
+            lambda: self.reactor.callLater(0, bool),
+            lambda: self.reactor.callFromThread(bool),
+            self.reactor.stop,
+            self.reactor.crash,
+        ):
+            self.reactor.running = True
+            self.reactor._stopped = False
+            restless = Restless()
+
+            def ready(events: int, restless: Restless = restless, act: Any = act) -> None:
+                restless.turns += 1
+                if restless.turns == 100:
+                    act()
+
+            restless.ready = ready  # type: ignore[method-assign]
+            self.poller.add(ours.fileno(), restless, self.poller.READ)
+            self.reactor.doIteration(None)
+            self.poller.remove(ours.fileno())
+            self.assertIn(restless.turns, range(100, 120))
+            self.reactor.runUntilCurrent()
+
     def test_closed_meanwhile(self) -> None:
         """What comes last may close the poller: nothing is asked of it then."""
         self.poller.open()

@@ -268,6 +268,29 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.moves, 0)
         self.assertEqual(self.drain(self.server, len(sent)), sent)
 
+    def test_no_pipe_at_the_end(self) -> None:
+        """So they are if there is none any more when the last bytes come, with the FIN."""
+        self.pipes.limit = 0
+        self.relay._speed_up(self.front.transport)
+        self.visitor.sendall(b"the end")
+        self.visitor.close()
+        self.assertEqual(self.drain(self.server, 7), b"the end")
+        self.turn_all()
+        self.assertEqual(self.server.recv(1), b"")
+
+    def test_slow_at_once(self) -> None:
+        """A target that does not take what came with the hello holds the visitor back."""
+        hello = bytes(20_000_000)
+        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipes)
+        self.front.relay = self.back.relay = made
+        made.start(hello)
+        self.assertTrue(self.back.transport.waiting)
+        self.visitor.sendall(b"more")
+        self.turn_all()
+        self.assertEqual(made.moved, (len(hello), 0))
+        self.drain(self.server, len(hello) + 4)
+        self.assertEqual(made.moved, (len(hello) + 4, 0))
+
 
 class TransportRelayTests(SynchronousTestCase):
     """What real sockets do not show of the relay over transports of any kind."""
