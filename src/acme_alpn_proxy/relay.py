@@ -29,9 +29,6 @@ _ENOUGH: Final = 16_384
 """Below this, bytes are copied as fast as pages are moved, and a pipe is not worth its calls."""
 
 
-_MORE: Final = socket.MSG_MORE
-
-
 @implementer(IPushProducer)
 class _Source:
     """One end, as the producer of what is written to the other.
@@ -363,29 +360,20 @@ class SpliceRelay(Relay):
         front.resumeProducing()
         rest = first[back.sent_ahead :]
         if rest:
-            back.write(rest)
-            self._look_at(front, back, rest)
-
-    # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
+            self._move(front, back, rest)
 
     def _move_to_back(self, data: bytes) -> None:
-        front, back = self._front, self._back
-        self.quiet = 0
         self._from_front += len(data)
-        back.write(data, _MORE if front.finishing else 0)
-        if back.waiting or len(data) == front.read_size:
-            self._look_at(front, back, data)
+        self._move(self._front, self._back, data)
 
     def _move_to_front(self, data: bytes) -> None:
-        front, back = self._front, self._back
-        self.quiet = 0
         self._from_back += len(data)
-        front.write(data, _MORE if back.finishing else 0)
-        if front.waiting or len(data) == back.read_size:
-            self._look_at(back, front, data)
+        self._move(self._back, self._front, data)
 
-    def _look_at(self, source: Any, sink: Any, data: bytes) -> None:
-        """C{source} may be too fast for C{sink}, or fast enough for a pipe."""
+    def _move(self, source: Any, sink: Any, data: bytes) -> None:
+        self.quiet = 0
+        # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
+        sink.write(data, socket.MSG_MORE if source.finishing else 0)
         if sink.waiting:
             if sink.producer is None:
                 sink.registerProducer(_Source(self, source), True)
