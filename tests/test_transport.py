@@ -874,9 +874,12 @@ class ConnectorTests(TransportCase):
         self.client.failures[0].trap(ConnectError)
 
     def test_no_answer(self) -> None:
-        """Without an answer it fails when the time is over."""
-        self.dial(self.answerless())
+        """Without an answer it fails when the time is over, whatever events of a closed connection
+        under the same number come meanwhile."""
+        connector = self.dial(self.answerless())
         self.turn_all()
+        connector.ready(select.EPOLLIN | select.EPOLLHUP)
+        self.assertEqual(self.client.made, [])
         self.reactor.advance(9.9)
         self.assertEqual(self.client.failures, [])
         self.reactor.advance(0.1)

@@ -703,7 +703,7 @@ class Port:
     def _update(self) -> None:
         if self._listening:
             idle = self._paused or self._waiting
-            self._poller.change(self._socket.fileno(), 0 if idle else _READ)
+            self._poller.change(self._socket.fileno(), select.EPOLLET if idle else _READ)
 
     def _wait(self) -> None:
         self._waiting = True
