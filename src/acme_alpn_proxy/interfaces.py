@@ -53,7 +53,7 @@ class IDescriptorTransport(Interface):
     )
     finishing = Attribute("""Whether the peer's FIN has been read: no bytes follow.""")
     waiting = Attribute("""The bytes that were written and are not yet taken by the kernel.""")
-    producer = Attribute("""Who is paused while bytes wait, or L{None}.""")
+    producer = Attribute("""Who is paused while bytes wait, or C{None}.""")
     sent_ahead = Attribute(
         """How many of the bytes that L{ITarget.connect} was shown have been sent by now."""
     )
