@@ -154,6 +154,9 @@ class SpliceRelayTests(TransportCase):
             self.assertEqual(self.drain(self.visitor, 6), b"answer")
         self.assertEqual(self.moves, 0)
         self.assertEqual(self.relay.moved, (5 + 3 * 8, 3 * 6))
+        self.relay.received(self.front.transport, b"from elsewhere")
+        self.assertEqual(self.drain(self.server, 14), b"from elsewhere")
+        self.assertEqual(self.relay.moved, (5 + 3 * 8 + 14, 3 * 6))
         self.turn_all()
 
     def test_bulk(self) -> None:

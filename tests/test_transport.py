@@ -386,6 +386,28 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.story, ["made", "end of file"])
         self.assertEqual(finishing, [False, True])
 
+    def test_more_before_the_end(self) -> None:
+        """Bytes that come while an announced end is looked for are given, and the end after them."""
+        visitor, protocol = self.connect()
+        visitor.sendall(b"one, ")
+        real = protocol.transport._socket
+
+        class Between:
+            """Sends more, and the FIN, behind the first read."""
+
+            def recv(self, size: int) -> bytes:
+                data: bytes = real.recv(size)
+                protocol.transport._socket = real
+                visitor.sendall(b"two")
+                visitor.shutdown(socket.SHUT_WR)
+                return data
+
+        protocol.transport._socket = Between()
+        protocol.transport.ready(select.EPOLLIN | select.EPOLLRDHUP)
+        self.assertEqual((protocol.data, protocol.story), (b"one, two", ["made"]))
+        self.turn_all()
+        self.assertEqual(protocol.story, ["made", "end of file"])
+
     def test_event_of_another(self) -> None:
         """The event of a closed connection whose number this one has, and that a process about to
         be spawned holds, does no harm."""
@@ -611,10 +633,39 @@ class PortTests(TransportCase):
             visitor.close()
             protocol.transport.abortConnection()
 
+    def test_many_beside_others(self) -> None:
+        """When others have come, too, as many as wait are accepted at a time, 33 at most, and none
+        once it is paused by one of them."""
+        for _ in range(40):
+            self.visit()
+        self.poller.alone = False
+        self.port.ready(select.EPOLLIN)
+        self.assertEqual(len(self.accepted), 33)
+
+        def pausing() -> HalfNoting:
+            self.port.pauseProducing()
+            return HalfNoting()
+
+        self.kind = pausing
+        self.port.ready(select.EPOLLIN)
+        self.assertEqual(len(self.accepted), 34)
+        self.port.ready(select.EPOLLIN)
+        self.assertEqual(len(self.accepted), 34)
+        self.kind = HalfNoting
+        self.port.resumeProducing()
+        self.turn(lambda: len(self.accepted) == 40)
+        for protocol in self.accepted:
+            protocol.transport.abortConnection()
+
     def test_pause(self) -> None:
         """Paused, also by one that it accepts, it leaves who comes in the backlog."""
         visitors = [self.visit() for _ in range(2)]
-        self.kind = lambda: self.port.pauseProducing() or HalfNoting()  # type: ignore[func-returns-value]
+
+        def pausing() -> HalfNoting:
+            self.port.pauseProducing()
+            return HalfNoting()
+
+        self.kind = pausing
         self.turn_all()
         self.assertEqual(len(self.accepted), 1)
         self.port.resumeProducing()
