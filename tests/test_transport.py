@@ -387,7 +387,7 @@ class ConnectionTests(TransportCase):
         self.assertEqual(finishing, [False, True])
 
     def test_more_before_the_end(self) -> None:
-        """Bytes that come while an announced end is looked for are given, and the end after them."""
+        """What comes while an announced end is looked for is given, and the end after it."""
         visitor, protocol = self.connect()
         visitor.sendall(b"one, ")
         real = protocol.transport._socket
