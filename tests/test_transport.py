@@ -633,6 +633,11 @@ class PortTests(TransportCase):
             visitor.close()
             protocol.transport.abortConnection()
 
+    def pausing(self) -> HalfNoting:
+        """A protocol that pauses the port as soon as it is made."""
+        self.port.pauseProducing()
+        return HalfNoting()
+
     def test_many_beside_others(self) -> None:
         """When others have come, too, as many as wait are accepted at a time, 33 at most, and none
         once it is paused by one of them."""
@@ -641,12 +646,7 @@ class PortTests(TransportCase):
         self.poller.alone = False
         self.port.ready(select.EPOLLIN)
         self.assertEqual(len(self.accepted), 33)
-
-        def pausing() -> HalfNoting:
-            self.port.pauseProducing()
-            return HalfNoting()
-
-        self.kind = pausing
+        self.kind = self.pausing
         self.port.ready(select.EPOLLIN)
         self.assertEqual(len(self.accepted), 34)
         self.port.ready(select.EPOLLIN)
@@ -660,12 +660,7 @@ class PortTests(TransportCase):
     def test_pause(self) -> None:
         """Paused, also by one that it accepts, it leaves who comes in the backlog."""
         visitors = [self.visit() for _ in range(2)]
-
-        def pausing() -> HalfNoting:
-            self.port.pauseProducing()
-            return HalfNoting()
-
-        self.kind = pausing
+        self.kind = self.pausing
         self.turn_all()
         self.assertEqual(len(self.accepted), 1)
         self.port.resumeProducing()
@@ -938,10 +933,12 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.client.failures[0].getErrorMessage(), "no answer within 10 s")
 
     def test_stopped(self) -> None:
-        """Stopped, it fails; the end of its time is no matter then."""
-        self.dial(self.answerless()).disconnect()
+        """Stopped, it fails; then the end of its time is no matter, nor an event that came."""
+        connector = self.dial(self.answerless())
+        connector.disconnect()
         self.client.failures[0].trap(UserError)
         self.reactor.advance(10)
+        connector.ready(select.EPOLLOUT)
         self.assertEqual(len(self.client.failures), 1)
 
     def be_short(self, times: int) -> None:

@@ -178,10 +178,7 @@ class ProxyServer(Protocol):
 
     def target_connected(self, transport: Any) -> None:
         """The target's end is there."""
-        if self._connector is None:
-            self._connecting = False
-        else:
-            self._end_wait()
+        self._end_wait()
         self._ends += 1
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
@@ -219,9 +216,8 @@ class ProxyServer(Protocol):
 
     def _leave_hellos(self) -> None:
         self.factory.hellos.discard(self)
-        if self._held:
-            self.factory.held -= self._held
-            self._held = 0
+        self.factory.held -= self._held
+        self._held = 0
 
 
 class ProxyServerFactory(ServerFactory):

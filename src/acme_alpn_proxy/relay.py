@@ -78,21 +78,31 @@ class Relay:
     def start(self, first: bytes) -> None:
         front, back = self._front, self._back
         self._from_front = len(first)
-        back.registerProducer(_Source(self, front), True)
-        front.registerProducer(_Source(self, back), True)
+        self._take_over()
         front.resumeProducing()
         rest = first[getattr(back, "sent_ahead", 0) :]  # see IDescriptorTransport
         if rest:
-            back.write(rest)
+            self._pass_on(front, back, rest)
 
     def received(self, source: object, data: bytes) -> None:
+        self.count(source, len(data))
+        self._pass_on(source, self._other(source), data)
+
+    def count(self, source: object, size: int) -> None:
+        """So many bytes of C{source} are passed on."""
         self.quiet = 0
         if source is self._front:
-            self._from_front += len(data)
-            self._back.write(data)
+            self._from_front += size
         else:
-            self._from_back += len(data)
-            self._front.write(data)
+            self._from_back += size
+
+    def _take_over(self) -> None:
+        """Each end is held back while the other one is behind."""
+        self._back.registerProducer(_Source(self, self._front), True)
+        self._front.registerProducer(_Source(self, self._back), True)
+
+    def _pass_on(self, source: Any, sink: Any, data: bytes) -> None:
+        sink.write(data)
 
     def finished(self, source: Any) -> None:
         sink = self._other(source)
@@ -353,24 +363,19 @@ class SpliceRelay(Relay):
         self._pipes = pipes
         self._splices: dict[Any, _Splice] | None = None
 
-    def start(self, first: bytes) -> None:
-        front, back = self._front, self._back
-        self._from_front = len(first)
-        front.receive, back.receive = self._move_to_back, self._move_to_front
-        front.resumeProducing()
-        rest = first[back.sent_ahead :]
-        if rest:
-            self._move(front, back, rest)
+    def _take_over(self) -> None:
+        """Without a detour by the protocols; an end is held back once the other one is behind."""
+        self._front.receive, self._back.receive = self._to_back, self._to_front
 
-    def _move_to_back(self, data: bytes) -> None:
+    def _to_back(self, data: bytes) -> None:
         self._from_front += len(data)
-        self._move(self._front, self._back, data)
+        self._pass_on(self._front, self._back, data)
 
-    def _move_to_front(self, data: bytes) -> None:
+    def _to_front(self, data: bytes) -> None:
         self._from_back += len(data)
-        self._move(self._back, self._front, data)
+        self._pass_on(self._back, self._front, data)
 
-    def _move(self, source: Any, sink: Any, data: bytes) -> None:
+    def _pass_on(self, source: Any, sink: Any, data: bytes) -> None:
         self.quiet = 0
         # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
         sink.write(data, socket.MSG_MORE if source.finishing else 0)
@@ -379,17 +384,6 @@ class SpliceRelay(Relay):
                 sink.registerProducer(_Source(self, source), True)
         elif len(data) == source.read_size:
             self._speed_up(source)
-
-    def received(self, source: Any, data: bytes) -> None:
-        source.receive(data)
-
-    def count(self, source: object, size: int) -> None:
-        """So many bytes of C{source} have moved past L{received}."""
-        self.quiet = 0
-        if source is self._front:
-            self._from_front += size
-        else:
-            self._from_back += size
 
     def lost(self, source: Any) -> None:
         super().lost(source)

@@ -611,10 +611,14 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(enabled))
 
 
-def _tune(sock: SocketType) -> None:
-    """Add no delay of our own (Nagle's), and find peers that vanished."""
+def _tune(sock: SocketType, *, is_near: bool = False) -> None:
+    """Add no delay of our own (Nagle's), and find peers that vanished.
+
+    @param is_near: the peer is on this host, and the kernel tells of its end, whatever that is.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if not is_near:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
@@ -820,10 +824,7 @@ class Dialer:
         if protocol is None:
             sock.close()
             return None
-        if self._is_near:  # the kernel tells of its end, whatever that is
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:
-            _tune(sock)
+        _tune(sock, is_near=self._is_near)
         connection = Connection(self.poller, sock, self._address, protocol, sent)
         connection.begin(read=False)
         return connection
@@ -869,7 +870,8 @@ class Connector:
         self._fail(Unanswered(f"no answer within {self._dialer.deadlines.seconds:g} s"))
 
     def ready(self, events: int) -> None:
-        assert self._socket is not None
+        if self._socket is None:
+            return
         problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if problem or _is_connected(self._socket):  # else another one's event: see Poller.forget
             self._judge(self._leave_poller(), problem)
