@@ -115,6 +115,24 @@ class ProxyReactorTests(SynchronousTestCase):
             self.assertIn(restless.turns, range(100, 120))
             self.reactor.runUntilCurrent()
 
+    def test_due(self) -> None:
+        """However busy the poller is, the turn ends when a call is due."""
+        self.poller.open()
+        self.addCleanup(self.poller.close)
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        theirs.send(b"x")
+        restless = Restless()
+        self.poller.add(ours.fileno(), restless, self.poller.READ)
+        told: list[str] = []
+        self.reactor.running = True
+        self.reactor.callLater(0.02, told.append, "due")
+        while not told:
+            self.reactor.doIteration(self.reactor.timeout())
+            self.reactor.runUntilCurrent()
+        self.assertGreater(restless.turns, 1)
+
     def test_closed_meanwhile(self) -> None:
         """What comes last may close the poller: nothing is asked of it then."""
         self.poller.open()

@@ -435,8 +435,8 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.data, b"")
 
     def test_number_used_again(self) -> None:
-        """An event of one that an earlier event of the same batch has ended is not taken for one of
-        its successor under the same number."""
+        """An event of one that an earlier event of the same batch has ended does no harm to its
+        successor under the same number."""
         first, one = self.connect()
         second, two = self.connect()
         number = two.transport.fileno()
@@ -449,6 +449,7 @@ class ConnectionTests(TransportCase):
             ours.close()
             new = HalfNoting()
             sock = socket.SocketType(fileno=number)
+            sock.setblocking(False)
             Connection(self.poller, sock, ("", 0), new).begin(read=False)
             self.accepted.append(new)
             one.transport.pauseProducing()

@@ -127,8 +127,11 @@ class IPoller(Interface):
     def add(descriptor: int, handler: Any, events: int) -> None:
         """Report C{events} to C{handler}."""
 
-    def turn(timeout: float) -> None:
-        """Wait for events, so many seconds at most (-1: for ever), and report them."""
+    def turn(timeout: float) -> bool:
+        """Wait for events, so many seconds at most (-1: for ever), and report them.
+
+        @return: whether there were any.
+        """
 
 
 class IPollerHost(Interface):

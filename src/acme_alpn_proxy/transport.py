@@ -73,9 +73,9 @@ _GOES_ON, _FINISHES, _CLOSES = range(3)
 """Whether and how a connection is to end once all has been sent."""
 
 _EVENTS: Final = 256
-_ROUNDS: Final = 8
-"""How often the poller looks for events before others get their turn: what one event leads to is
-often there at once, and a turn of the reactor costs more than a look."""
+_LOOKS: Final = 8
+"""How often a poller that is one of the reactor's readers looks for events at each turn: what one
+event leads to is often there at once, and a turn of the reactor costs more than a look."""
 
 _ACCEPTS: Final = 32
 """Connections accepted before others get their turn."""
@@ -193,31 +193,25 @@ class Poller:
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        self.turn(0)
+        for _ in range(_LOOKS):
+            if not self.turn(0) or self._epoll.closed:
+                return
 
-    def turn(self, timeout: float) -> None:
-        handlers, epoll = self._handlers, self._epoll
-        for _ in range(_ROUNDS):
-            # Whose events these are is found out first: one handler may end another one, and a
-            # new one may get the number of that.
-            found = [
-                (handlers[descriptor], events)
-                for descriptor, events in epoll.poll(timeout, _EVENTS)
-                if descriptor in handlers
-            ]
-            if not found:
-                return
-            self.alone = len(found) == 1
-            for handler, events in found:
-                try:
-                    handler.ready(events)
-                except Exception:
-                    reason = Failure()
-                    _log.failure("Error in a connection", reason)
-                    handler.connectionLost(reason)
-            if epoll.closed:
-                return
-            timeout = 0
+    def turn(self, timeout: float) -> bool:
+        handlers = self._handlers
+        found = self._epoll.poll(timeout, _EVENTS)
+        self.alone = len(found) == 1
+        for descriptor, events in found:
+            handler = handlers.get(descriptor)
+            if handler is None:  # it has ended meanwhile
+                continue
+            try:
+                handler.ready(events)
+            except Exception:
+                reason = Failure()
+                _log.failure("Error in a connection", reason)
+                handler.connectionLost(reason)
+        return bool(found)
 
     def connectionLost(self, reason: Failure) -> None:
         """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
