@@ -255,6 +255,13 @@ class SpliceRelayTests(TransportCase):
             self.assertEqual(self.pipes.lent, 0)
             self.setUp()
 
+    def test_reset_met_by_a_full_read(self) -> None:
+        """A reset that is met by the first bytes of a fast sender is passed on, without more."""
+        reset(self.server)
+        self.front.transport.receive(bytes(self.front.transport.read_size))
+        self.assertTrue(self.front.lost and self.back.lost)
+        self.assertTrue(was_reset(self.visitor))
+
     def test_abort(self) -> None:
         """Aborted, both sides see a reset, and the pipe is closed."""
         self.fill(self.visitor)

@@ -395,7 +395,7 @@ class ConnectionTests(TransportCase):
         class Between:
             """Sends more, and the FIN, behind the first read."""
 
-            def recv(self, size: int) -> bytes:
+            def recv(self, size: int, flags: int) -> bytes:
                 data: bytes = real.recv(size)
                 protocol.transport._socket = real
                 visitor.sendall(b"two")
@@ -563,7 +563,7 @@ class WriteTests(TransportCase):
         count = 0
         try:
             while True:
-                count += protocol.transport._socket.send(bytes(65_536))
+                count += protocol.transport._socket.send(bytes(65_536), socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass
         protocol.transport.write(bytes(20_000_000))

@@ -62,7 +62,7 @@ class IDescriptorTransport(Interface):
         """As in C{ITransport}; C{flags} are those of send(2)."""
 
     def fileno() -> int:
-        """The descriptor, non-blocking; -1 once it is closed."""
+        """The descriptor, which may be a blocking one; -1 once it is closed."""
 
     def doRead() -> None:
         """Read now, as if there were something."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.base import DelayedCall
 from twisted.internet.epollreactor import EPollReactor
@@ -17,6 +17,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .interfaces import IPoller, IPollerHost
+
+_LOOKS: Final = 3
+"""Looks in vain before it sleeps: what an event leads to is often there within microseconds, and
+to be woken takes a visitor longer than the looks take the processor."""
 
 
 @implementer(IPollerHost)
@@ -57,8 +61,12 @@ class ProxyReactor(EPollReactor):
             return
         self._wanted = False
         wait, until = (-1.0, None) if timeout is None else (timeout, monotonic() + timeout)
+        looks = 0
         while True:
-            self._guest.turn(wait)
+            if self._guest.turn(0 if looks else wait):
+                looks = _LOOKS
+            elif looks:
+                looks -= 1
             if self._wanted or self._guest is None or not self.running:
                 return
             if until is not None:

@@ -382,7 +382,7 @@ class SpliceRelay(Relay):
         if sink.waiting:
             if sink.producer is None:
                 sink.registerProducer(_Source(self, source), True)
-        elif len(data) == source.read_size:
+        elif len(data) == source.read_size and not self._ended:
             self._speed_up(source)
 
     def lost(self, source: Any) -> None:
@@ -393,10 +393,10 @@ class SpliceRelay(Relay):
 
     def _speed_up(self, source: Any) -> None:
         if self._splices is None:
-            self._splices = {
-                each: _Splice(self, each, self._other(each), self._pipes)
-                for each in (self._front, self._back)
-            }
+            ends = (self._front, self._back)
+            for end in ends:
+                os.set_blocking(end.fileno(), False)  # splice(2) can be told of pipes alone
+            self._splices = {end: _Splice(self, end, self._other(end), self._pipes) for end in ends}
         source.read_by(self._splices[source].move)
 
 

@@ -65,6 +65,10 @@ _CHANGES: Final = _READ | _FINISHED | select.EPOLLET
 """What a connection is registered for: it is told of each change, once. What it does not want now
 it asks for again later, by EPOLL_CTL_MOD, which tells of what is there by then (epoll(7))."""
 
+_AT_ONCE: Final = socket.MSG_DONTWAIT
+"""What accept(2) gives waits for whoever uses it; to say at each use that this one does not takes
+no call."""
+
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 _NOT_REGISTERED: Final = 0
@@ -390,7 +394,7 @@ class Connection:
             self._reader()
             return
         try:
-            data = self._socket.recv(READ_SIZE)
+            data = self._socket.recv(READ_SIZE, _AT_ONCE)
         except BlockingIOError:
             return
         except OSError as problem:
@@ -409,7 +413,7 @@ class Connection:
     def _finish(self, data: bytes) -> None:
         """An end was announced: read it before C{data}, which came before it, is given."""
         try:
-            rest = self._socket.recv(READ_SIZE)
+            rest = self._socket.recv(READ_SIZE, _AT_ONCE)
         except BlockingIOError:  # another one's event: see Poller.forget
             self.receive(data)
         except OSError as problem:
@@ -453,7 +457,7 @@ class Connection:
             return
         if not self.waiting:
             try:
-                sent = self._socket.send(data, flags)
+                sent = self._socket.send(data, flags | _AT_ONCE)
             except BlockingIOError:
                 sent = 0
             except OSError as problem:
@@ -478,7 +482,7 @@ class Connection:
         if not self.waiting:
             return
         try:
-            sent = self._socket.send(self.waiting)
+            sent = self._socket.send(self.waiting, _AT_ONCE)
         except BlockingIOError:
             return
         except OSError as problem:
@@ -618,7 +622,6 @@ def _tune(sock: SocketType, *, is_near: bool = False) -> None:
 def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
     """Take over a connection that the caller has accepted."""
     sock = SocketType(visitor.family, visitor.type, visitor.proto, visitor.detach())
-    sock.setblocking(False)
     _tune(sock)
     try:
         address = sock.getpeername()
@@ -745,7 +748,6 @@ class Port:
             self._wait()
             return False
         sock = SocketType(self._family, socket.SOCK_STREAM, 0, descriptor)
-        sock.setblocking(False)
         _take(self._poller, sock, address, self._factory)
         return True
 
