@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 from twisted.internet.base import DelayedCall
 from twisted.internet.epollreactor import EPollReactor
@@ -17,10 +17,6 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .interfaces import IPoller, IPollerHost
-
-_LOOKS: Final = 3
-"""Looks in vain before it sleeps: what an event leads to is often there within microseconds, and
-to be woken takes a visitor longer than the looks take the processor."""
 
 
 @implementer(IPollerHost)
@@ -61,12 +57,11 @@ class ProxyReactor(EPollReactor):
             return
         self._wanted = False
         wait, until = (-1.0, None) if timeout is None else (timeout, monotonic() + timeout)
-        looks = 0
+        found = False
         while True:
-            if self._guest.turn(0 if looks else wait):
-                looks = _LOOKS
-            elif looks:
-                looks -= 1
+            # Behind events it looks once before it sleeps: what they lead to is often there at
+            # once, and to be woken takes a visitor longer than the look takes the processor.
+            found = self._guest.turn(0 if found else wait)
             if self._wanted or self._guest is None or not self.running:
                 return
             if until is not None:

@@ -65,7 +65,7 @@ _CHANGES: Final = _READ | _FINISHED | select.EPOLLET
 """What a connection is registered for: it is told of each change, once. What it does not want now
 it asks for again later, by EPOLL_CTL_MOD, which tells of what is there by then (epoll(7))."""
 
-_AT_ONCE: Final = socket.MSG_DONTWAIT
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
 """What accept(2) gives waits for whoever uses it; to say at each use that this one does not takes
 no call."""
 
