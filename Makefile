@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 DIST := dist
+PROGRAM := .cache/program
 
 .PHONY: demo test docs wheel pyz deb bench clean
 
@@ -22,6 +23,7 @@ docs: $(VENV)/tox
 	$(VENV)/bin/tox run -e docs
 
 bench: $(VENV)/bench
+	$(PROGRAM)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps .
 	$(VENV)/bin/python -m bench $(BENCH)
 
 wheel: $(VENV)/build
@@ -51,6 +53,8 @@ $(VENV)/build: $(VENV)/packages pyproject.toml
 $(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages
 	sh bench/install-debian-packages
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	/usr/bin/python3 -m venv $(PROGRAM)  # Debian's Python, as the others are Debian's packages
+	$(PROGRAM)/bin/pip install --quiet --disable-pip-version-check .
 	touch $@
 
 $(VENV)/tox: $(VENV)/packages

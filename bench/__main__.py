@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from tests.integration.netns import CommandFailed, NotRoot, require_root
@@ -152,8 +151,6 @@ def _facts(contenders: Sequence[Contender], scale: Scale, seconds: int) -> dict[
         "processor": processor,
         "processors": os.cpu_count() or 1,
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
-        "Python": platform.python_version(),
-        "Twisted": version("twisted"),
         **{each.name: each.version() for each in contenders if each.version()},
         "rounds": scale.rounds,
         "seconds taken": seconds,

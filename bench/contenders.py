@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.integration.netns import Node, terminate
-from tests.integration.proxy import PORT, PROGRAM, Proxy
+from tests.integration.proxy import PORT, Proxy
 from tests.integration.website import nginx
 
 UNPACKED = Path(__file__).resolve().parents[1] / ".cache"
+INSTALLED = UNPACKED / "program/bin"
+"""The program as its users have it: in an environment with what it needs at run time alone."""
 OURS = "acme-alpn-proxy"
 STEERED = f"{OURS}, steered"
 HAPROXY = "HAProxy"
@@ -88,7 +90,14 @@ class Ours:
 
     def version(self) -> str:
         """See L{Contender}."""
-        return _first_line(PROGRAM, "--version")
+        return f"{_first_line(INSTALLED / 'acme-alpn-proxy', '--version')}, {self._beneath()}"
+
+    def _beneath(self) -> str:
+        facts = (
+            "import importlib.metadata as m, platform as p;"
+            "print('Python', p.python_version() + ', Twisted', m.version('twisted'))"
+        )
+        return _first_line(INSTALLED / "python", "-c", facts)
 
     def port(self, place: Place) -> int:
         """See L{Contender}."""
@@ -98,6 +107,7 @@ class Ours:
     def running(self, place: Place) -> Iterator[int]:
         """See L{Contender}."""
         proxy = Proxy(place.host.namespace, place.directory / "proxy")
+        proxy.program = INSTALLED / "acme-alpn-proxy"
         proxy.start(*self.options(place))
         try:
             yield proxy.pid

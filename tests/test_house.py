@@ -19,7 +19,7 @@ LAYERS = (
     ("", "errors", "interfaces", "clienthello", "addresses", "deadlines", "finding", "notify"),
     ("redirects", "redirects.bpf", "firewall", "firewall.hostfacts", "firewall.xtables"),
     ("routing", "commands", "pidfile", "hangup", "drain", "options", "firewall.verdicts"),
-    ("run", "status"),
+    ("run", "status", "lazily"),
     ("statussocket", "metrics", "statistics", "logs"),
     (
         "transport",
@@ -64,6 +64,7 @@ SEEN_BY = {
     "probe": {"check"},
     "check": {"cli"},
     "launch": {"cli"},
+    "lazily": {"cli"},
     "cli": set(),
 }
 """Modules that hardly anybody imports."""

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from . import lazily  # noqa: F401
+
+# isort: split
 from twisted.python.usage import UsageError
 
 from .addresses import parse_address
