@@ -13,7 +13,7 @@ from importlib.util import LazyLoader, find_spec, module_from_spec
 
 
 def load_when_used(package: str, name: str) -> None:
-    """Import C{package.name} at the first use of an attribute (L{LazyLoader} of importlib)."""
+    """Import C{package.name} at the first use of an attribute (C{importlib.util.LazyLoader})."""
     full_name = f"{package}.{name}"
     spec = find_spec(full_name)
     if full_name in sys.modules or spec is None or spec.loader is None:
