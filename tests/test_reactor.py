@@ -47,6 +47,14 @@ class ProxyReactorTests(SynchronousTestCase):
             protocol.transport.abortConnection()
         return made
 
+    def always_ready(self) -> socket.socket:
+        """A socket with a byte that nobody reads."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        theirs.send(b"x")
+        return ours
+
     def test_interfaces(self) -> None:
         """It is what a poller needs, and the poller what it needs."""
         verifyObject(IPollerHost, self.reactor)
@@ -89,10 +97,7 @@ class ProxyReactorTests(SynchronousTestCase):
         """It goes on with the poller's events until there is something to do for itself."""
         self.poller.open()
         self.addCleanup(self.poller.close)
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            self.addCleanup(end.close)
-        theirs.send(b"x")
+        ours = self.always_ready()
         for act in (
             lambda: self.reactor.callLater(0, bool),
             lambda: self.reactor.callFromThread(bool),
@@ -119,10 +124,7 @@ class ProxyReactorTests(SynchronousTestCase):
         """However busy the poller is, the turn ends when a call is due."""
         self.poller.open()
         self.addCleanup(self.poller.close)
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            self.addCleanup(end.close)
-        theirs.send(b"x")
+        ours = self.always_ready()
         restless = Restless()
         self.poller.add(ours.fileno(), restless, self.poller.READ)
         told: list[str] = []
@@ -136,12 +138,9 @@ class ProxyReactorTests(SynchronousTestCase):
     def test_closed_meanwhile(self) -> None:
         """What comes last may close the poller: nothing is asked of it then."""
         self.poller.open()
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            self.addCleanup(end.close)
+        ours = self.always_ready()
         last = Restless()
         last.ready = lambda events: self.poller.close()  # type: ignore[method-assign]
         self.poller.add(ours.fileno(), last, self.poller.READ)
-        theirs.send(b"x")
         self.reactor.doIteration(5)
         self.assertTrue(self.poller._epoll.closed)
