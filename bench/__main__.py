@@ -152,7 +152,7 @@ def _facts(contenders: Sequence[Contender], scale: Scale, seconds: int) -> dict[
         "processors": os.cpu_count() or 1,
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         **{each.name: each.version() for each in contenders if each.version()},
-        "rounds": scale.rounds,
+        "rounds at most": scale.rounds,
         "seconds taken": seconds,
     }
 

@@ -23,7 +23,7 @@ class Scale:
     mib: int
 
 
-FULL = Scale(rounds=5, seconds=1.0, mib=1024)
+FULL = Scale(rounds=21, seconds=0.3, mib=1024)
 QUICK = Scale(rounds=1, seconds=0.5, mib=256)
 
 
@@ -42,7 +42,7 @@ def connections(stand: Stand, scale: Scale) -> dict[str, float]:
 def handshakes(stand: Stand, scale: Scale) -> dict[str, float]:
     """The same for a connection that carries a TLS handshake and a small page."""
     address, port = stand.address
-    seconds = max(1, round(scale.seconds))
+    seconds = max(1, round(scale.seconds))  # wrk knows whole ones
     before = stand.cpu_seconds()
     said = stand.visitor.namespace.run(
         *["wrk", "--threads", "1", "--connections", str(AT_ONCE), "--duration", f"{seconds}s"],
@@ -121,7 +121,7 @@ class Measure:
     take: Callable[[Stand, Scale], dict[str, float]]
     takes_part: Callable[[Contender], bool]
     tls: bool = False
-    rounds: int = 10
+    rounds: int = 5
 
 
 def _everybody(contender: Contender) -> bool:
@@ -143,15 +143,15 @@ def _steers(contender: Contender) -> bool:
 MEASURES = (
     Measure("idle", memory(silent=False), _can_hold_many, rounds=1),
     Measure("silent", memory(silent=True), _can_hold_many, rounds=1),
-    Measure("start", start, _steers),
-    Measure("tcp", connections, _everybody),
-    Measure("latency", latency, _everybody),
+    Measure("start", start, _steers, rounds=11),
+    Measure("tcp", connections, _everybody, rounds=21),
+    Measure("latency", latency, _everybody, rounds=21),
     Measure("down1", transfer("down", 1), _dialled),
     Measure("up1", transfer("up", 1), _dialled),
     Measure("down8", transfer("down", 8), _dialled),
     Measure("up8", transfer("up", 8), _dialled),
-    Measure("growth", growth, _can_hold_many, rounds=3),
-    Measure("tls", handshakes, _everybody, tls=True),
+    Measure("growth", growth, _can_hold_many),
+    Measure("tls", handshakes, _everybody, tls=True, rounds=15),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from .contenders import HAPROXY, OURS, SPLICING, STEERED
@@ -24,9 +24,14 @@ class Figure:
     title: str
     digits: int = 0
 
+    def rounds(self, run: Run, contender: str) -> list[float]:
+        """One figure a round; none if the contender took no part."""
+        found: dict[str, list[float]] = run["measures"].get(self.measure, {}).get(contender, {})
+        return found.get(self.name, [])
+
     def of(self, run: Run, contender: str) -> float | None:
         """The median over the rounds; L{None} if the contender took no part."""
-        rounds = run["measures"].get(self.measure, {}).get(contender, {}).get(self.name)
+        rounds = self.rounds(run, contender)
         return median(rounds) if rounds else None
 
 
@@ -86,7 +91,10 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of the proxy, or its ratio to another one, and the most that it may be."""
+    """A figure of the proxy, or its ratio to another one, and the most that it may be.
+
+    What disturbs a round disturbs both figures: their ratio is taken within each.
+    """
 
     what: str
     most: float
@@ -94,14 +102,14 @@ class Target:
     ratio_to: tuple[Figure, str] | None = None
     contender: str = OURS
 
-    def value(self, run: Run) -> float | None:
-        """What the run has measured; L{None} if it has not."""
-        ours = self.figure.of(run, self.contender)
-        if self.ratio_to is None or ours is None:
+    def rounds(self, run: Run) -> list[float]:
+        """What the run has measured, one value a round; none if it has not."""
+        ours = self.figure.rounds(run, self.contender)
+        if self.ratio_to is None:
             return ours
         other, contender = self.ratio_to
-        theirs = other.of(run, contender)
-        return ours / theirs if theirs else None
+        theirs = other.rounds(run, contender)
+        return [mine / his for mine, his in zip(ours, theirs, strict=True)] if theirs else []
 
 
 def _bytes_targets() -> Iterable[Target]:
@@ -147,11 +155,20 @@ def targets(run: Run) -> str:
     """What the proxy must reach, what it has reached, and whether that is enough."""
     lines = []
     for target in TARGETS:
-        value = target.value(run)
-        if value is not None:
+        rounds = target.rounds(run)
+        if rounds:
+            value = median(rounds)
             met = "met" if value <= target.most else "**not met**"
-            lines.append([target.what, f"{value:.2f}", f"{target.most:g}", met])
-    return _table(["", "is", "at most", ""], lines) if lines else ""
+            lines.append([target.what, f"{value:.2f}", f"{target.most:g}", met, _spread(rounds)])
+    return _table(["", "is", "at most", "", "half of the rounds"], lines) if lines else ""
+
+
+def _spread(rounds: Sequence[float]) -> str:
+    """Between which values the middle half of them lies."""
+    if len(rounds) < 4:
+        return "-"
+    low, _, high = quantiles(rounds, method="inclusive")
+    return f"{low:.2f} to {high:.2f}"
 
 
 def facts(run: Run) -> str:
