@@ -50,8 +50,10 @@ class Recorded:
 
     def __init__(self, answers: Mapping[str, str | tuple[int, str]]) -> None:
         self.answers = dict(answers)
+        self.asked: list[str] = []
 
     def run(self, argv: Sequence[str]) -> Deferred[Result]:
+        self.asked.append(" ".join(argv))
         answer = self.answers.get(" ".join(argv), (NOT_FOUND, "not found on PATH"))
         code, output = answer if isinstance(answer, tuple) else (0, answer)
         return succeed(Result(tuple(argv), code, output))
@@ -399,9 +401,9 @@ class HostCase(SynchronousTestCase):
 
 
 class LookTests(HostCase):
-    def reason(self, commands: Recorded, family: int = 4) -> str:
+    def reason(self, commands: Recorded, *families: int) -> str:
         """Why visitors would not get to the proxy, or nothing."""
-        reason: str | None = self.successResultOf(look(commands, family, PORT))
+        reason: str | None = self.successResultOf(look(commands, families or (4,), PORT))
         self.assertNotIn("\n", reason or "")
         return reason or ""
 
@@ -488,6 +490,16 @@ class LookTests(HostCase):
         listing = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 443 -j NOTRACK\n"
         reason = self.reason(Recorded({"iptables-legacy -w 5 -t raw -S": listing}))
         self.assertIn("exempt from connection tracking", reason)
+
+    def test_both_families(self) -> None:
+        """Each family is looked at; that which shows both is asked once."""
+        self.legacy = ["filter"]
+        commands = Recorded({NFT: "", "ip6tables-legacy -w 5 -t filter -S": "-P INPUT DROP\n"})
+        self.assertEqual(self.reason(commands, 4), "")
+        self.assertIn("visitors by IPv6 would", self.reason(commands, 6))
+        commands.asked.clear()
+        self.assertIn("visitors by IPv6 would", self.reason(commands, 4, 6))
+        self.assertEqual(commands.asked.count(NFT), 1)
 
     def test_every_interface(self) -> None:
         """Visitors may come in by more than one interface, and each is looked at."""

@@ -17,6 +17,17 @@ from twisted.python.compat import cookielib
 print(cookielib.CookieJar().__class__.__name__, "http.client" in sys.modules)
 """
 
+NO_LOOK = """
+import gc, weakref
+import acme_alpn_proxy.cli, acme_alpn_proxy.launch
+print(gc.get_stats()[2]["collections"])
+class Left: pass
+left = Left()
+left.itself = left
+weakref.finalize(left, print, "looked at the end").atexit = False
+del left
+"""
+
 
 def test_when_used() -> None:
     """The console script does without what Twisted only names, and who uses that has it."""
@@ -35,3 +46,11 @@ def test_left_alone(name: str) -> None:
     load_when_used("http", name)
     assert sys.modules == before
     assert http.cookies.SimpleCookie
+
+
+def test_no_garbage_is_looked_for() -> None:
+    """What is loaded stays: nobody goes over all of it meanwhile, nor at the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_LOOK], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["0"]

@@ -92,7 +92,9 @@ class RedirectTests(SynchronousTestCase):
         self.sockets: list[tuple[int, int]] = []
         self.lines: list[str] = []
         self.attached: list[int] = []
-        self.patch(sklookup, "look_whether_sent_elsewhere", lambda commands, family: succeed(None))
+        self.patch(
+            sklookup, "look_whether_sent_elsewhere", lambda commands, families: succeed(None)
+        )
         self.kernel("count_sk_lookup", lambda: 0)
         self.kernel("allow_locked_memory", lambda: None)
         self.kernel("make_socket_map", lambda slots: os.dup(0))
@@ -176,7 +178,9 @@ class RedirectTests(SynchronousTestCase):
 
     def test_others(self) -> None:
         """Who wins is said where another program is attached."""
-        self.patch(sklookup, "look_whether_sent_elsewhere", lambda commands, family: succeed(None))
+        self.patch(
+            sklookup, "look_whether_sent_elsewhere", lambda commands, families: succeed(None)
+        )
         self.kernel("count_sk_lookup", lambda: 1)
         self.successResultOf(self.apply())
         self.assertRegex(self.lines[0], "^Another sk_lookup program .*the one attached last wins")

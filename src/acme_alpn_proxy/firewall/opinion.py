@@ -188,15 +188,15 @@ class _CannotLook(Exception):
     """What the firewall does cannot be seen."""
 
 
-def look(commands: ICommands, family: int, port: int) -> Deferred[str | None]:
+def look(commands: ICommands, families: Iterable[int], port: int) -> Deferred[str | None]:
     """Why visitors would not reach C{port} by a redirect. Changes nothing.
 
-    @param family: 4 or 6.
+    @param families: 4, 6 or both.
     @return: a Deferred of the reason, on one line, or of L{None}. That it cannot be seen is a
         reason too.
     """
 
-    def ask(firewall: Firewall, interface: str) -> str | None:
+    def ask(firewall: Firewall, family: int, interface: str) -> str | None:
         verdict = drops(firewall, Visit(family, port, interface))
         if isinstance(verdict, Caught):
             return (
@@ -211,52 +211,71 @@ def look(commands: ICommands, family: int, port: int) -> Deferred[str | None]:
             )
         return None
 
-    return _look(commands, family, ask)
+    return _look(commands, families, ask)
 
 
-def look_whether_sent_elsewhere(commands: ICommands, family: int) -> Deferred[str | None]:
+def look_whether_sent_elsewhere(
+    commands: ICommands, families: Iterable[int]
+) -> Deferred[str | None]:
     """Why the port that visitors dial is not one of this host's own; otherwise as L{look}."""
 
-    def ask(firewall: Firewall, interface: str) -> str | None:
+    def ask(firewall: Firewall, family: int, interface: str) -> str | None:
         verdict = sends_elsewhere(firewall, Visit(family, HTTPS, interface))
         if isinstance(verdict, Caught):
             return f"visitors by IPv{family} are sent elsewhere: {verdict.by}"
         return None
 
-    return _look(commands, family, ask)
+    return _look(commands, families, ask)
 
 
 @inlineCallbacks
 def _look(
-    commands: ICommands, family: int, ask: Callable[[Firewall, str], str | None]
+    commands: ICommands,
+    families: Iterable[int],
+    ask: Callable[[Firewall, int, str], str | None],
 ) -> Generator[Deferred[Any], Any, str | None]:
     try:
-        firewall = yield _read(commands, family)
-        interfaces = sorted(hostfacts.visitor_interfaces(family)) or [""]
-        reasons = [ask(firewall, interface) for interface in interfaces]
+        nftables = yield _read_nftables(commands)
+        for family in families:
+            firewall = yield _read(commands, family, nftables)
+            for interface in sorted(hostfacts.visitor_interfaces(family)) or [""]:
+                reason = ask(firewall, family, interface)
+                if reason is not None:
+                    return reason
     except _CannotLook as problem:
         return str(problem)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
         return f"the rules that nft shows are not understood ({problem!r})"
-    return next(filter(None, reasons), None)
+    return None
 
 
 @inlineCallbacks
-def _read(commands: ICommands, family: int) -> Generator[Deferred[Any], Any, Firewall]:
-    legacy = yield _listings(commands, family, "legacy", hostfacts.legacy_tables(family))
+def _read_nftables(
+    commands: ICommands,
+) -> Generator[Deferred[Any], Any, list[Mapping[str, Json]] | None]:
+    """What C{nft} shows, of all families; L{None} if there is no such program."""
     shown: Result = yield commands.run(["nft", "-j", "list", "ruleset"])
     if shown.code == NOT_FOUND:
+        return None
+    if shown.code != 0:
+        raise _CannotLook(_failure(shown))
+    return json.loads(shown.output)["nftables"] if shown.output.strip() else []
+
+
+@inlineCallbacks
+def _read(
+    commands: ICommands, family: int, nftables: list[Mapping[str, Json]] | None
+) -> Generator[Deferred[Any], Any, Firewall]:
+    legacy = yield _listings(commands, family, "legacy", hostfacts.legacy_tables(family))
+    if nftables is None:
         version: Result = yield commands.run([BINARIES[family], "-V"])
         if version.code not in (0, NOT_FOUND):
             raise _CannotLook(_failure(version))
         tables = list(_TABLES) if "nf_tables" in version.output else []
         listings = yield _listings(commands, family, "nft", tables)
         return Firewall(iptables=[*listings, *legacy])
-    if shown.code != 0:
-        raise _CannotLook(_failure(shown))
-    objects = json.loads(shown.output)["nftables"] if shown.output.strip() else []
-    tables = tables_to_translate(objects, family)
-    return Firewall(objects, dict((yield _listings(commands, family, "nft", tables))), legacy)
+    tables = tables_to_translate(nftables, family)
+    return Firewall(nftables, dict((yield _listings(commands, family, "nft", tables))), legacy)
 
 
 @inlineCallbacks

@@ -261,17 +261,16 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        for family in self._families:
-            reason = yield look(commands, family, self._port)
-            if reason is None:
-                continue
-            if not hostfacts.may_administer_network():
-                raise not_permitted(reason)
-            raise StartError(
-                f"{reason}; use --redirect sk-lookup, for which the firewall need not be changed,"
-                " or steer all the same with --force",
-                os.EX_CONFIG,
-            )
+        reason = yield look(commands, self._families, self._port)
+        if reason is None:
+            return
+        if not hostfacts.may_administer_network():
+            raise not_permitted(reason)
+        raise StartError(
+            f"{reason}; use --redirect sk-lookup, for which the firewall need not be changed,"
+            " or steer all the same with --force",
+            os.EX_CONFIG,
+        )
 
     def _warn_of_small_table(self) -> None:
         limit = hostfacts.max_tracked_connections()

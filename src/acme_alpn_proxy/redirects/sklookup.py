@@ -141,17 +141,22 @@ class SkLookupRedirect:
                 pass
         except OSError as problem:
             raise _refusal(problem) from None
-        for family in () if self._force else self._hosts:
-            reason = yield look_whether_sent_elsewhere(commands, family)
-            if reason is not None:
-                if not may_administer_network():
-                    raise not_permitted(reason)
-                raise StartError(
-                    f"{reason}; use --redirect iptables, whose rule comes first, or steer all the"
-                    " same with --force",
-                    os.EX_CONFIG,
-                )
+        if not self._force:
+            yield self._refuse_sent_elsewhere(commands)
         return tuple(self._hosts.values())
+
+    @inlineCallbacks
+    def _refuse_sent_elsewhere(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        reason = yield look_whether_sent_elsewhere(commands, self._hosts)
+        if reason is None:
+            return
+        if not may_administer_network():
+            raise not_permitted(reason)
+        raise StartError(
+            f"{reason}; use --redirect iptables, whose rule comes first, or steer all the"
+            " same with --force",
+            os.EX_CONFIG,
+        )
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
