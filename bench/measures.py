@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .contenders import Contender, OursSteered
 from .stand import Stand
@@ -101,10 +101,10 @@ def memory(*, silent: bool) -> Callable[[Stand, Scale], dict[str, float]]:
 
 def growth(stand: Stand, scale: Scale) -> dict[str, float]:
     """CPU for a connection beside few and many that are open and idle."""
-    found = {}
+    found, longer = {}, replace(scale, seconds=3 * scale.seconds)  # they take long to open
     for number in GROWTH:
         with stand.holding(number):
-            found[f"cpu_us_{number}"] = connections(stand, scale)["cpu_us"]
+            found[f"cpu_us_{number}"] = connections(stand, longer)["cpu_us"]
     return found
 
 
