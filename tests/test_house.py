@@ -64,7 +64,7 @@ SEEN_BY = {
     "probe": {"check"},
     "check": {"cli"},
     "launch": {"cli"},
-    "lazily": {"cli"},
+    "lazily": {"launch", "cli"},
     "cli": set(),
 }
 """Modules that hardly anybody imports."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import select
@@ -214,6 +215,18 @@ class SpliceRelayTests(TransportCase):
         self.visitor.shutdown(socket.SHUT_WR)
         self.turn_all()
         self.assertEqual(self.server.recv(1), b"")
+
+    def test_no_garbage(self) -> None:
+        """Once both ends are gone, nothing is left for Python's collector, which may be late."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.drain(self.server, len(self.fill(self.visitor)))
+        reset(self.visitor)
+        self.turn(lambda: self.front.lost and self.back.lost)
+        address = id(self.relay)
+        self.relay = self.front.relay = self.back.relay = None
+        relays = [each for each in gc.get_objects() if type(each) is SpliceRelay]
+        self.assertNotIn(address, map(id, relays))
 
     def test_nothing_there(self) -> None:
         """A splice that finds nothing gives its pipe back."""

@@ -33,6 +33,7 @@ from zope.interface import implementer
 
 from .errors import AlreadyRunning, StartError, refused_by_system
 from .firewall.hostfacts import has_capabilities
+from .lazily import loaded
 from .logs import observer, open_log_file, reopen
 from .notify import notify
 from .options import ConsoleOptions
@@ -295,4 +296,5 @@ def run(
     config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}
+    loaded()
     runApp(config)

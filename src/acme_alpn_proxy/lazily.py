@@ -16,9 +16,10 @@ from importlib import import_module
 from importlib.util import LazyLoader, find_spec, module_from_spec
 from typing import Final
 
-COLLECT_AFTER: Final = 50_000
-"""How many new objects that may refer to others call the collector. A connection leaves none of
-them behind; Python's own 700 are reached eighty times by imports alone."""
+_USUAL: Final = gc.get_threshold()
+_WHILE_LOADING: Final = 50_000
+"""New objects until the collector looks. All imports together make fewer, and would call it sixty
+times at the usual 700."""
 
 
 def load_when_used(package: str, name: str) -> None:
@@ -34,6 +35,12 @@ def load_when_used(package: str, name: str) -> None:
     setattr(import_module(package), name, module)  # else "from package import name" would use it
 
 
+def loaded() -> None:
+    """To be called by a process that goes on, when it has loaded what it needs."""
+    gc.freeze()
+    gc.set_threshold(*_USUAL)
+
+
+gc.set_threshold(_WHILE_LOADING)
 load_when_used("http", "cookiejar")
-gc.set_threshold(COLLECT_AFTER)
 atexit.register(gc.freeze)

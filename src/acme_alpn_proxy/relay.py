@@ -387,9 +387,9 @@ class SpliceRelay(Relay):
 
     def lost(self, source: Any) -> None:
         super().lost(source)
-        if self._splices is not None:
-            for splice in self._splices.values():
-                splice.drop()
+        splices, self._splices = self._splices, None  # they know the relay, too
+        for splice in (splices or {}).values():
+            splice.drop()
 
     def _speed_up(self, source: Any) -> None:
         if self._splices is None:
