@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -145,8 +146,16 @@ def _facts(contenders: Sequence[Contender], scale: Scale, seconds: int) -> dict[
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     )
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=RESULTS.parent,
+    )
     return {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": described.stdout.strip() or "unknown",
         "kernel": platform.release(),
         "processor": processor,
         "processors": os.cpu_count() or 1,

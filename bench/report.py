@@ -58,10 +58,10 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
         (
             TCP,
             Figure("tcp", "per_s", "TCP, 1/s"),
-            Figure("tcp", "failed", "TCP, failed"),
+            Figure("tcp", "failed_percent", "TCP, failed %", 1),
             TLS,
             Figure("tls", "per_s", "TLS, 1/s"),
-            Figure("tls", "failed", "TLS, failed"),
+            Figure("tls", "failed_percent", "TLS, failed %", 1),
         ),
     ),
     (
@@ -105,7 +105,7 @@ class Target:
     def rounds(self, run: Run) -> list[float]:
         """What the run has measured, one value a round; none if it has not."""
         ours = self.figure.rounds(run, self.contender)
-        if self.ratio_to is None:
+        if self.ratio_to is None or not ours:
             return ours
         other, contender = self.ratio_to
         theirs = other.rounds(run, contender)

@@ -25,6 +25,7 @@ from acme_alpn_proxy.firewall.opinion import (
     sends_elsewhere,
 )
 from acme_alpn_proxy.firewall.verdicts import Caught, Passed, Verdict, Visit
+from acme_alpn_proxy.firewall.xtables import BINARIES
 from acme_alpn_proxy.interfaces import ICommands
 from acme_alpn_proxy.options import ProxyOptions
 from acme_alpn_proxy.redirects import bpf
@@ -60,6 +61,12 @@ class Recorded:
 
     def pause(self, seconds: float) -> Deferred[None]:
         raise AssertionError("nothing here waits")
+
+
+def accept_the_program(case: SynchronousTestCase) -> None:
+    """The kernel takes the program of sk-lookup."""
+    case.patch(bpf, "make_socket_map", lambda slots: os.dup(0))
+    case.patch(bpf, "load_sk_lookup", lambda code, name: os.dup(0))
 
 
 def recorded(name: str) -> Recorded:
@@ -529,6 +536,21 @@ class RefusalTests(HostCase):
             self.assertRegex(str(problem), f"'ip filter INPUT'; {remedy}")
             self.assertEqual(problem.status, status)
 
+    def test_either_family(self) -> None:
+        """One family whose visitors would not get there is enough, with either redirect."""
+        self.patch(hostfacts, "has_ipv6", lambda: True)
+        accept_the_program(self)
+        elsewhere = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp -j DNAT --to-destination :80\n"
+        for redirect, table, rules in (
+            (IptablesRedirect(PORT), "filter", "-P INPUT DROP\n"),
+            (SkLookupRedirect(), "nat", elsewhere),
+        ):
+            self.legacy = [table]
+            for family, binary in BINARIES.items():
+                commands = Recorded({f"{binary}-legacy -w 5 -t {table} -S": rules})
+                problem: Any = self.failureResultOf(redirect.prepare(commands), StartError).value
+                self.assertIn(f"visitors by IPv{family} ", str(problem))
+
     def test_forced(self) -> None:
         """With --force nobody looks."""
         options = ProxyOptions()
@@ -583,8 +605,7 @@ class ElsewhereTests(HostCase):
 
     def test_sk_lookup_refuses(self) -> None:
         """sk-lookup refuses such a host and names iptables; with --force it does not look."""
-        self.patch(bpf, "make_socket_map", lambda slots: os.dup(0))
-        self.patch(bpf, "load_sk_lookup", lambda code, name: os.dup(0))
+        accept_the_program(self)
         rule = "-A PREROUTING -p tcp --dport 443 -j REDIRECT --to-ports 8443"
         commands = Recorded(
             {"iptables -V": "iptables v1.8.9 (nf_tables)", NAT: f"-P PREROUTING ACCEPT\n{rule}\n"}

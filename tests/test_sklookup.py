@@ -178,9 +178,6 @@ class RedirectTests(SynchronousTestCase):
 
     def test_others(self) -> None:
         """Who wins is said where another program is attached."""
-        self.patch(
-            sklookup, "look_whether_sent_elsewhere", lambda commands, families: succeed(None)
-        )
         self.kernel("count_sk_lookup", lambda: 1)
         self.successResultOf(self.apply())
         self.assertRegex(self.lines[0], "^Another sk_lookup program .*the one attached last wins")

@@ -17,9 +17,9 @@ from importlib.util import LazyLoader, find_spec, module_from_spec
 from typing import Final
 
 _USUAL: Final = gc.get_threshold()
-_WHILE_LOADING: Final = 50_000
-"""New objects until the collector looks. All imports together make fewer, and would call it sixty
-times at the usual 700."""
+_WHILE_LOADING: Final = 100_000
+"""More objects than imports leave behind (46,000; 64,000 where cryptography is installed): so many
+call the collector, which otherwise would go over them sixty times."""
 
 
 def load_when_used(package: str, name: str) -> None:
@@ -36,7 +36,7 @@ def load_when_used(package: str, name: str) -> None:
 
 
 def loaded() -> None:
-    """To be called by a process that goes on, when it has loaded what it needs."""
+    """To be called by the daemon, which goes on for long, when it has loaded what it needs."""
     gc.freeze()
     gc.set_threshold(*_USUAL)
 
