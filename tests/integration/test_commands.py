@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -319,7 +318,7 @@ def test_signal_at_any_moment_of_the_start(
     """Whoever of the two is hit, and when: C{start} ends, and after C{stop} nothing is left."""
     start = proxy.start_words(*AT_ONCE)
     for _ in range(2):  # the first is slow
-        whole = _seconds(warm, *start)
+        whole = warm.seconds(*start)
         warm.run("stop", "--wait")
     for moment in range(MOMENTS):
         delay = whole * moment / (MOMENTS - 1)
@@ -336,12 +335,6 @@ def test_signal_at_any_moment_of_the_start(
         # A daemon whose start was killed notices when it has started, and stops.
         wait_until(lambda: host.pids() == [warm.pid], f"it has ended, hit {when}")
         assert host.rules() == [], when
-
-
-def _seconds(warm: WarmProxy, *words: str) -> float:
-    began = time.monotonic()
-    _said(warm.run(*words))
-    return time.monotonic() - began
 
 
 def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None:
