@@ -18,12 +18,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from acme_alpn_proxy import service, tap
-from acme_alpn_proxy.commands import BlockingCommands, SpawningCommands, commands_for
+from acme_alpn_proxy.host.processes import BlockingCommands, SpawningCommands, commands_for
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.interfaces import ICommands, IPIDFile, IRedirect
 from acme_alpn_proxy.program import Program
-from acme_alpn_proxy.protocols import ProxyServerFactory
-from acme_alpn_proxy.routing import Route, Routing
+from acme_alpn_proxy.proxy.protocols import ProxyServerFactory
+from acme_alpn_proxy.proxy.routing import Route, Routing
 from acme_alpn_proxy.service import ProxyService, listening_socket
 
 

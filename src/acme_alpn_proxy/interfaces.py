@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twisted.internet.protocol import ClientFactory, Factory
 
     from .addresses import Address
-    from .commands import Result
+    from .host.processes import Result
 
 
 class IRelay(Interface):

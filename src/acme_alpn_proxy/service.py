@@ -21,13 +21,13 @@ from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .commands import commands_for
+from .host.processes import commands_for
 from .errors import StartError
-from .hangup import NoHangupWatch, hangup_watch
+from .transports.hangup import NoHangupWatch, hangup_watch
 from .interfaces import ICommands, INetwork, IPIDFile, IRedirect
-from .network import TwistedNetwork
-from .pidfile import NoPIDFile
-from .protocols import IDLE_LOOKS, ProxyServerFactory
+from .transports.network import TwistedNetwork
+from .host.pidfile import NoPIDFile
+from .proxy.protocols import IDLE_LOOKS, ProxyServerFactory
 
 BACKLOG: Final = 4_096
 """Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is

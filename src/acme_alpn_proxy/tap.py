@@ -10,18 +10,18 @@ from twisted.application.service import IService, MultiService
 
 from .errors import StartError
 from .interfaces import IPIDFile, IRedirect
-from .network import network_for
+from .transports.network import network_for
 from .options import PORT, RULESPEC_VARIABLE
 from .options import ProxyOptions as Options
 from .program import Program
-from .protocols import ProxyServerFactory
+from .proxy.protocols import ProxyServerFactory
 from .redirects.auto import AutoRedirect
 from .redirects.iptables import IptablesRedirect
 from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
-from .routing import Route, Routing
+from .proxy.routing import Route, Routing
 from .service import ProxyService
-from .statussocket import StatusService
+from .monitoring.statussocket import StatusService
 
 __all__ = ["Options", "makeService", "make_program", "make_proxy"]
 
@@ -90,7 +90,7 @@ def make_metrics(options: Options, reactor: Any, proxy: ProxyService) -> list[IS
         return []
     from twisted.internet.endpoints import serverFromString
 
-    from .metrics import MetricsService
+    from .monitoring.metrics import MetricsService
 
     return [MetricsService(serverFromString(reactor, text), text, proxy.as_json)]
 

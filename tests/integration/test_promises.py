@@ -401,7 +401,7 @@ def _another_program(namespace: Namespace, log: Path) -> Iterator[None]:
     """Another sk_lookup program, which gives new connections to a listener that nobody serves."""
     code = """if True:
         import socket, time
-        from acme_alpn_proxy.commands import BlockingCommands
+        from acme_alpn_proxy.host.processes import BlockingCommands
         from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
         listener = socket.create_server(("127.0.0.1", 40443))
         redirect = SkLookupRedirect(ipv6=False)

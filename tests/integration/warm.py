@@ -108,7 +108,7 @@ def _hit(command: int, hit: str, number: int, before: list[int]) -> None:
 
 
 def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any]:
-    from acme_alpn_proxy import cli
+    from acme_alpn_proxy.console import cli
 
     before = _children(os.getpid())
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -152,7 +152,7 @@ def _wait(command: int) -> int | str:
 def main() -> None:
     """Do what standard input says until it ends."""
     import acme_alpn_proxy.cli
-    import acme_alpn_proxy.launch  # noqa: F401
+    import acme_alpn_proxy.console.daemon  # noqa: F401
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in sys.stdin:

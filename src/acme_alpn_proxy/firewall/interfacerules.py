@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..commands import Result
+from ..host.processes import Result
 from ..interfaces import ICommands
 from .xtables import BINARIES, LOCK_WAIT, listed
 

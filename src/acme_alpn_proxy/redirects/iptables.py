@@ -20,10 +20,10 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..commands import NOT_FOUND, Result
+from ..host.processes import NOT_FOUND, Result
 from ..errors import AS_ADMINISTRATOR, StartError, not_permitted
-from ..firewall import hostfacts
-from ..firewall.opinion import look
+from ..host import facts
+from ..firewall.judgement import look
 from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
 from ..interfaces import ICommands, IRedirect
 from .guard import KEEPER_MATCH, Guard, claim_redirect
@@ -77,14 +77,14 @@ def is_leftover(words: Sequence[str], port: int) -> bool:
 
 def keeper_comment(pid: int) -> str:
     """Names the process whose connections the keeper keeps: PIDs alone come again."""
-    return f"{COMMENT} keeper {pid} {hostfacts.process_start_time(pid)}"
+    return f"{COMMENT} keeper {pid} {facts.process_start_time(pid)}"
 
 
 def is_dead_keeper(words: Sequence[str]) -> bool:
     """Whether a mangle rule is a keeper whose process is no more."""
     name, _, owner = _follows(words, "--comment").partition(" keeper ")
     pid, _, started = owner.partition(" ")
-    return name == COMMENT and pid.isdigit() and hostfacts.process_start_time(pid) != started
+    return name == COMMENT and pid.isdigit() and facts.process_start_time(pid) != started
 
 
 @implementer(IRedirect)
@@ -123,7 +123,7 @@ class IptablesRedirect:
         """On all addresses: the kernel redirects to that of the interface a visitor comes in by."""
         if not self._ipv6:
             self._families = [4]
-        elif not hostfacts.has_ipv6():
+        elif not facts.has_ipv6():
             self._log.info("This host has no IPv6: steering IPv4 alone")
             self._families = [4]
         else:  # IPv6 first: if it fails, no visitor has been steered yet
@@ -139,7 +139,7 @@ class IptablesRedirect:
     ) -> Generator[Deferred[Any], Any, None]:
         if all(listener.family != socket.AF_INET6 for listener in listeners):
             self._families = [4]  # rules for IPv6 without a listener for it would be an outage
-        idle = hostfacts.tracked_connections() == 0
+        idle = facts.tracked_connections() == 0
         claim = yield claim_redirect(commands, GUARD_PATIENCE)
         try:
             for family in self._families:
@@ -249,7 +249,7 @@ class IptablesRedirect:
         if "REDIRECT" not in self._rulespec:
             return
         for family in self._families:
-            names = hostfacts.unnumbered_interfaces(family)
+            names = facts.unnumbered_interfaces(family)
             if names:
                 raise StartError(
                     f"visitors come in by {', '.join(names)}, which has no IPv{family} address for "
@@ -264,7 +264,7 @@ class IptablesRedirect:
         reason = yield look(commands, self._families, self._port)
         if reason is None:
             return
-        if not hostfacts.may_administer_network():
+        if not facts.may_administer_network():
             raise not_permitted(reason)
         raise StartError(
             f"{reason}; use --redirect sk-lookup, for which the firewall need not be changed,"
@@ -273,8 +273,8 @@ class IptablesRedirect:
         )
 
     def _warn_of_small_table(self) -> None:
-        limit = hostfacts.max_tracked_connections()
-        count = hostfacts.tcp_connections()
+        limit = facts.max_tracked_connections()
+        count = facts.tcp_connections()
         if limit is not None and count > limit / 2:
             self._log.warn(
                 "Connection tracking was idle and is now on for the whole host: its {count} TCP "
@@ -301,7 +301,7 @@ class IptablesRedirect:
         if result.code == NOT_FOUND:
             status = os.EX_UNAVAILABLE
             remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
-        elif not hostfacts.may_administer_network():
+        elif not facts.may_administer_network():
             status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
         elif "lock" in result.output:
             status = os.EX_TEMPFAIL

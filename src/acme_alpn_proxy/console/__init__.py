@@ -1,0 +1,1 @@
+"""The console script: its commands, and the daemon behind them."""

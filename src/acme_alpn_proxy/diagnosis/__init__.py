@@ -1,0 +1,1 @@
+"""C{check}: whether the proxy would work on this host."""

@@ -1,0 +1,449 @@
+"""The real thing: a visitor and a CA's validator dial :443 of this host through the kernel's path.
+
+They dial from a network namespace of their own, joined to the host by a veth pair. The namespace
+has no name: a thread and sockets of this process hold it, and so do nothing else. However this
+process ends, the namespace goes, and with it both ends of the pair.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import secrets
+import shlex
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.threads import deferToThread
+from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
+
+from ..addresses import parse_address
+from ..host.processes import NOT_FOUND, BlockingCommands, Result, commands_for
+from ..errors import AS_ADMINISTRATOR, StartError
+from .finding import Finding, Level
+from ..host.facts import has_ipv6, may_administer_network, new_interfaces_have_ipv6
+from ..firewall.interfacerules import names_interfaces
+from ..options import PORT, ConsoleOptions
+from ..program import Program
+from ..proxy.protocols import ProxyServerFactory
+from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
+from ..tap import make_proxy
+
+DIAL_DEADLINE: Final = 3.0
+"""Seconds for each step of a dial: time enough for a second SYN, after one. Visitors are steered
+meanwhile, so it is no more than that."""
+
+PAUSE: Final = 0.05
+"""Seconds between the two segments of the validator's hello: the first is read alone."""
+
+ANSWER: Final = b"\x15\x03\x03\x00\x02\x02\x50"
+"""What the throwaway responder answers: the alert internal_error (RFC 8446 section 6)."""
+
+_CLONE_NEWNET: Final = 0x40000000
+_RECORD_HEADER: Final = 5
+
+Named = Callable[[Any, int], "Deferred[bool]"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """Two addresses, of the host and of who dials it."""
+
+    family: int
+    host: str
+    dialler: str
+    length: int
+
+
+def _in_use(listing: str) -> Iterator[ipaddress.IPv4Network]:
+    """The destinations in C{ip -4 route show table all}, but for those of half the world."""
+    for line in listing.splitlines():
+        for word in line.split()[:2]:  # before the address may stand its type
+            try:
+                network = ipaddress.IPv4Network(word)
+            except ValueError:
+                continue
+            if network.prefixlen > 16:
+                yield network
+
+
+def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
+    """A link-local /30 (RFC 3927) that no route of the host's is about.
+
+    @param choices: numbers to try, of any size.
+    """
+    taken = list(_in_use(listing))
+    for number in choices:
+        # From 192 on: below are those by which clouds serve their machines.
+        network = ipaddress.IPv4Network((0xA9FEC000 + number % 0x3E00 // 4 * 4, 30))
+        if not any(network.overlaps(each) for each in taken):
+            return Subnet(4, str(network[1]), str(network[2]), 30)
+    raise StartError("no link-local IPv4 network is free; look at: ip route show table all")
+
+
+def unique_local_subnet() -> Subnet:
+    """With a global ID by chance, of 40 bits (RFC 4193): it meets no other."""
+    prefix = int.from_bytes(b"\xfd" + secrets.token_bytes(5), "big") << 80
+    host, dialler = (str(ipaddress.IPv6Address(prefix + number)) for number in (1, 2))
+    return Subnet(6, host, dialler, 64)
+
+
+class Namespace:
+    """A network namespace without a name, joined to this process's own.
+
+    @ivar subnets: on the pair, by family.
+    """
+
+    def __init__(self, link: str, families: Sequence[int]) -> None:
+        """Make it; raises L{StartError}.
+
+        @param link: a name for both ends of the pair.
+        """
+        self._link = link
+        self._commands = BlockingCommands()
+        self._inside = ThreadPoolExecutor(1)
+        self._joined = False
+        self.subnets: dict[int, Subnet] = {}
+        try:
+            self._join(families)
+        except BaseException:
+            self.close()
+            raise
+
+    def socket(self, family: int) -> socket.socket:
+        """A TCP socket in there, for use by any thread."""
+        of = {4: socket.AF_INET, 6: socket.AF_INET6}[family]
+        return self._in_there(lambda: socket.socket(of, socket.SOCK_STREAM))
+
+    def close(self) -> None:
+        """Remove the pair at once, and let the namespace go."""
+        if self._joined:
+            self._commands.run(["ip", "link", "delete", self._link])
+        self._inside.shutdown()
+
+    def _join(self, families: Sequence[int]) -> None:
+        listing = self._ip("-4", "route", "show", "table", "all")
+        self.subnets[4] = free_subnet(listing, (secrets.randbits(16) for _ in range(1_000)))
+        if 6 in families:
+            self.subnets[6] = unique_local_subnet()
+        thread = self._in_there(_unshare)
+        pair = ["type", "veth", "peer", "name", self._link, "netns", str(thread)]
+        self._ip("link", "add", self._link, *pair)  # one step: neither end is ever alone
+        self._joined = True
+        self._number([subnet.host for subnet in self.subnets.values()])
+        self._in_there(lambda: self._number([subnet.dialler for subnet in self.subnets.values()]))
+
+    def _number(self, addresses: list[str]) -> None:
+        self._ip("link", "set", self._link, "up")
+        for address, subnet in zip(addresses, self.subnets.values(), strict=True):
+            nodad = ["nodad"] if subnet.family == 6 else []
+            self._ip("address", "add", f"{address}/{subnet.length}", "dev", self._link, *nodad)
+
+    def _ip(self, *words: str) -> str:
+        done: list[Result] = []
+        self._commands.run(["ip", *words]).addCallback(done.append)
+        (result,) = done
+        if result.code != 0:
+            remedy = "see why that command fails"
+            if result.code == NOT_FOUND:
+                remedy = "install ip (iproute2)"
+            elif not may_administer_network():
+                remedy = AS_ADMINISTRATOR
+            command = shlex.join(result.argv)
+            raise StartError(
+                f"'{command}' failed with status {result.code}: {result.one_line}; {remedy}"
+            )
+        return result.output
+
+    def _in_there(self, work: Callable[[], _T]) -> _T:
+        return self._inside.submit(work).result()
+
+
+def _unshare() -> int:
+    """Give this thread a network namespace of its own; its number, by which the kernel knows it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        problem = os.strerror(ctypes.get_errno())
+        raise StartError(
+            f"cannot make a network namespace: {problem}; run this as root, with CAP_SYS_ADMIN"
+            " where it runs in a container"
+        )
+    return threading.get_native_id()
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """How a dial went.
+
+    @ivar source: address and port that it came from; empty if it did not connect.
+    @ivar answer: the first bytes that came back; none if the other end closed, or did not answer.
+    @ivar problem: what the kernel said, if it did.
+    """
+
+    source: tuple[str, int] = ("", 0)
+    answer: bytes = b""
+    problem: str = ""
+
+
+def dial(connection: socket.socket, host: str, port: int, segments: Sequence[bytes]) -> Dial:
+    """Connect, send the segments and wait for an answer. Blocks, for three deadlines at most."""
+    source = ("", 0)
+    with connection:
+        connection.settimeout(DIAL_DEADLINE)
+        try:
+            connection.connect((host, port))
+            source = connection.getsockname()[:2]
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at, segment in enumerate(segments):
+                time.sleep(PAUSE if at else 0)
+                connection.sendall(segment)
+            return Dial(source, connection.recv(65_536))
+        except TimeoutError:
+            return Dial(source, problem=f"no answer within {DIAL_DEADLINE:g} s")
+        except OSError as problem:
+            return Dial(source, problem=problem.strerror or str(problem))
+
+
+class Responder(Protocol):
+    """Stands in for the ACME client's: takes one hello, and answers."""
+
+    def __init__(self, seen: set[bytes]) -> None:
+        self._seen = seen
+        self._hello = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        self._hello += data
+        if len(self._hello) >= _RECORD_HEADER:
+            (length,) = struct.unpack_from("!H", self._hello, 3)
+            if len(self._hello) >= _RECORD_HEADER + length:
+                self._seen.add(self._hello)
+                self.transport.write(ANSWER)  # type: ignore[union-attr]
+                self.transport.loseConnection()  # type: ignore[union-attr]
+
+
+class _NotingFactory(ProxyServerFactory):
+    """Remembers who came.
+
+    @ivar met: address and port of each.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.met: set[tuple[str, int]] = set()
+
+    def buildProtocol(self, addr: Any) -> Any:
+        self.met.add((addr.host.removeprefix("::ffff:"), addr.port))
+        return super().buildProtocol(addr)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who dials: a visitor or a validator.
+
+    @ivar role: which of the two.
+    @ivar segments: its hello.
+    """
+
+    role: str
+    family: int
+    segments: tuple[bytes, ...]
+
+    @property
+    def name(self) -> str:
+        return f"probe {self.role} IPv{self.family}"
+
+
+def callers(families: Sequence[int]) -> list[Caller]:
+    """One of each, for each family."""
+    name, found = server_name(), []
+    for family in families:
+        hello = acme_hello(name)
+        half = len(hello) // 2
+        found.append(Caller("visitor", family, (visitor_hello(name),)))
+        found.append(Caller("validator", family, (hello[:half], hello[half:])))
+    return found
+
+
+def judge(
+    caller: Caller, call: Dial, met: set[tuple[str, int]], seen: set[bytes], redirect: str
+) -> Finding:
+    """The verdict on one call.
+
+    @param met: who came to the proxy.
+    @param seen: the hellos that the responder was given.
+    """
+    steered = call.source in met
+    if caller.role == "validator" and b"".join(caller.segments) in seen:
+        if call.answer == ANSWER:
+            return Finding(caller.name, Level.OK)
+        return Finding(
+            caller.name,
+            Level.FAILED,
+            f"the responder's answer did not come back: {call.problem or 'another one did'}",
+            "see whether a firewall drops what goes out from port 443",
+        )
+    if caller.role == "visitor" and steered and call.answer.startswith(TLS_ANSWERS):
+        return Finding(caller.name, Level.OK)
+    if not steered:
+        return Finding(caller.name, Level.FAILED, *_not_steered(call, redirect))
+    where = "the web server" if caller.role == "visitor" else "the responder"
+    what = call.problem or ("another answer than TLS" if call.answer else "an end of file")
+    return Finding(
+        caller.name,
+        Level.FAILED,
+        f"it was steered here, but did not get through to {where}: {what}",
+        "see whether --fallback names the web server, and whether that speaks TLS there",
+    )
+
+
+def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
+    """Cause and remedy."""
+    if not call.source[1]:
+        port = PORT if redirect == "iptables" else 443
+        remedy = f"see whether the firewall lets in port {port}"
+        if redirect == "iptables":
+            remedy += ", which is the one it sees here, or use --redirect sk-lookup"
+        return f"it cannot connect: {call.problem}", remedy
+    cause = "it connected to port 443, but not by the proxy"
+    if redirect == "iptables":
+        return cause, (
+            "see whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"
+            " --redirect sk-lookup"
+        )
+    return cause, (
+        "see whether a rule sends port 443 elsewhere (iptables -t nat -S PREROUTING), as container"
+        " engines do, and then use --redirect iptables"
+    )
+
+
+def softened(finding: Finding) -> Finding:
+    """The same where the firewall treats interfaces differently: it need not be so for visitors."""
+    return Finding(
+        finding.name,
+        Level.WARNING,
+        f"{finding.cause} (but the firewall has rules for certain interfaces, and this came in by"
+        " another one)",
+        f"dial port 443 from outside; {finding.remedy}",
+    )
+
+
+@contextmanager
+def _log_told(tell: Callable[[Finding], None]) -> Iterator[None]:
+    """What is logged meanwhile as a warning, or for the operator, is a finding too."""
+
+    def observe(event: LogEvent) -> None:
+        if event.get("log_level") in (LogLevel.warn, LogLevel.error):
+            tell(Finding.refused("probe", formatEvent(event), Level.WARNING))
+        elif event.get("for_operator"):
+            tell(Finding("probe", Level.OK, formatEvent(event)))
+
+    observer: Any = observe
+    globalLogPublisher.addObserver(observer)
+    try:
+        yield
+    finally:
+        globalLogPublisher.removeObserver(observer)
+
+
+@inlineCallbacks
+def probe(
+    reactor: Any,
+    options: ConsoleOptions,
+    tell: Callable[[Finding], None],
+    names: Named = names_interfaces,
+) -> Generator[Deferred[Any], Any, None]:
+    """Steer for a moment, and dial. Nothing is left, by whatever end.
+
+    @param reactor: runs already.
+    @param tell: is called with each finding.
+    @param names: whether the firewall names interfaces, for a family.
+    """
+    families = [4]
+    if options["ipv6"] and has_ipv6():
+        if new_interfaces_have_ipv6():
+            families = [4, 6]
+        else:
+            cause = "IPv6 is not dialled: new interfaces have none here"
+            remedy = "set net.ipv6.conf.default.disable_ipv6=0, or dial port 443 from outside"
+            tell(Finding("probe", Level.WARNING, cause, remedy))
+    try:
+        namespace = Namespace(f"aap{os.getpid()}", families)
+    except StartError as problem:
+        tell(Finding.refused("probe", problem))
+        return
+    try:
+        with _log_told(tell):
+            yield _steer_and_dial(reactor, options, namespace, tell, names)
+    except StartError as problem:
+        tell(Finding.refused("probe", problem))
+    finally:
+        namespace.close()
+
+
+@inlineCallbacks
+def _steer_and_dial(
+    reactor: Any,
+    options: ConsoleOptions,
+    namespace: Namespace,
+    tell: Callable[[Finding], None],
+    names: Named,
+) -> Generator[Deferred[Any], Any, None]:
+    seen: set[bytes] = set()
+    responder = Factory.forProtocol(lambda: Responder(seen))
+    responder.noisy = False
+    try:
+        port = reactor.listenTCP(0, responder, interface="127.0.0.1")
+    except CannotListenError as problem:
+        raise StartError(
+            f"cannot listen on 127.0.0.1: {problem.socketError}; see whether lo is up (ip address"
+            " show lo)"
+        ) from None
+    options["alpn"] = parse_address(f"127.0.0.1:{port.getHost().port}")
+    met: list[_NotingFactory] = []
+
+    def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:
+        met.append(_NotingFactory(*arguments, **named))
+        return met[0]
+
+    proxy = make_proxy(options, reactor, factory=factory)
+    program = Program(reactor, proxy)
+    program.on_refusal = lambda problem: None  # it is told below
+    who = callers(sorted(namespace.subnets))
+    try:
+        program.privilegedStartService()
+        yield proxy.when_started()
+        try:
+            calls = yield _dial_all(namespace, who)
+        finally:
+            yield proxy.stopService()
+    finally:
+        yield port.stopListening()
+    if program.ending:
+        raise StartError("interrupted; run it again")
+    for caller, call in zip(who, calls, strict=True):
+        finding = judge(caller, call, met[0].met, seen, options["redirect"])
+        if finding.level is not Level.OK and (yield names(commands_for(reactor), caller.family)):
+            finding = softened(finding)
+        tell(finding)
+
+
+def _dial_all(namespace: Namespace, who: Sequence[Caller]) -> Deferred[list[Dial]]:
+    """All at once, each in a thread."""
+    calls = []
+    for caller in who:
+        connection = namespace.socket(caller.family)
+        host = namespace.subnets[caller.family].host
+        calls.append(deferToThread(dial, connection, host, 443, caller.segments))
+    return gatherResults(calls, consumeErrors=True)

@@ -1,0 +1,1 @@
+"""What this host says and does: processes, kernel facts, the PID file."""

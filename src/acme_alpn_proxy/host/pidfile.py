@@ -1,0 +1,177 @@
+"""The PID file: which instance runs.
+
+The instance that runs holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers.
+So a file left behind, one with garbage in it, or one whose PID belongs to another program by now is
+told from a live one for sure: nobody holds its lock. It is a write lock until the PID is written
+and a read lock from then on, so that meanwhile a PID left behind is not taken for the new owner's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import time
+from typing import Final
+
+from zope.interface import implementer
+
+from ..errors import AlreadyRunning, StartError
+from ..interfaces import IPIDFile
+
+_MODE: Final = 0o600
+"""Who may open the file may lock it, and pass for the instance where a killed one has left it."""
+_LONGEST: Final = 32
+"""Bytes read of a PID file: a PID has seven digits at most (proc(5), pid_max)."""
+_FLOCK: Final = "hhqqi"
+_PATIENCE: Final = 200
+_PATIENCE_STEP: Final = 0.005
+
+
+@implementer(IPIDFile)
+class NoPIDFile:
+    """Where twistd, or an application of its own, keeps the PID."""
+
+    def claim(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+@implementer(IPIDFile)
+class PIDFile:
+    """A file with the PID in decimal, locked by its owner."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def owner(self) -> int | None:
+        """The PID of the instance that holds the file, or L{None} if none does.
+
+        Raises L{StartError} if the file cannot be read.
+        """
+        for _ in range(_PATIENCE):
+            try:
+                descriptor = self._open(os.O_RDONLY)
+            except FileNotFoundError:
+                return None
+            except OSError as problem:
+                raise self._refusal("read", problem) from None
+            try:
+                lock = _held_lock(descriptor)
+                if lock == fcntl.F_UNLCK:
+                    return None
+                pid = _read_pid(descriptor) if lock == fcntl.F_RDLCK else None
+            finally:
+                os.close(descriptor)
+            if pid is not None:
+                return pid
+            time.sleep(_PATIENCE_STEP)  # it has the lock and is about to write
+        raise StartError(
+            f"{self.path} is locked by a program that does not write its PID there; end that one"
+            f" (see: fuser {self.path})"
+        )
+
+    def claim(self) -> None:
+        """Write this process's PID; raises L{AlreadyRunning} or L{StartError}."""
+        while self._descriptor is None:
+            try:
+                descriptor = self._open(os.O_RDWR | os.O_CREAT)
+            except OSError as problem:
+                raise self._refusal("write", problem) from None
+            if not _lock(descriptor, fcntl.F_WRLCK):
+                os.close(descriptor)
+                if (pid := self.owner()) is not None:
+                    raise AlreadyRunning(f"already running as PID {pid} ({self.path})")
+                continue
+            if self._is_at_path(descriptor):
+                self._descriptor = descriptor
+            else:  # its owner removed it between our open and our lock
+                os.close(descriptor)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+            _lock(self._descriptor, fcntl.F_RDLCK)
+        except OSError as problem:  # no plain file, or a full disk
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise self._refusal("write", problem) from None
+
+    def release(self) -> None:
+        if self._descriptor is None:
+            return
+        try:
+            if self._is_at_path(self._descriptor):
+                os.unlink(self.path)
+        except OSError:
+            pass  # its lock goes all the same, and that is what counts
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def remove_of(self, pid: int) -> None:
+        """Remove the file that an instance has left which could not itself: it had dropped root."""
+        try:
+            descriptor = self._open(os.O_RDWR)
+        except OSError:
+            return
+        try:
+            free = _lock(descriptor, fcntl.F_WRLCK)
+            if free and self._is_at_path(descriptor) and _read_pid(descriptor) == pid:
+                os.unlink(self.path)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, flags: int) -> int:
+        # Not through a symbolic link, and not waiting for a FIFO's other end: the folder may be one
+        # that others write to.
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(self.path, flags, _MODE)
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _refusal(self, what: str, problem: OSError) -> StartError:
+        if isinstance(problem, PermissionError):
+            return StartError(
+                f"may not {what} the PID file {self.path}: {problem.strerror}; run this as root, or"
+                " set ACME_ALPN_PROXY_PIDFILE to another one",
+                os.EX_NOPERM,
+            )
+        return StartError(
+            f"cannot {what} the PID file {self.path}: {problem.strerror}; set"
+            " ACME_ALPN_PROXY_PIDFILE to a plain file in a folder that exists",
+            os.EX_CANTCREAT,
+        )
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the lock could be taken. It belongs to the open file, and so outlives a fork."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(kind))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _held_lock(descriptor: int) -> int:
+    """Which kind of lock somebody else holds."""
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK))
+    kind: int = struct.unpack(_FLOCK, answer)[0]
+    return kind
+
+
+def _flock(kind: int) -> bytes:
+    """struct flock of fcntl(2), for the whole file."""
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
+
+
+def _read_pid(descriptor: int) -> int | None:
+    """The PID in the file, or L{None} if there is none."""
+    text = os.pread(descriptor, _LONGEST, 0)
+    return int(text) if re.fullmatch(rb"[1-9][0-9]{0,9}\n?", text) else None

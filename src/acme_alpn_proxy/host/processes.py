@@ -1,0 +1,167 @@
+"""Running commands and waiting: blocking until the reactor runs, on the reactor from then on.
+
+Both ways give Deferreds, so what uses them is written once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import ProcessExitedAlready, ProcessTerminated
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..interfaces import ICommands
+
+DEADLINE: Final = 15.0
+"""Seconds a command may take: longer than the 5 s that iptables is told to wait for its lock."""
+
+CANNOT_RUN: Final = 126
+NOT_FOUND: Final = 127
+KILLED: Final = 137
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended.
+
+    @ivar code: its exit status; 127 if there is no such program, 126 if it cannot be run, 137 if it
+        was killed, be it for the deadline.
+    @ivar output: what it wrote to both its outputs.
+    """
+
+    argv: tuple[str, ...]
+    code: int
+    output: str
+
+    @classmethod
+    def of(cls, argv: Sequence[str], code: int, output: bytes) -> Result:
+        """From raw output."""
+        return cls(tuple(argv), code, output.decode("utf-8", "backslashreplace"))
+
+    @classmethod
+    def not_found(cls, argv: Sequence[str]) -> Result:
+        """There is no program of that name."""
+        return cls(tuple(argv), NOT_FOUND, f"{argv[0]}: not found on PATH")
+
+    @classmethod
+    def too_slow(cls, argv: Sequence[str]) -> Result:
+        """It was killed at the deadline."""
+        return cls(tuple(argv), KILLED, f"not finished after {DEADLINE:g} s")
+
+    @property
+    def one_line(self) -> str:
+        """The output for an error message."""
+        return " ".join(self.output.split()) or "it printed nothing"
+
+
+@implementer(ICommands)
+class BlockingCommands:
+    """For the time before the reactor runs: each Deferred has fired when it is returned."""
+
+    def run(self, argv: Sequence[str]) -> Deferred[Result]:
+        if shutil.which(argv[0]) is None:
+            return succeed(Result.not_found(argv))
+        try:
+            done = subprocess.run(
+                argv,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=DEADLINE,
+                close_fds=False,  # whoever waits for our end waits for the command's too
+            )
+        except subprocess.TimeoutExpired:
+            return succeed(Result.too_slow(argv))
+        except OSError as problem:
+            code = NOT_FOUND if isinstance(problem, FileNotFoundError) else CANNOT_RUN
+            return succeed(Result.of(argv, code, str(problem).encode()))
+        code = done.returncode if done.returncode >= 0 else KILLED
+        return succeed(Result.of(argv, code, done.stdout))
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        time.sleep(seconds)
+        return succeed(None)
+
+
+class _Collector(ProcessProtocol):
+    """Gathers what a process writes, and how it ends."""
+
+    def __init__(self, argv: Sequence[str], clock: Any) -> None:
+        self.ended: Deferred[Result] = Deferred()
+        self._argv = argv
+        self._output = b""
+        self._late = False
+        self._deadline = clock.callLater(DEADLINE, self._kill)
+
+    def _kill(self) -> None:
+        self._late = True
+        transport: Any = self.transport
+        try:
+            transport.signalProcess("KILL")
+        except ProcessExitedAlready:
+            pass
+        transport.loseConnection()  # a process that it has started may hold its outputs open
+
+    def outReceived(self, data: bytes) -> None:
+        self._output += data
+
+    errReceived = outReceived
+
+    def processEnded(self, reason: Failure) -> None:
+        if self._late:
+            self.ended.callback(Result.too_slow(self._argv))
+            return
+        self._deadline.cancel()
+        code = 0
+        if isinstance(reason.value, ProcessTerminated):
+            code = KILLED if reason.value.signal is not None else reason.value.exitCode
+        self.ended.callback(Result.of(self._argv, code, self._output))
+
+
+def _inheritable() -> list[int]:
+    """The descriptors beyond the standard ones that a child is to have."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append(int(name))
+        except OSError:
+            pass  # the listing's own
+    return found
+
+
+@implementer(ICommands)
+class SpawningCommands:
+    """For a running reactor: nothing blocks it."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def run(self, argv: Sequence[str]) -> Deferred[Result]:
+        program = shutil.which(argv[0])
+        if program is None:
+            return succeed(Result.not_found(argv))
+        collector = _Collector(argv, self._reactor)
+        # As with blocking ones, whoever waits for our end waits for the command's too.
+        descriptors = {0: "w", 1: "r", 2: "r"} | {each: each for each in _inheritable()}
+        self._reactor.spawnProcess(collector, program, argv, env=None, childFDs=descriptors)
+        return collector.ended
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        return deferLater(self._reactor, seconds, lambda: None)
+
+
+def commands_for(reactor: Any) -> BlockingCommands | SpawningCommands:
+    """The way that fits the reactor's state."""
+    return SpawningCommands(reactor) if reactor.running else BlockingCommands()

@@ -1,0 +1,144 @@
+"""The log of the console script: where it goes and what its lines look like."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from twisted.logger import (
+    FileLogObserver,
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    Logger,
+    LogLevel,
+    LogLevelFilterPredicate,
+    eventAsText,
+    formatEvent,
+    formatEventAsClassicLogText,
+)
+from twisted.python.logfile import LogFile
+
+from ..errors import StartError
+
+ROTATED_FILES: Final = 9
+"""Full log files that are kept, of 1 MB each (L{LogFile}): the log must not fill a disk."""
+
+_PRIORITIES: Final = {
+    LogLevel.debug: 7,
+    LogLevel.info: 6,
+    LogLevel.warn: 4,
+    LogLevel.error: 3,
+    LogLevel.critical: 2,
+}
+"""Of syslog(3), as journald reads them in front of a line (sd-daemon(3))."""
+
+_NOT_FIELDS: Final = {"format", "for_operator", "isError", "message", "system", "time"}
+_PLAIN: Final = (str, int, float, type(None))
+
+_log = Logger()
+
+
+def make_log_file(path: str) -> None:
+    """See to it that there is one which can be written; raises L{StartError}."""
+    try:
+        _make(path)
+    except OSError as problem:
+        raise _refusal(path, problem) from None
+
+
+def open_log_file(path: str) -> LogFile:
+    """Opens it to be added to; full ones are moved aside. Raises L{StartError}."""
+    try:
+        file: LogFile = LogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
+    except OSError as problem:
+        raise _refusal(path, problem) from None
+    return file
+
+
+def _make(path: str) -> None:
+    # Not waiting for a FIFO's other end.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    os.close(os.open(path, flags, 0o644))
+
+
+def _refusal(path: str, problem: OSError) -> StartError:
+    if isinstance(problem, PermissionError):
+        return StartError(
+            f"may not write the log file {path}: {problem.strerror}; run this as root, or name"
+            " another one with --logfile",
+            os.EX_NOPERM,
+        )
+    return StartError(
+        f"cannot write the log file {path}: {problem.strerror}; name another one with --logfile",
+        os.EX_CANTCREAT,
+    )
+
+
+def reopen(file: LogFile) -> None:
+    """Go on in a file at the same path: the one so far may have been moved aside."""
+    try:
+        _make(file.path)
+    except OSError as problem:
+        _log.error(
+            "Cannot open the log file {path} anew: {problem}; still logging to the one so far",
+            path=file.path,
+            problem=problem.strerror,
+        )
+    else:
+        file.reopen()
+
+
+def observer(
+    stream: Any, form: str, level: str, environment: Mapping[str, str] = os.environ
+) -> ILogObserver:
+    """Writes events to C{stream}.
+
+    @param form: C{text} or C{json}. Text to the journal has a priority instead of a time.
+    @param level: the least; one of L{LogLevel}'s names.
+    """
+    line: Callable[[LogEvent], str | None] = formatEventAsClassicLogText
+    if form == "json":
+        line = as_json
+    elif is_journal(stream, environment):
+        line = for_journal
+    levels = LogLevelFilterPredicate(LogLevel.levelWithName(level))
+    return FilteringLogObserver(FileLogObserver(stream, line), [levels])
+
+
+def is_journal(stream: Any, environment: Mapping[str, str]) -> bool:
+    """Whether systemd has connected C{stream} to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    is_stderr: bool = stream is sys.__stderr__
+    if not is_stderr or "JOURNAL_STREAM" not in environment:
+        return False
+    found = os.fstat(stream.fileno())
+    return environment["JOURNAL_STREAM"] == f"{found.st_dev}:{found.st_ino}"
+
+
+def for_journal(event: LogEvent) -> str | None:
+    """The journal has the time and who it was."""
+    text = eventAsText(event, includeTimestamp=False, includeSystem=False)
+    priority = _PRIORITIES[event.get("log_level", LogLevel.info)]
+    return f"<{priority}>{text}\n" if text else None
+
+
+def as_json(event: LogEvent) -> str | None:
+    """One object a line: time, level, source, message, traceback if there is one, and fields."""
+    fields = {
+        name: value if isinstance(value, _PLAIN) else str(value)
+        for name, value in event.items()
+        if not name.startswith("log_") and name not in _NOT_FIELDS
+    }
+    head = {
+        "time": datetime.fromtimestamp(event["log_time"], UTC).isoformat(timespec="milliseconds"),
+        "level": event.get("log_level", LogLevel.info).name,
+        "source": event.get("log_namespace", ""),
+        "message": formatEvent(event),
+    }
+    if "log_failure" in event:
+        head["traceback"] = event["log_failure"].getTraceback()
+    return json.dumps(fields | head) + "\n"

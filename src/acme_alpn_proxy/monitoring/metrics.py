@@ -1,0 +1,141 @@
+"""The numbers of C{status} for Prometheus, by HTTP. Needs prometheus_client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.python.failure import Failure
+from twisted.web.resource import Resource
+from twisted.web.server import Request, Site
+
+from ..errors import StartError
+
+
+class Collector:
+    """What C{CollectorRegistry} takes: asks the proxy whenever it is asked."""
+
+    def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
+        self._describe = describe
+
+    def describe(self) -> list[Any]:
+        """Part of the registry's contract: no name is taken twice."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        about = self._describe()
+        routes = about["routes"]
+        running = GaugeMetricFamily(
+            "acme_alpn_proxy_running", "1 while new connections to :443 are steered here."
+        )
+        running.add_metric([], about["state"] == "running")
+        yield running
+        live = GaugeMetricFamily(
+            "acme_alpn_proxy_live_connections", "Connections now.", labels=["route"]
+        )
+        live.add_metric(["undecided"], about["undecided"])
+        total = CounterMetricFamily(
+            "acme_alpn_proxy_connections", "Connections that were routed.", labels=["route"]
+        )
+        failures = CounterMetricFamily(
+            "acme_alpn_proxy_target_failures", "Targets not reached.", labels=["route"]
+        )
+        moved = CounterMetricFamily(
+            "acme_alpn_proxy_bytes",
+            "Bytes passed on by connections that have ended.",
+            labels=["route", "direction"],
+        )
+        for name, route in routes.items():
+            live.add_metric([name], route["live"])
+            total.add_metric([name], route["total"])
+            failures.add_metric([name], route["failures"])
+            moved.add_metric([name, "from_visitors"], route["bytes_from_visitors"])
+            moved.add_metric([name, "to_visitors"], route["bytes_to_visitors"])
+        yield from (live, total, failures, moved)
+        reasons = CounterMetricFamily(
+            "acme_alpn_proxy_fallback_reasons",
+            "Connections that took the fallback, by why.",
+            labels=["reason"],
+        )
+        for reason, count in routes["fallback"]["reasons"].items():
+            reasons.add_metric([reason], count)
+        yield reasons
+        last = GaugeMetricFamily(
+            "acme_alpn_proxy_last_validation_timestamp_seconds",
+            "When the last validation was routed; 0 if there was none.",
+        )
+        last.add_metric([], about["last_validation"]["at"] if about["last_validation"] else 0)
+        yield last
+
+
+class _Page(Resource):
+    isLeaf = True
+
+    def __init__(self, registry: Any) -> None:
+        super().__init__()
+        self._registry = registry
+
+    def render_GET(self, request: Request) -> bytes:
+        request.setHeader(b"content-type", CONTENT_TYPE_LATEST.encode())
+        page: bytes = generate_latest(self._registry)
+        return page
+
+
+class _Site(Site):
+    noisy = False
+
+    def log(self, request: Any) -> None:
+        """Not a line for each time that it is asked."""
+
+
+class MetricsService(Service):
+    """Listens while the proxy steers: its successor may want the same port."""
+
+    def __init__(
+        self, endpoint: IStreamServerEndpoint, text: str, describe: Callable[[], dict[str, Any]]
+    ) -> None:
+        """
+        @param text: the endpoint as a string.
+        @param describe: gives the numbers, as L{acme_alpn_proxy.service.ProxyService.as_json}.
+        """
+        registry = CollectorRegistry()
+        registry.register(Collector(describe))
+        self._site = _Site(_Page(registry))
+        self._endpoint = endpoint
+        self._text = text
+        self._listening: Deferred[Any] | None = None
+
+    def privilegedStartService(self) -> None:
+        """Listen, while the process still has its privileges; raises L{StartError}."""
+        self._open()
+
+    def startService(self) -> None:
+        super().startService()
+        self._open()
+
+    def stopService(self) -> Deferred[Any] | None:
+        super().stopService()
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.addCallback(lambda port: port.stopListening())
+        return listening
+
+    def _open(self) -> None:
+        if self._listening is not None:
+            return
+        problems: list[Failure] = []
+        listening: Deferred[Any] = self._endpoint.listen(self._site)
+        listening.addErrback(problems.append)
+        if problems:
+            why = problems[0].getErrorMessage().rstrip(".")
+            raise StartError(
+                f"--metrics {self._text}: {why}; choose another one, or free it", os.EX_UNAVAILABLE
+            )
+        self._listening = listening

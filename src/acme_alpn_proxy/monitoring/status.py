@@ -1,0 +1,152 @@
+"""Asking instances how they are, by their sockets, and showing what they answer.
+
+An instance listens on a Unix socket beside its PID file that only root, or who started it, may
+connect to. The name has its PID, so that one that drains is found beside its successor. To whoever
+connects it writes one line, a JSON object, and closes. docs/operations.md describes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from ..errors import StartError
+
+VERSION: Final = 1
+"""Of the answer. It grows when a field goes or changes its meaning, not when one is added."""
+
+SILENT: Final = "silent"
+"""The state of an instance that runs and does not answer."""
+
+_PATIENCE: Final = 2.0
+"""Seconds for an answer; it takes a millisecond."""
+
+
+def socket_path(pidfile: str, pid: int) -> str:
+    """Where the instance C{pid} with that PID file listens."""
+    return f"{pidfile.removesuffix('.pid')}.{pid}.sock"
+
+
+def sockets(pidfile: str) -> dict[int, str]:
+    """The sockets of all instances with that PID file, dead ones' too, by PID."""
+    folder, stem = os.path.split(pidfile.removesuffix(".pid"))
+    pattern = re.compile(re.escape(stem) + r"\.([0-9]+)\.sock")
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    matches = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, names) if match)
+    return {pid: os.path.join(folder, name) for pid, name in matches}
+
+
+def remove_stale(pidfile: str) -> None:
+    """Remove the sockets of instances that were killed, as far as that is allowed."""
+    for path in sockets(pidfile).values():
+        try:
+            ask(path)
+        except ConnectionRefusedError:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+        except OSError:
+            pass
+
+
+@contextmanager
+def short(path: str) -> Iterator[str]:
+    """Another name for C{path}: those of sockets have 107 bytes at most (unix(7))."""
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def ask(path: str) -> dict[str, Any]:
+    """What the instance at that socket answers; raises L{OSError}.
+
+    C{ConnectionRefusedError}: nobody listens there any more.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream, short(path) as name:
+        stream.settimeout(_PATIENCE)
+        stream.connect(name)
+        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("iii", credentials)[1] not in (0, os.geteuid()):
+            raise PermissionError(f"{path} is somebody else's")  # in a folder that all may write to
+        answer: dict[str, Any] = json.loads(stream.makefile("rb").readline() or b"{}")
+        return answer
+
+
+def instances(pidfile: str, owner: int | None) -> list[dict[str, Any]]:
+    """The answers of all that live; raises L{StartError} where one may not be asked.
+
+    @param owner: the PID of the instance that holds the PID file. It is among them even if it does
+        not answer.
+    """
+    found = {}
+    for pid, path in sockets(pidfile).items():
+        try:
+            answer = ask(path)
+        except PermissionError:
+            raise StartError(f"may not ask PID {pid}; run this as root", os.EX_NOPERM) from None
+        except (OSError, ValueError):
+            continue  # it has ended, or is just ending
+        if answer:
+            found[pid] = answer
+    if owner is not None and owner not in found:
+        found[owner] = {"version": VERSION, "pid": owner, "state": SILENT}
+    return list(found.values())
+
+
+def show(answers: Sequence[Mapping[str, Any]], now: float) -> str:
+    """For people; several lines, each with its end.
+
+    @param now: in seconds since the epoch.
+    """
+    return "".join(_show(answer, now) for answer in answers) or "not running\n"
+
+
+def _show(answer: Mapping[str, Any], now: float) -> str:
+    if answer["state"] == SILENT:
+        return f"PID {answer['pid']} runs but does not answer; its log may say why\n"
+    seconds = max(0, round(now - answer["since"]))
+    lines = [
+        f"PID {answer['pid']} {answer['state']} since {_when(answer['since'])} ({seconds} s),"
+        f" redirect {answer['redirect']}"
+    ]
+    for name, route in answer["routes"].items():
+        lines.append(
+            f"  {name:<9}{route['target']}: {route['live']} live, {route['total']} in all,"
+            f" {route['failures']} not reached, {route['bytes_from_visitors']} bytes in,"
+            f" {route['bytes_to_visitors']} out"
+        )
+    reasons = answer["routes"]["fallback"]["reasons"]
+    why = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons.items())
+    lines.append(f"  to fallback because of: {why}")
+    lines.append(f"  undecided: {answer['undecided']}")
+    last = answer["last_validation"]
+    lines.append(
+        "  no validation yet"
+        if last is None
+        else f"  last validation: {_when(last['at'])} from {last['peer']} for"
+        f" {_printable(last['server_name'])}: {last['result']}"
+    )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _printable(text: str | None) -> str:
+    """What a peer has sent may be meant for the terminal."""
+    return "no name" if text is None else ascii(text)[1:-1]

@@ -1,0 +1,84 @@
+"""The set of live connections, and the wait until it is empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
+
+
+class Abortable(Protocol):
+    """What can be in the set."""
+
+    def abort(self) -> None:
+        """End at once, by a reset on every side."""
+
+    def look(self) -> None:
+        """See L{acme_alpn_proxy.proxy.protocols.ProxyServerFactory.look_for_idle}."""
+
+
+def _nobody_cares() -> None:
+    """There is no limit."""
+
+
+class LiveConnections:
+    """Connections that were accepted and have not ended."""
+
+    def __init__(self) -> None:
+        self._limit: float = math.inf
+        self._full: Callable[[], None] = _nobody_cares
+        self._room: Callable[[], None] = _nobody_cares
+        self._live: set[Abortable] = set()
+        self._waiting: list[Deferred[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Abortable]:
+        return iter(self._live)
+
+    def bound(self, limit: int, full: Callable[[], None], room: Callable[[], None]) -> None:
+        """Call C{full()} when the set has grown to C{limit} connections, C{room()} when it has
+        fewer again."""
+        self._limit, self._full, self._room = limit, full, room
+
+    def enter(self, connection: Abortable) -> None:
+        """C{connection} was accepted."""
+        self._live.add(connection)
+        if len(self._live) == self._limit:
+            self._full()
+
+    def leave(self, connection: Abortable) -> None:
+        """C{connection} has ended on all its sides; leaving twice is no matter."""
+        if connection not in self._live:
+            return
+        self._live.remove(connection)
+        if len(self._live) == self._limit - 1:
+            self._room()
+        if not self._live:
+            waiting, self._waiting = self._waiting, []
+            for deferred in waiting:
+                deferred.callback(None)
+
+    def abort_all(self) -> None:
+        """Reset every connection."""
+        for connection in list(self._live):
+            connection.abort()
+
+    def drained(self, clock: IReactorTime, seconds: float) -> Deferred[None]:
+        """Fires when the set is empty; after C{seconds} those that are left are reset."""
+        if not self._live:
+            return succeed(None)
+        done: Deferred[None] = Deferred()
+        self._waiting.append(done)
+        deadline = clock.callLater(seconds, self.abort_all)
+
+        def cancel_deadline(result: Any) -> Any:
+            if deadline.active():
+                deadline.cancel()
+            return result
+
+        return done.addBoth(cancel_deadline)

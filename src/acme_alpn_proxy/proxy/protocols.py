@@ -1,0 +1,322 @@
+"""One connection: take the first bytes, decide the route, connect its target, relay.
+
+C{ProxyServer} is the visitor's side, C{ProxyClient} the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from twisted.internet.interfaces import (
+    IAddress,
+    IHalfCloseableProtocol,
+    IReactorTime,
+)
+from twisted.internet.protocol import (
+    ClientFactory,
+    Protocol,
+    ServerFactory,
+    connectionDone,
+)
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .clienthello import NEED_MORE, ClientHelloParser, NotClientHello, Verdict
+from ..transports.deadlines import DeadlineQueue
+from .live import LiveConnections
+from ..transports.hangup import NoHangupWatch
+from ..interfaces import IHangupWatch, ITarget
+from .relay import PipePool, Relay, relay_between
+from .routing import ACME_TLS_1, Route, Routing
+from .statistics import Passage, Statistics
+
+MAX_HELD: Final = 67_108_864
+"""Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
+visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
+
+IDLE_LOOKS: Final = 4
+"""How often an established connection is looked at within its idle timeout."""
+
+
+def _show(peer: Any) -> str:
+    """C{host:port}; a visitor by IPv4 to the dual-stack listener is shown as IPv4."""
+    host = peer.host.removeprefix("::ffff:")
+    return f"[{host}]:{peer.port}" if ":" in host else f"{host}:{peer.port}"
+
+
+@implementer(IHalfCloseableProtocol)
+class ProxyClient(Protocol):
+    """The connection to a target. All it hears goes to the relay, by way of the server side."""
+
+    __slots__ = ("_server", "connected", "factory", "transport")
+
+    transport: Any
+
+    def __init__(self, server: ProxyServer) -> None:
+        self._server = server
+
+    def connectionMade(self) -> None:
+        self._server.target_connected(self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._server.relay.received(self.transport, data)
+
+    def readConnectionLost(self) -> None:
+        self._server.relay.finished(self.transport)
+
+    def writeConnectionLost(self) -> None:
+        """Our own FIN went out: nothing to do."""
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._server.end_lost(self.transport)
+
+
+class ProxyClientFactory(ClientFactory):
+    """Makes the one L{ProxyClient} of a L{ProxyServer}."""
+
+    noisy = False
+
+    def __init__(self, server: ProxyServer, route: Route) -> None:
+        self._server = server
+        self._route = route
+
+    def buildProtocol(self, addr: IAddress | None) -> ProxyClient:
+        return ProxyClient(self._server)
+
+    def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
+        self._server.target_failed(self._route, reason)
+
+
+@implementer(IHalfCloseableProtocol)
+class ProxyServer(Protocol):
+    """A visitor's connection.
+
+    Undecided, it feeds the parser; decided, it is not read until its target is connected; then
+    the relay has it. It is in the live set until the ends on both sides are gone.
+
+    @ivar relay: only when the target is connected.
+    """
+
+    factory: ProxyServerFactory
+    transport: Any
+    relay: Relay
+    _parser: ClientHelloParser | None
+    _connecting = False
+    _connector: Any = None
+    _passage: Passage | None = None
+    _held = 0
+    _ends = 0
+
+    def connectionMade(self) -> None:
+        self._ends = 1
+        self._parser = ClientHelloParser(ACME_TLS_1)
+        self.factory.live.enter(self)
+        self.factory.hellos.add(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        parser = self._parser
+        if parser is None:
+            self.relay.received(self.transport, data)
+            return
+        verdict = parser.feed(data)
+        if verdict is not NEED_MORE:
+            self._decide(verdict)
+        else:
+            size = 2 * len(data)  # the parser has it twice, with and without the record headers
+            self._held += size
+            self.factory.hold(size)
+
+    def readConnectionLost(self) -> None:
+        # Before the verdict the end-of-file is not remembered: the socket tells it again when the
+        # relay starts to read, behind the bytes so far.
+        if self._parser is None:
+            self.relay.finished(self.transport)
+        else:
+            self._decide(NotClientHello("end of file before a whole ClientHello", "end_of_file"))
+
+    def writeConnectionLost(self) -> None:
+        """Our own FIN went out: nothing to do."""
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._passage is None:
+            self._leave_hellos()
+        connector = self._end_wait()
+        if connector is not None:
+            connector.stopConnecting()
+        self.end_lost(self.transport)
+
+    def end_lost(self, transport: object) -> None:
+        """One of the two ends is gone."""
+        if self._parser is None:
+            self.relay.lost(transport)
+        self._ends -= 1
+        if not self._ends:
+            if self._passage is not None:
+                moved = self.relay.moved if self._parser is None else (0, 0)
+                self.factory.statistics.ended(self._passage, *moved)
+            self.factory.live.leave(self)
+
+    def abort(self) -> None:
+        """Reset both ends."""
+        if self._parser is None:
+            self.relay.abort()
+        else:
+            self.transport.abortConnection()
+
+    def give_up(self, reason: str, kind: str) -> None:
+        """Wait for the hello no longer."""
+        self._decide(NotClientHello(reason, kind))
+
+    def look(self) -> None:
+        """Reset both ends if nothing has moved since the last few looks."""
+        if self._parser is None:
+            self.relay.quiet += 1
+            if self.relay.quiet > IDLE_LOOKS:
+                self.relay.abort()
+
+    def target_connected(self, transport: Any) -> None:
+        """The target's end is there."""
+        self._end_wait()
+        self._ends += 1
+        assert self._parser is not None
+        first, self._parser = bytes(self._parser.received), None
+        factory = self.factory
+        self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipes)
+        self.relay.start(first)
+
+    def target_failed(self, route: Route, failure: Failure) -> None:
+        """The target cannot be connected."""
+        if self._connecting:
+            self._end_wait()
+            self.factory.unreachable(self._passage, route, failure)
+            self.abort()
+
+    def _decide(self, verdict: Verdict) -> None:
+        self._leave_hellos()
+        factory = self.factory
+        route = factory.routing.route(verdict)
+        self._passage = factory.decided(self.transport, route, verdict)
+        self._connecting = True
+        assert self._parser is not None
+        connector = factory.connect(route, self, bytes(self._parser.received))
+        if self._connecting:  # still
+            self._connector = connector
+            self.transport.pauseProducing()
+            factory.hangups.add(self.transport, self.abort)
+
+    def _end_wait(self) -> Any:
+        """The target is waited for no longer, reached or not; gives the connector, if any."""
+        self._connecting = False
+        connector, self._connector = self._connector, None
+        if connector is not None:
+            self.factory.hangups.discard(self.transport)
+        return connector
+
+    def _leave_hellos(self) -> None:
+        self.factory.hellos.discard(self)
+        self.factory.held -= self._held
+        self._held = 0
+
+
+class ProxyServerFactory(ServerFactory):
+    """Makes a L{ProxyServer} for each visitor, and holds what they share.
+
+    @ivar live: the connections that have not ended.
+    @ivar hellos: those among them that have not sent a whole hello.
+    @ivar held: bytes of memory that their half hellos take.
+    @ivar pipes: for relays.
+    @ivar statistics: the numbers of all connections.
+    @ivar log_visitors: whether a line is logged for each visitor.
+    @ivar hangups: set by whoever starts and ends the service.
+    """
+
+    noisy = False
+    protocol = ProxyServer  # type: ignore[assignment]
+    _log = Logger()
+
+    def __init__(
+        self,
+        routing: Routing,
+        targets: Mapping[Route, ITarget],
+        clock: IReactorTime,
+        *,
+        hello_timeout: float = 5.0,
+        log_visitors: bool = False,
+    ) -> None:
+        """
+        @param targets: how to connect each route's target.
+        @param hello_timeout: seconds until a connection without a whole hello goes to the fallback.
+        @param log_visitors: log a line for each visitor, at C{debug}. An event that nobody takes
+            would cost more time than the parser and the choice of the route together.
+        """
+        self.routing = routing
+        self.live = LiveConnections()
+        self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
+        self.held = 0
+        self.pipes = PipePool()
+        self.statistics = Statistics(routing)
+        self.log_visitors = log_visitors
+        self.hangups: IHangupWatch = NoHangupWatch()
+        self._targets = targets
+
+    def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
+        """Connect the route's target to C{server}, whose visitor has sent C{first}.
+
+        @return: the connector, if there is something to wait for.
+        """
+        return self._targets[route].connect(ProxyClientFactory(server, route), first)
+
+    def hold(self, size: int) -> None:
+        """C{size} more bytes of half hellos are held."""
+        self.held += size
+        while self.held > MAX_HELD:
+            self.hellos.oldest().give_up("too many half hellos", "crowded")
+
+    def look_for_idle(self) -> None:
+        """To be called L{IDLE_LOOKS} times within the idle timeout."""
+        for connection in list(self.live):
+            connection.look()
+
+    def close(self) -> None:
+        """Give back what is kept for connections. All have ended."""
+        self.hellos.close()
+        self.pipes.close()
+
+    def _expire(self, server: ProxyServer) -> None:
+        server.give_up(f"no whole ClientHello within {self.hellos.seconds:g} s", "deadline")
+
+    def decided(self, transport: Any, route: Route, verdict: Verdict) -> Passage:
+        """The visitor takes C{route}: count it, and log a line if it is an ACME validation."""
+        if route is self.routing.acme:
+            peer, name = _show(transport.getPeer()), getattr(verdict, "server_name", None)
+            self._log.info(
+                "Routed {peer} to {route} target {target}, server name {server_name}",
+                peer=peer,
+                route=route.name,
+                target=route.target,
+                server_name=name,
+            )
+            return self.statistics.validation(peer, name)
+        if self.log_visitors:
+            self._log.debug(
+                "Routed {peer} to {route} target {target}: {why}",
+                peer=_show(transport.getPeer()),
+                route=route.name,
+                target=route.target,
+                why=getattr(verdict, "reason", "no ACME validation"),
+            )
+        return self.statistics.visitor(verdict)
+
+    def unreachable(self, passage: Passage | None, route: Route, failure: Failure) -> None:
+        """Count it, and log which target, and why."""
+        assert passage is not None
+        why = failure.getErrorMessage()
+        self.statistics.unreachable(passage, why)
+        self._log.error(
+            "Cannot reach {route} target {target}: {why}",
+            route=route.name,
+            target=route.target,
+            why=why,
+        )

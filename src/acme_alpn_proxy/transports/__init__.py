@@ -1,0 +1,1 @@
+"""Sockets: lean ones for Linux, and Twisted's."""

@@ -1,0 +1,101 @@
+"""Resets on descriptors that nobody reads.
+
+A connection is not read while its bytes would only pile up (back-pressure), after its FIN, and
+while its target is being connected. Twisted's reactors keep no interest in such a descriptor, so
+they do not hear of a reset. epoll(7) reports EPOLLERR and EPOLLHUP whatever was asked for: an epoll
+of our own, itself a descriptor in the reactor, listens for these two alone. EPOLLHUP without
+EPOLLERR is no reset: both sides have ended, and bytes may still wait to be read.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..interfaces import IDescriptorTransport, IHangupWatch
+
+
+@implementer(IHangupWatch)
+class NoHangupWatch:
+    """Where there is no epoll or the reactor takes no descriptors: resets are seen when read."""
+
+    def add(self, transport: Any, hung_up: Callable[[], None]) -> None:
+        pass
+
+    def discard(self, transport: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@implementer(IHangupWatch, IReadDescriptor)
+class EpollHangupWatch:
+    """One epoll for all connections; a descriptor is in it only while it is watched."""
+
+    def __init__(self, reactor: IReactorFDSet) -> None:
+        self._reactor = reactor
+        self._epoll = select.epoll()
+        self._descriptors: dict[object, int] = {}
+        self._watched: dict[int, tuple[object, Callable[[], None]]] = {}
+        reactor.addReader(self)
+
+    def add(self, transport: Any, hung_up: Callable[[], None]) -> None:
+        if transport not in self._descriptors and not IDescriptorTransport.providedBy(transport):
+            descriptor = transport.fileno()
+            try:
+                self._epoll.register(descriptor, select.EPOLLET)
+            except OSError:  # epoll_ctl(2): out of memory or of watches; the visitor goes on
+                return
+            self._descriptors[transport] = descriptor
+            self._watched[descriptor] = transport, hung_up
+
+    def discard(self, transport: Any) -> None:
+        descriptor = self._descriptors.pop(transport, None)
+        if descriptor is not None:
+            del self._watched[descriptor]
+            if transport.fileno() == descriptor:  # closing it has taken it out of the epoll
+                self._epoll.unregister(descriptor)
+
+    def close(self) -> None:
+        self._reactor.removeReader(self)
+        self._descriptors.clear()
+        self._watched.clear()
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def doRead(self) -> None:
+        for descriptor, _ in self._epoll.poll(0):
+            # An earlier one of this batch may have ended it. And a closed one that a process about
+            # to be spawned still holds is reported under its old number, once (EPOLLET).
+            if descriptor in self._watched and _is_reset(descriptor):
+                transport, hung_up = self._watched[descriptor]
+                self.discard(transport)
+                hung_up()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
+
+    def logPrefix(self) -> str:
+        return "hangup watch"
+
+
+def _is_reset(descriptor: int) -> bool:
+    """Whether poll(2) has an error to report right now."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def hangup_watch(reactor: Any) -> IHangupWatch:
+    """The watch that works with this reactor."""
+    if IReactorFDSet.providedBy(reactor) and hasattr(select, "epoll"):
+        return EpollHangupWatch(reactor)
+    return NoHangupWatch()

@@ -1,0 +1,62 @@
+"""Messages to the service manager, on real sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from acme_alpn_proxy.console.systemd import notify
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
+    """The value of NOTIFY_SOCKET, and the socket that listens there."""
+    name = str(tmp_path / "notify") if request.param == "path" else f"@proxy-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name.replace("@", "\0"))
+        listener.setblocking(False)
+        yield name, listener
+
+
+def test_message(manager: tuple[str, socket.socket]) -> None:
+    """All fields are in one datagram, one a line; a value stays on its line."""
+    name, listener = manager
+    notify({"NOTIFY_SOCKET": name}, READY=1, STATUS="It is\nso")
+    assert listener.recv(4096) == b"READY=1\nSTATUS=It is so\n"
+
+
+@pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}])
+def test_nobody_asked(manager: tuple[str, socket.socket], environment: dict[str, str]) -> None:
+    """Without the variable nothing is sent, wherever the manager may listen."""
+    notify(environment, READY=1)
+    with pytest.raises(BlockingIOError):
+        manager[1].recv(4096)
+
+
+@pytest.mark.parametrize("address", ["/nowhere/at/all", "@nobody is there", "/a\0b", "x" * 200])
+def test_manager_that_cannot_be_told(address: str) -> None:
+    """An address that leads nowhere is no reason to fail."""
+    notify({"NOTIFY_SOCKET": address}, READY=1)
+
+
+def test_manager_that_does_not_read(
+    manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manager whose queue is full does not hold the proxy up for good."""
+    monkeypatch.setattr("acme_alpn_proxy.console.systemd._PATIENCE", 0.01)
+    name, listener = manager
+
+    def fill_the_queue() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            while True:
+                other.sendto(b"X=1", listener.getsockname())
+
+    with pytest.raises(BlockingIOError):
+        fill_the_queue()
+    notify({"NOTIFY_SOCKET": name}, READY=1)
+    assert listener.recv(4096) == b"X=1"

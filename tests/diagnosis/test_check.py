@@ -1,0 +1,484 @@
+"""What check makes of what it sees; tests/integration/test_check.py runs it on real hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import ConnectError, ReactorNotRunning
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import globalLogBeginner
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.diagnosis import check
+from acme_alpn_proxy.addresses import parse_address
+from acme_alpn_proxy.diagnosis.check import Check, Handshake
+from acme_alpn_proxy.host.processes import NOT_FOUND
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.diagnosis.finding import Finding, Level
+from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.redirects.guard import claim_redirect
+
+from ..fake_iptables import FakeIptables
+from ..integration.pki import Authority
+
+LEFTOVER = "-p tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports 21443"
+DEAD_KEEPER = ["-m", "comment", "--comment", "acme-alpn-proxy keeper 1 1"]
+
+
+def folder_for(case: SynchronousTestCase) -> Path:
+    """A folder of the test's own."""
+    folder = TemporaryDirectory()
+    case.addCleanup(folder.cleanup)
+    return Path(folder.name)
+
+
+class OwnerFile:
+    """A PID file whose owner is known."""
+
+    def __init__(self, owner: int | StartError | None = None) -> None:
+        self._owner = owner
+
+    def owner(self) -> int | None:
+        if isinstance(self._owner, StartError):
+            raise self._owner
+        return self._owner
+
+
+class Waiting(FakeIptables):
+    """With commands that may wait, which takes no time."""
+
+    def pause(self, seconds: float) -> Deferred[None]:
+        return succeed(None)
+
+
+class CheckCase(SynchronousTestCase):
+    """A host where all is well, until a test says otherwise."""
+
+    def setUp(self) -> None:
+        self.commands = Waiting()
+        self.pidfile = OwnerFile()
+        self.handshakes: dict[str, Any] = {"127.0.0.1:443": None}
+        self.probed: list[ConsoleOptions] = []
+        self.patch(check, "handshake", self.handshake)
+        self.patch(check, "has_ipv6", lambda: True)
+        self.patch(check, "port_is_free", lambda port: True)
+        self.patch(check, "may_administer_network", lambda: True)
+        self.refusals: dict[str, StartError] = {}
+        self.patch(check, "make_redirect", self.make_redirect)
+
+    def make_redirect(self, options: Any) -> Any:
+        """A redirect that refuses as told before it does anything."""
+        refusal = self.refusals.get(options["redirect"])
+        prepared = succeed(()) if refusal is None else fail(refusal)
+        return SimpleNamespace(prepare=lambda commands: prepared)
+
+    def handshake(self, reactor: Any, target: Any, patience: float, *alpn: str) -> Deferred[Any]:
+        if target.text not in self.handshakes:
+            return fail(check.NobodyListens())
+        result = self.handshakes[target.text]
+        return fail(result) if isinstance(result, Exception) else succeed(result)
+
+    def probe(self, reactor: Any, options: ConsoleOptions, tell: check.Tell) -> Deferred[None]:
+        self.probed.append(options)
+        return succeed(None)
+
+    def check(self, *words: str, environment: dict[str, str] | None = None) -> dict[str, Finding]:
+        """What is found, by name; each was told of in turn."""
+        options = ConsoleOptions()
+        folder = folder_for(self)
+        options.environment = {
+            "ACME_ALPN_PROXY_PIDFILE": f"{folder}/pid",
+            **(environment or {}),
+        }
+        options.parseOptions(["check", "--logfile", f"{folder}/log", *words])
+        told: list[Finding] = []
+        checking = Check(
+            Clock(),
+            options,
+            self.pidfile,  # type: ignore[arg-type]
+            self.commands,
+            told.append,
+            probe=self.probe,
+        )
+        self.successResultOf(checking.run())
+        self.assertEqual(told, checking.findings)
+        return {finding.name: finding for finding in told}
+
+    def found(self, name: str, level: Level, pattern: str, *words: str, **named: Any) -> None:
+        """The verdict of one check: its level and what is found in its line."""
+        finding = self.check(*words, **named)[name]
+        self.assertIs(finding.level, level, finding)
+        self.assertRegex(str(finding), pattern)
+        if level is not Level.OK:
+            self.assertNotEqual(finding.remedy, "")
+
+
+class CheckTests(CheckCase):
+    def test_all_is_well(self) -> None:
+        """Each check has its verdict, and nothing was changed."""
+        found = self.check()
+        self.assertEqual({finding.level for finding in found.values()}, {Level.OK})
+        self.assertEqual(
+            list(found),
+            [
+                "instance",
+                "PID file",
+                "log file",
+                "port",
+                "IPv6",
+                "fallback",
+                "ACME target",
+                "sk-lookup",
+                "iptables",
+                "ip6tables",
+                "leftovers",
+            ],
+        )
+        self.assertEqual({call[5] for call in self.commands.calls}, {"-S"})
+        self.assertEqual(self.probed, [])
+
+    def test_probe(self) -> None:
+        """The probe comes last, if it was asked for."""
+        self.check("--probe")
+        self.assertEqual(len(self.probed), 1)
+
+    def test_no_probe_after_a_failure(self) -> None:
+        """Visitors are not steered for a trial where something failed."""
+        self.handshakes.clear()
+        self.found("probe", Level.WARNING, "not done: .*see above", "--probe")
+        self.assertEqual(self.probed, [])
+
+    def test_instance_runs(self) -> None:
+        """A running instance has the port and its rules, and there is no probe."""
+        self.pidfile = OwnerFile(7)
+        self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
+        self.patch(check, "port_is_free", lambda port: False)
+        found = self.check("--probe")
+        levels = {name: finding.level for name, finding in found.items()}
+        self.assertEqual(levels.pop("probe"), Level.WARNING)
+        self.assertEqual(set(levels.values()), {Level.OK})
+        self.assertEqual(self.probed, [])
+
+    def test_pid_file_not_readable(self) -> None:
+        """A PID file that cannot be read failed, in the words of start."""
+        self.pidfile = OwnerFile(StartError("cannot read the PID file; run this as root"))
+        self.found("instance", Level.FAILED, "cannot read the PID file; run this as root$")
+
+    def test_no_ipv6(self) -> None:
+        """On a host without IPv6 nothing is asked of ip6tables."""
+        self.patch(check, "has_ipv6", lambda: False)
+        found = self.check()
+        self.assertEqual(found["IPv6"].cause, "this host has none")
+        self.assertNotIn("ip6tables", found)
+        self.assertEqual({call[0] for call in self.commands.calls}, {"iptables"})
+
+    def test_ipv6_left_alone(self) -> None:
+        """Where IPv6 is left alone nothing is asked of ip6tables either."""
+        found = self.check(environment={"ACME_ALPN_PROXY_DISABLEV6": "y"})
+        self.assertRegex(found["IPv6"].cause, "left alone")
+        self.assertNotIn("ip6tables", found)
+
+    def test_port_taken(self) -> None:
+        """A port that is taken failed, with how to find who has it."""
+        self.patch(check, "port_is_free", lambda port: False)
+        self.found("port", Level.FAILED, "21443 is taken by another program; .*ss -ltnp")
+
+
+class TargetTests(CheckCase):
+    def test_fallback(self) -> None:
+        """A web server that does not answer TLS failed; one that answers with an alert does."""
+        no_tls = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number")
+        for why in (ConnectError(), no_tls, TimeoutError(errno.ETIMEDOUT, "no answer")):
+            self.handshakes["127.0.0.1:443"] = why
+            self.found("fallback", Level.FAILED, "127.0.0.1:443 does not answer TLS: .+; start")
+        self.handshakes["127.0.0.1:443"] = check.OnlyAlert("TLSV1_UNRECOGNIZED_NAME")
+        self.found("fallback", Level.OK, "answers TLS, by refusing: TLSV1_UNRECOGNIZED_NAME")
+
+    def test_acme_target(self) -> None:
+        """Nobody there yet, or an ACME client: well. Anything else is a warning."""
+        self.found("ACME target", Level.OK, "nobody listens there yet")
+        self.handshakes["127.0.0.1:31443"] = "acme-tls/1"
+        self.found("ACME target", Level.OK, "answers validations")
+        for other in (None, "http/1.1", ConnectError(), ValueError()):
+            self.handshakes["127.0.0.1:31443"] = other
+            self.found("ACME target", Level.WARNING, "127.0.0.1:31443")
+
+
+class RedirectTests(CheckCase):
+    def test_sk_lookup(self) -> None:
+        """What the kernel refuses failed if it was asked for, and is a warning if not."""
+        self.refusals["sk-lookup"] = StartError("too old; run a newer one")
+        self.found("sk-lookup", Level.WARNING, "too old; run")
+        self.found("sk-lookup", Level.FAILED, "too old; run", "--redirect", "sk-lookup")
+
+    def test_iptables(self) -> None:
+        """What iptables refuses failed if it was asked for, and is a warning if not."""
+        self.commands.failures = {1: (4, "no lock"), 3: (3, "no table")}
+        self.found("iptables", Level.FAILED, "'iptables .* status 4: no lock; see why")
+        self.commands.calls.clear()
+        self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
+
+    def test_iptables_would_not_reach(self) -> None:
+        """So it is with what the redirect itself refuses before it does anything."""
+        self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
+        self.found("iptables", Level.FAILED, "they would be dropped; use DNAT")
+        self.found("iptables", Level.WARNING, "dropped; use", "--redirect", "sk-lookup")
+
+    def test_iptables_remedies(self) -> None:
+        """It is to be installed, or run as root."""
+        self.commands.failures = {1: (NOT_FOUND, "iptables: not found on PATH")}
+        self.found("iptables", Level.FAILED, "; install iptables, or put its folder")
+        self.commands.calls.clear()
+        self.commands.failures = {1: (4, "Permission denied")}
+        self.patch(check, "may_administer_network", lambda: False)
+        self.found("iptables", Level.FAILED, "; run this as root, with CAP_NET_ADMIN where")
+
+    def test_auto(self) -> None:
+        """What C{auto} would choose is what has to work."""
+        self.commands.failures = {1: (4, "no lock")}
+        words = ("--redirect", "auto")
+        self.found("iptables", Level.WARNING, "no lock", *words)
+        self.commands.calls.clear()
+        environment = {"ACME_ALPN_PROXY_RULESPEC": "-j DNAT"}
+        self.found("iptables", Level.FAILED, "no lock", *words, environment=environment)
+        self.commands.calls.clear()
+        self.refusals["sk-lookup"] = StartError("too old; run a newer one")
+        self.found("iptables", Level.FAILED, "no lock", *words)
+
+    def test_redirect(self) -> None:
+        """A redirect to nobody failed: visitors are lost at this moment."""
+        self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
+        pattern = "1 rules of a killed instance are left, which send .*; remove them by: .* stop$"
+        self.found("leftovers", Level.FAILED, pattern)
+
+    def test_keeper(self) -> None:
+        """A keeper alone harms nobody."""
+        self.commands.chains["ip6tables", "mangle", "PREROUTING"].append(DEAD_KEEPER)
+        self.found("leftovers", Level.WARNING, "1 rules of a killed instance are left; remove them")
+
+    def test_instance_of_twistd(self) -> None:
+        """Rules of an instance without PID file are no leftovers: it is told of."""
+        claim = self.successResultOf(claim_redirect(self.commands, 15))
+        with claim:
+            pattern = "another instance redirects :443 here.*; stop it first$"
+            self.found("leftovers", Level.FAILED, pattern)
+            self.found("leftovers", Level.WARNING, pattern, "--redirect", "sk-lookup")
+
+
+class HandshakeTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.transport = StringTransport()
+
+    def client(self, *alpn: str) -> Handshake:
+        client = Handshake("site.example", *alpn)
+        client.makeConnection(self.transport)
+        return client
+
+    def serve(self, client: Handshake, *protocols: str) -> None:
+        """Play the server until nobody has anything more to say."""
+        folder = folder_for(self)
+        pair = Authority(folder).issue("site", "site.example")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pair.certificate, pair.key)
+        context.set_alpn_protocols(protocols)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = context.wrap_bio(incoming, outgoing, server_side=True)
+        while self.transport.value():
+            incoming.write(self.transport.value())
+            self.transport.clear()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                server.do_handshake()
+            client.dataReceived(outgoing.read())
+
+    def test_done(self) -> None:
+        """It ends with the protocol agreed on, and hangs up; its end is then no matter."""
+        client = self.client("acme-tls/1")
+        self.serve(client, "acme-tls/1")
+        self.assertEqual(self.successResultOf(client.done), "acme-tls/1")
+        self.assertTrue(self.transport.disconnected)
+        client.connectionLost()
+
+    def test_no_tls(self) -> None:
+        """Another protocol's answer is an error."""
+        client = self.client()
+        client.dataReceived(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        self.failureResultOf(client.done, ssl.SSLError)
+
+    def test_alert(self) -> None:
+        """An alert is told from what is no TLS."""
+        client = self.client()
+        client.dataReceived(b"\x15\x03\x03\x00\x02\x02\x70")
+        self.failureResultOf(client.done, check.OnlyAlert)
+
+    def test_closed(self) -> None:
+        """A connection that is closed midway is an error."""
+        client = self.client()
+        client.connectionLost()
+        self.failureResultOf(client.done, ConnectionResetError)
+
+    def test_silence(self) -> None:
+        """Who does not answer in time is hung up on."""
+        clock = Clock()
+        client = self.client()
+        transport = self.transport
+
+        class Endpoint:
+            def connect(self, factory: Any) -> Deferred[Any]:
+                protocol = factory.buildProtocol(None)
+                protocol.makeConnection(transport)
+                return succeed(protocol)
+
+        self.patch(type(parse_address("h:1")), "endpoint", lambda *arguments: Endpoint())
+        waiting = check.handshake(clock, parse_address("127.0.0.1:443"), 1.0)
+        self.assertNoResult(waiting)
+        clock.advance(check.HANDSHAKE_DEADLINE)
+        failure = self.failureResultOf(waiting, TimeoutError)
+        self.assertEqual(check._why(failure.value), "no answer within 10 s")
+        self.assertTrue(transport.disconnected)
+        self.assertNoResult(client.done)
+
+
+class HostTests(SynchronousTestCase):
+    def test_writable(self) -> None:
+        """A file that is there or can be made is writable, and is not made."""
+        folder = folder_for(self)
+        self.assertIsNone(check.why_not_writable(str(folder / "log")))
+        self.assertEqual(list(folder.iterdir()), [])
+        (folder / "log").write_text("a line\n")
+        self.assertIsNone(check.why_not_writable(str(folder / "log")))
+        self.assertEqual((folder / "log").read_text(), "a line\n")
+
+    def test_not_writable(self) -> None:
+        """A folder, and what is in none or in another's, are not."""
+        folder = folder_for(self)
+        self.assertEqual(check.why_not_writable(str(folder)), "Is a directory")
+        missing = str(folder / "missing" / "log")
+        self.assertEqual(check.why_not_writable(missing), "No such file or directory")
+        self.patch(os, "access", lambda path, mode: False)
+        self.assertEqual(check.why_not_writable(str(folder / "log")), "Permission denied")
+
+    def test_port(self) -> None:
+        """A port is taken by who listens, at any address of either family."""
+        for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+            with socket.create_server((host, 0), family=family) as listener:
+                port = listener.getsockname()[1]
+                self.assertFalse(check.port_is_free(port))
+            self.assertTrue(check.port_is_free(port))
+
+    def test_port_without_ipv6(self) -> None:
+        """A kernel without IPv6 has nobody who listens there."""
+        whole = socket.socket
+
+        def only_ipv4(family: int, kind: int) -> socket.socket:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+            return whole(family, kind)
+
+        self.patch(socket, "socket", only_ipv4)
+        with whole() as bound:
+            bound.bind(("127.0.0.1", 0))
+            port = bound.getsockname()[1]
+        self.assertTrue(check.port_is_free(port))
+
+
+class FakeReactor:
+    """Runs what is to be called when it runs, and ends."""
+
+    running = True
+
+    def __init__(self, *, stopped: bool = False) -> None:
+        self._stopped = stopped
+        self.hooks: list[Callable[[], None]] = []
+        self.triggers: list[Callable[[], Any]] = []
+
+    def callWhenRunning(self, hook: Callable[[], None]) -> None:
+        self.hooks.append(hook)
+
+    def addSystemEventTrigger(self, phase: str, event: str, trigger: Callable[[], Any]) -> None:
+        assert (phase, event) == ("before", "shutdown")
+        self.triggers.append(trigger)
+
+    def run(self) -> None:
+        for hook in self.hooks:
+            hook()
+        assert self._stopped
+
+    def stop(self) -> None:
+        if self._stopped:
+            raise ReactorNotRunning
+        self._stopped = True
+
+
+class RunTests(SynchronousTestCase):
+    """From the reactor's start to the exit status."""
+
+    def setUp(self) -> None:
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        self.patch(globalLogBeginner, "beginLoggingTo", lambda *arguments, **named: None)
+        self.level = Level.OK
+
+    @contextlib.contextmanager
+    def on(self, reactor: FakeReactor) -> Iterator[io.StringIO]:
+        with (
+            mock.patch("twisted.internet.reactor", reactor, create=True),
+            contextlib.redirect_stdout(io.StringIO()) as output,
+        ):
+            yield output
+
+    def run_check(self, *words: str) -> bool:
+        def run(checking: Check) -> Deferred[None]:
+            checking._tell(Finding("port", self.level, "it is so"))
+            return succeed(None)
+
+        self.patch(Check, "run", run)
+        return self.run_on(*words)
+
+    def run_on(self, *words: str) -> bool:
+        options = ConsoleOptions()
+        options.environment = {}
+        options.parseOptions(["check", *words])
+        return check.run(options, OwnerFile())  # type: ignore[arg-type]
+
+    def test_lines(self) -> None:
+        """A line for each, and whether none failed."""
+        for level, well in ((Level.OK, True), (Level.WARNING, True), (Level.FAILED, False)):
+            self.level = level
+            reactor = FakeReactor()
+            with self.on(reactor) as output:
+                self.assertEqual(self.run_check(), well)
+            self.assertEqual(output.getvalue(), f"{level!s:<7} port: it is so\n")
+            self.successResultOf(reactor.triggers[0]())
+
+    def test_json(self) -> None:
+        """One document, and nothing else."""
+        self.level = Level.WARNING
+        with self.on(FakeReactor()) as output:
+            self.assertTrue(self.run_check("--json"))
+        told = {"name": "port", "verdict": "warning", "cause": "it is so", "remedy": ""}
+        self.assertEqual(json.loads(output.getvalue()), {"verdict": "warning", "checks": [told]})
+
+    def test_stopped_by_a_signal(self) -> None:
+        """The reactor may be about to end already."""
+        with self.on(FakeReactor(stopped=True)):
+            self.assertTrue(self.run_check())
+
+    def test_defect(self) -> None:
+        """A defect is not taken for a verdict."""
+        self.patch(Check, "run", lambda checking: fail(ZeroDivisionError()))
+        with self.on(FakeReactor()), self.assertRaises(ZeroDivisionError):
+            self.run_on()

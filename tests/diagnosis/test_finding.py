@@ -1,0 +1,33 @@
+"""What a check prints."""
+
+from __future__ import annotations
+
+from acme_alpn_proxy.diagnosis.finding import Finding, Level, worst
+
+
+def test_line() -> None:
+    """A line has the verdict, the name and, where there are any, cause and remedy."""
+    assert str(Finding("port", Level.OK)) == "ok      port"
+    assert str(Finding("port", Level.OK, "none runs")) == "ok      port: none runs"
+    finding = Finding("port", Level.FAILED, "it is taken", "free it")
+    assert str(finding) == "failed  port: it is taken; free it"
+    assert finding.as_object() == {
+        "name": "port",
+        "verdict": "failed",
+        "cause": "it is taken",
+        "remedy": "free it",
+    }
+
+
+def test_error() -> None:
+    """Of an error for the operator the last part is the remedy; it may have none."""
+    finding = Finding.refused("start", ValueError("so; or so; do this"), Level.WARNING)
+    assert finding == Finding("start", Level.WARNING, "so; or so", "do this")
+    assert Finding.refused("start", "just so") == Finding("start", Level.FAILED, "just so")
+
+
+def test_worst() -> None:
+    """The worst of all verdicts counts; no check at all is no fault."""
+    ok, warning = Finding("a", Level.OK), Finding("b", Level.WARNING)
+    assert worst([ok, warning, ok]) is Level.WARNING
+    assert worst([]) is Level.OK

@@ -1,0 +1,280 @@
+"""What the probe makes of what it sees; tests/integration/test_check.py dials."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import ipaddress
+import os
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import fail, succeed
+from twisted.internet.error import CannotListenError
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import Logger
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.diagnosis import probe
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.diagnosis.finding import Finding, Level
+from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.diagnosis.probe import ANSWER, Caller, Dial, judge
+from acme_alpn_proxy.proxy.routing import Route, Routing
+
+SOURCE = ("169.254.200.2", 40_000)
+SERVER_HELLO = b"\x16\x03\x03\x00\x7a"
+VISITOR = Caller("visitor", 4, (b"hello",))
+VALIDATOR = Caller("validator", 6, (b"he", b"llo"))
+
+
+class SubnetTests(SynchronousTestCase):
+    def test_free(self) -> None:
+        """The network is within 169.254.192.0 to 169.254.253.255, whatever the number."""
+        for number in (0, 1, 0x3DFF, 0x3E00, 1 << 20):
+            subnet = probe.free_subnet("", [number])
+            self.assertEqual((subnet.family, subnet.length), (4, 30))
+            first = ipaddress.IPv4Address("169.254.192.0")
+            last = ipaddress.IPv4Address("169.254.253.255")
+            self.assertTrue(first <= ipaddress.IPv4Address(subnet.host) <= last)
+            network = ipaddress.IPv4Interface(f"{subnet.host}/30").network
+            self.assertIn(ipaddress.IPv4Address(subnet.dialler), network)
+
+    def test_in_use(self) -> None:
+        """What a route is about is not taken, but for routes to half the world."""
+        listing = (
+            "default via 192.0.2.1 dev eth0\n"
+            "169.254.0.0/16 dev eth0 scope link\n"
+            "169.254.192.0/28 dev eth1 scope link\n"
+            "local 169.254.192.17 dev eth1 table local scope host\n"
+        )
+        subnet = probe.free_subnet(listing, [0, 4, 12, 16, 20, 24])
+        self.assertEqual((subnet.host, subnet.dialler), ("169.254.192.21", "169.254.192.22"))
+        with self.assertRaisesRegex(StartError, "; look at: ip route"):
+            probe.free_subnet(listing, [0, 4])
+
+    def test_unique_local(self) -> None:
+        """By IPv6 it is a network by chance of fd00::/8, never the same."""
+        one, other = probe.unique_local_subnet(), probe.unique_local_subnet()
+        self.assertNotEqual(one.host, other.host)
+        self.assertIn(ipaddress.IPv6Address(one.host), ipaddress.IPv6Network("fd00::/8"))
+        self.assertEqual(int(ipaddress.IPv6Address(one.dialler)) & 0xFFFF, 2)
+
+
+class NamespaceTests(SynchronousTestCase):
+    def test_no_ip(self) -> None:
+        """Without iproute2 the remedy is to install it."""
+        self.patch(os, "environ", {"PATH": "/nowhere"})
+        with self.assertRaisesRegex(StartError, "not found on PATH; install ip "):
+            probe.Namespace("aap-test", [4])
+
+    def test_name_taken(self) -> None:
+        """A command that fails is shown with what it says; to be root helps who is not."""
+        self.patch(probe, "_unshare", lambda: os.getpid())
+        for may, remedy in ((True, "see why that"), (False, "run this as root")):
+            self.patch(probe, "may_administer_network", lambda may=may: may)
+            failure = f"'ip link add lo .*status 2: .*; {remedy}"
+            with self.assertRaisesRegex(StartError, failure):
+                probe.Namespace("lo", [4])
+
+
+class DialTests(SynchronousTestCase):
+    def dial(self, listener: socket.socket, *segments: bytes) -> Dial:
+        host, port = listener.getsockname()
+        return probe.dial(socket.socket(), host, port, segments)
+
+    def test_nobody_listens(self) -> None:
+        """A refused connection has no source."""
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            self.assertEqual(self.dial(bound, b"hello"), Dial(problem="Connection refused"))
+
+    def test_silence(self) -> None:
+        """Who does not answer is not waited for for ever."""
+        self.patch(probe, "DIAL_DEADLINE", 0.05)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            call = self.dial(listener, b"hel", b"lo")
+            self.assertEqual(call.problem, "no answer within 0.05 s")
+            visitor, source = listener.accept()
+            with visitor:
+                self.assertEqual((visitor.recv(9), source), (b"hello", call.source))
+
+
+class ResponderTests(SynchronousTestCase):
+    def test_whole_hello(self) -> None:
+        """It answers when a whole record is there, however it comes, and then ends."""
+        seen: set[bytes] = set()
+        responder, transport = probe.Responder(seen), StringTransport()
+        responder.makeConnection(transport)
+        for piece in (b"\x16\x03", b"\x01\x00\x05he", b"ll"):
+            responder.dataReceived(piece)
+            self.assertEqual((transport.value(), seen), (b"", set()))
+        responder.dataReceived(b"o")
+        self.assertEqual(transport.value(), ANSWER)
+        self.assertEqual(seen, {b"\x16\x03\x01\x00\x05hello"})
+        self.assertTrue(transport.disconnecting)
+
+    def test_who_came(self) -> None:
+        """The proxy of a probe remembers who came, by IPv4 to its dual-stack listener too."""
+        routes = Route("acme", "a"), Route("fallback", "b")
+        factory = probe._NotingFactory(Routing(*routes), {}, Clock())
+        factory.buildProtocol(IPv6Address("TCP", "::ffff:192.0.2.1", 40_000))
+        factory.buildProtocol(IPv6Address("TCP", "2001:db8::1", 40_001))
+        factory.buildProtocol(IPv4Address("TCP", "192.0.2.2", 40_002))
+        self.assertEqual(
+            factory.met, {("192.0.2.1", 40_000), ("2001:db8::1", 40_001), ("192.0.2.2", 40_002)}
+        )
+
+
+class VerdictTests(SynchronousTestCase):
+    def verdict(
+        self,
+        caller: Caller,
+        call: Dial,
+        *,
+        steered: bool = True,
+        seen: bool = False,
+        redirect: str = "iptables",
+    ) -> Finding:
+        met = {SOURCE} if steered else set()
+        return judge(caller, call, met, {b"hello"} if seen else set(), redirect)
+
+    def fails(self, pattern: str, *arguments: Any, **named: Any) -> None:
+        finding = self.verdict(*arguments, **named)
+        self.assertIs(finding.level, Level.FAILED)
+        self.assertRegex(f"{finding.cause}; {finding.remedy}", pattern)
+
+    def test_well(self) -> None:
+        """A visitor has a TLS answer by the proxy, a validator the responder's answer."""
+        for answer in (SERVER_HELLO, ANSWER):
+            finding = self.verdict(VISITOR, Dial(SOURCE, answer))
+            self.assertEqual(finding, Finding("probe visitor IPv4", Level.OK))
+        finding = self.verdict(VALIDATOR, Dial(SOURCE, ANSWER), seen=True)
+        self.assertEqual(finding, Finding("probe validator IPv6", Level.OK))
+
+    def test_not_steered(self) -> None:
+        """Who was answered, but not by the proxy, was not steered; the remedy is the other way."""
+        call = Dial(SOURCE, SERVER_HELLO)
+        self.fails("not by the proxy; .*--redirect sk-lookup$", VISITOR, call, steered=False)
+        pattern = "not by the proxy; .*--redirect iptables$"
+        self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
+
+    def test_dropped(self) -> None:
+        """Who cannot connect meets a firewall: the remedy names the port that it sees."""
+        call = Dial(problem="no answer within 3 s")
+        pattern = "no answer within 3 s; .* port 21443, .*--redirect sk-lookup$"
+        self.fails(pattern, VISITOR, call, steered=False)
+        pattern = "firewall lets in port 443$"
+        self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
+
+    def test_not_through(self) -> None:
+        """Who was steered, and reached nobody, is told of with what came instead."""
+        self.fails("through to the web server: an end of file; ", VISITOR, Dial(SOURCE))
+        self.fails("server: another answer than TLS; ", VISITOR, Dial(SOURCE, b"HTTP/1.1 400"))
+        self.fails("to the responder: reset; ", VALIDATOR, Dial(SOURCE, problem="reset"))
+
+    def test_answer_lost(self) -> None:
+        """A validator whose answer does not come back failed."""
+        for call in (Dial(SOURCE, problem="no answer within 3 s"), Dial(SOURCE, SERVER_HELLO)):
+            self.fails("answer did not come back: ", VALIDATOR, call, seen=True)
+
+    def test_softened(self) -> None:
+        """Where the firewall names interfaces it is a warning, with the same cause."""
+        finding = probe.softened(Finding("probe", Level.FAILED, "dropped", "let it in"))
+        self.assertIs(finding.level, Level.WARNING)
+        self.assertRegex(finding.cause, "^dropped .*another one")
+        self.assertRegex(finding.remedy, "^dial port 443 from outside; let it in$")
+
+
+class ProbeTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.findings: list[Finding] = []
+        self.options = ConsoleOptions()
+        self.options.environment = {}
+        self.options.parseOptions(["check", "--probe"])
+
+    def test_no_namespace(self) -> None:
+        """Without a namespace nothing is steered, and that is said."""
+
+        def refuse(link: str, families: list[int]) -> None:
+            raise StartError("no; be root")
+
+        self.patch(probe, "Namespace", refuse)
+        reactor: Any = None
+        self.successResultOf(probe.probe(reactor, self.options, self.findings.append))
+        self.assertEqual(self.findings, [Finding("probe", Level.FAILED, "no", "be root")])
+
+    def test_no_port(self) -> None:
+        """Without a port for the responder nothing is steered; the namespace goes all the same."""
+        closed: list[bool] = []
+        namespace = SimpleNamespace(close=lambda: closed.append(True))
+        self.patch(probe, "Namespace", lambda link, families: namespace)
+
+        def listen(port: int, factory: object, interface: str) -> None:
+            problem = OSError(errno.EMFILE, "Too many open files")
+            raise CannotListenError(interface, port, problem)
+
+        reactor: Any = SimpleNamespace(listenTCP=listen)
+        self.successResultOf(probe.probe(reactor, self.options, self.findings.append))
+        self.assertRegex(str(self.findings[0]), "^failed  probe: cannot listen on 127.0.0.1: .*Too")
+        self.assertEqual(closed, [True])
+
+    def test_defect(self) -> None:
+        """Should dialling itself go wrong, the proxy lets go in order all the same."""
+        stopped: list[str] = []
+        port = SimpleNamespace(
+            getHost=lambda: SimpleNamespace(port=40_000),
+            stopListening=lambda: stopped.append("responder"),
+        )
+        proxy = SimpleNamespace(
+            when_started=lambda: succeed(None), stopService=lambda: stopped.append("proxy")
+        )
+        program = SimpleNamespace(privilegedStartService=lambda: None)
+        namespace = SimpleNamespace(close=lambda: stopped.append("namespace"), subnets={4: None})
+        self.patch(probe, "Namespace", lambda link, families: namespace)
+        self.patch(probe, "make_proxy", lambda options, reactor, factory: proxy)
+        self.patch(probe, "Program", lambda reactor, proxy: program)
+        self.patch(probe, "_dial_all", lambda namespace, who: fail(ZeroDivisionError()))
+        reactor: Any = SimpleNamespace(listenTCP=lambda port_number, factory, interface: port)
+        trying = probe.probe(reactor, self.options, self.findings.append)
+        self.failureResultOf(trying, ZeroDivisionError)
+        self.assertEqual(stopped, ["proxy", "responder", "namespace"])
+
+    def test_log(self) -> None:
+        """Warnings of the proxy are findings, and so is what it says to the operator."""
+        log = Logger()
+
+        def steer(*arguments: object) -> Any:
+            log.warn("Another program is there; the last wins")
+            log.error("Cannot reach {target}", target="127.0.0.1:443")
+            log.info("Steering by sk-lookup", for_operator=True)
+            log.info("Started")
+            return succeed(None)
+
+        self.patch(probe, "_steer_and_dial", steer)
+        namespace = SimpleNamespace(close=lambda: None)
+        self.patch(probe, "Namespace", lambda link, families: namespace)
+        reactor: Any = None
+        self.successResultOf(probe.probe(reactor, self.options, self.findings.append))
+        log.warn("this is not a finding any more")
+        self.assertEqual(
+            self.findings,
+            [
+                Finding("probe", Level.WARNING, "Another program is there", "the last wins"),
+                Finding("probe", Level.WARNING, "Cannot reach 127.0.0.1:443"),
+                Finding("probe", Level.OK, "Steering by sk-lookup"),
+            ],
+        )
+
+
+class UnshareTests(SynchronousTestCase):
+    def test_not_permitted(self) -> None:
+        """The kernel's word is in the error."""
+        library = SimpleNamespace(unshare=lambda flags: -1)
+        self.patch(ctypes, "CDLL", lambda name, use_errno: library)
+        ctypes.set_errno(errno.EPERM)
+        with self.assertRaisesRegex(StartError, "namespace: Operation not permitted; run this as"):
+            probe._unshare()

@@ -1,0 +1,127 @@
+"""The log's lines, by format and level, and the log file moved aside."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.logger import Logger, LogLevel, LogPublisher, capturedLogs
+from twisted.python.failure import Failure
+
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.monitoring.logs import is_journal, make_log_file, observer, open_log_file, reopen
+from acme_alpn_proxy.proxy.routing import Route
+
+
+def lines(form: str, level: str = "info", stream: Any = None) -> list[str]:
+    """What is written of an event of each level, and of one without a level."""
+    output = stream if stream is not None else io.StringIO()
+    environment = {}
+    if stream is not None:
+        found = os.fstat(stream.fileno())
+        environment["JOURNAL_STREAM"] = f"{found.st_dev}:{found.st_ino}"
+    publisher = LogPublisher(observer(output, form, level, environment))
+    log = Logger("proxy", observer=publisher)
+    for name in ("debug", "info", "warn", "error"):
+        log.emit(LogLevel.levelWithName(name), "Routed {peer} by {route}", peer="p", route=ROUTE)
+    log.failure("Oh {what}", Failure(ZeroDivisionError("oh")), what="no")
+    for text in ("", "old"):
+        event = {"log_format": text, "log_namespace": "old", "log_level": LogLevel.info}
+        publisher(event | {"log_time": 0.0, "time": 0.0})
+    output.seek(0)
+    written: list[str] = output.read().splitlines()
+    return written
+
+
+ROUTE = Route("acme", "127.0.0.1:31443")
+
+
+def test_text() -> None:
+    """Text has time, source, level and message, and a failure its traceback."""
+    written = lines("text")
+    assert written[0].endswith(f" [proxy#info] Routed p by {ROUTE}")
+    assert written[0][:4].isdigit()
+    assert "ZeroDivisionError: oh" in "".join(written)
+
+
+@pytest.mark.parametrize(
+    ("level", "first"), [("debug", "debug"), ("info", "info"), ("warn", "warn"), ("error", "error")]
+)
+def test_level(level: str, first: str) -> None:
+    """What is below the level is left out."""
+    assert f"#{first}]" in lines("text", level)[0]
+
+
+def test_json() -> None:
+    """JSON is one object a line, with the message and what it is made of."""
+    told = [json.loads(line) for line in lines("json")]
+    route = {"message": f"Routed p by {ROUTE}", "peer": "p", "route": str(ROUTE)}
+    assert {name: told[0][name] for name in route} == route
+    assert (told[0]["level"], told[0]["source"]) == ("info", "proxy")
+    assert (told[3]["level"], told[3]["message"]) == ("critical", "Oh no")
+    assert "ZeroDivisionError: oh" in told[3]["traceback"]
+    assert told[5]["time"] == "1970-01-01T00:00:00.000+00:00"
+
+
+def test_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the journal a line has its priority in front and no time; an empty one is left out."""
+    with (tmp_path / "journal").open("w+") as stream:
+        monkeypatch.setattr("sys.__stderr__", stream)
+        written = lines("text", stream=stream)
+        assert written[:3] == [f"<{number}>Routed p by {ROUTE}" for number in (6, 4, 3)]
+        assert written[3] == "<2>Oh no"
+        assert written[-1] == "<6>old"
+        assert not is_journal(stream, {})
+        assert not is_journal(stream, {"JOURNAL_STREAM": "1:2"})
+    assert not is_journal(io.StringIO(), {"JOURNAL_STREAM": "1:2"})
+
+
+def test_reopen(tmp_path: Path) -> None:
+    """After it was moved aside the log goes on in a new file; where that cannot be, in the old."""
+    path = tmp_path / "folder" / "log"
+    path.parent.mkdir()
+    file = open_log_file(str(path))
+    file.write("one\n")
+    path.rename(tmp_path / "log.1")
+    reopen(file)
+    file.write("two\n")
+    assert (path.read_text(), (tmp_path / "log.1").read_text()) == ("two\n", "one\n")
+    path.parent.rename(tmp_path / "gone")
+    with capturedLogs() as events:
+        reopen(file)
+    file.write("three\n")
+    file.close()
+    assert (tmp_path / "gone" / "log").read_text() == "two\nthree\n"
+    assert [event["log_level"] for event in events] == [LogLevel.error]
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    """A FIFO keeps nobody waiting: it is refused, as a folder is, and one that is not there."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(StartError, match=r"^cannot write the log file .*; name another") as refused:
+        make_log_file(str(fifo))
+    assert refused.value.status == os.EX_CANTCREAT
+    with pytest.raises(StartError, match="Is a directory"):
+        make_log_file(str(tmp_path))
+    with pytest.raises(StartError, match="No such file"):
+        open_log_file(str(tmp_path / "missing" / "log"))
+
+
+def test_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may not write it is told to be root."""
+
+    def refuse(*words: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        StartError, match=r"^may not write .*: Permission denied; run this as root"
+    ) as no:
+        make_log_file(str(tmp_path / "log"))
+    assert no.value.status == os.EX_NOPERM

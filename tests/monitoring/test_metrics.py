@@ -1,0 +1,134 @@
+"""The numbers for Prometheus."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from twisted.application.service import IService
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import CannotListenError
+from twisted.internet.testing import MemoryReactorClock
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.test.requesthelper import DummyRequest
+
+from acme_alpn_proxy import tap
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.monitoring.metrics import MetricsService
+from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
+
+from ..test_options import console, refusal
+from ..proxy.test_statistics import statistics
+from .test_status import describe
+
+
+class Endpoint:
+    """Can be listened at, or not."""
+
+    def __init__(self, problem: Exception | None = None) -> None:
+        self._problem = problem
+        self.story: list[str] = []
+
+    def listen(self, site: Any) -> Deferred[Any]:
+        if self._problem is not None:
+            return fail(self._problem)
+        self.story.append("listen")
+        self.site = site
+        return succeed(self)
+
+    def stopListening(self) -> Deferred[None]:
+        self.story.append("stop")
+        return succeed(None)
+
+
+class MetricsTests(SynchronousTestCase):
+    def page(self, about: dict[str, Any]) -> list[str]:
+        """What Prometheus reads."""
+        endpoint = Endpoint()
+        service = MetricsService(endpoint, "tcp:9", lambda: about)  # type: ignore[arg-type]
+        service.privilegedStartService()
+        request = DummyRequest([b""])
+        page = endpoint.site.resource.render(request)
+        kinds = request.responseHeaders.getRawHeaders("content-type")
+        self.assertIn("text/plain", kinds[0])
+        endpoint.site.log(request)
+        return page.decode().splitlines()
+
+    def test_numbers(self) -> None:
+        """Each number of C{status} is a metric."""
+        lines = self.page(describe())
+        for line in (
+            "acme_alpn_proxy_running 1.0",
+            'acme_alpn_proxy_live_connections{route="acme"} 1.0',
+            'acme_alpn_proxy_live_connections{route="undecided"} 2.0',
+            'acme_alpn_proxy_connections_total{route="fallback"} 1.0',
+            'acme_alpn_proxy_target_failures_total{route="acme"} 0.0',
+            'acme_alpn_proxy_bytes_total{direction="to_visitors",route="fallback"} 20.0',
+            'acme_alpn_proxy_fallback_reasons_total{reason="no_acme_alpn"} 1.0',
+            "acme_alpn_proxy_last_validation_timestamp_seconds 1000.0",
+        ):
+            self.assertIn(line, lines)
+
+    def test_nothing_yet(self) -> None:
+        """Before there is anything to tell it is 0."""
+        lines = self.page(statistics().as_json() | {"undecided": 0})
+        self.assertIn("acme_alpn_proxy_running 0.0", lines)
+        self.assertIn("acme_alpn_proxy_last_validation_timestamp_seconds 0.0", lines)
+
+    def test_life(self) -> None:
+        """It listens once, from the start to the stop, and again."""
+        endpoint = Endpoint()
+        service = MetricsService(endpoint, "tcp:9", describe)  # type: ignore[arg-type]
+        self.assertIsNone(service.stopService())
+        for _ in range(2):
+            service.privilegedStartService()
+            service.startService()
+            self.successResultOf(service.stopService())
+        self.assertEqual(endpoint.story, ["listen", "stop"] * 2)
+
+    def test_port_taken(self) -> None:
+        """Where it cannot listen, the proxy does not start, and the option is named."""
+        taken = CannotListenError("127.0.0.1", 9, OSError(98, "Address already in use"))
+        service = MetricsService(Endpoint(taken), "tcp:9", describe)  # type: ignore[arg-type]
+        with self.assertRaisesRegex(StartError, r"--metrics tcp:9: .*in use.*; choose another"):
+            service.privilegedStartService()
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("9443", "tcp:9443:interface=127.0.0.1"),
+        ("tcp:9443", "tcp:9443:interface=127.0.0.1"),
+        ("tcp:9443:interface=0.0.0.0", "tcp:9443:interface=0.0.0.0"),
+        ("unix:/run/metrics.sock", "unix:/run/metrics.sock"),
+    ],
+)
+def test_option(given: str, taken: str) -> None:
+    """A port alone is one of this host's loopback."""
+    assert console("start", "--metrics", given)["metrics"] == taken
+
+
+def test_bad_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no endpoint is refused; so is any if prometheus_client is missing, with a remedy."""
+    assert "--metrics 'no': a port or a server endpoint" in refusal("start", "--metrics", "no")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refusal("start", "--metrics", "9443") == (
+        "--metrics needs prometheus_client; pip install 'acme-alpn-proxy[metrics]', or apt install"
+        " python3-prometheus-client"
+    )
+
+
+def test_order() -> None:
+    """Metrics start before the proxy, in the program and in an application of one's own."""
+    options = ConsoleOptions()
+    options.environment = {}
+    options.parseOptions(["--redirect=none", "--metrics=9443", "start"])
+    program = tap.make_program(options, MemoryReactorClock())
+    assert [type(service).__name__ for service in program] == ["MetricsService", "ProxyService"]
+    library = ProxyOptions()
+    library.environment = {}
+    library.parseOptions(["--redirect=none", "--metrics=9443"])
+    both: Any = tap.makeService(library)
+    assert IService.providedBy(both)
+    assert [type(service).__name__ for service in both] == ["MetricsService", "ProxyService"]

@@ -1,0 +1,198 @@
+"""Asking instances, and what is shown of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.testing import MemoryReactor
+from twisted.logger import LogLevel, capturedLogs
+from twisted.python.failure import Failure
+from zope.interface.verify import verifyObject
+
+from acme_alpn_proxy.monitoring import status
+from acme_alpn_proxy import __version__
+from acme_alpn_proxy.proxy.clienthello import ClientHello
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.monitoring.status import SILENT, instances, remove_stale, show, socket_path, sockets
+from acme_alpn_proxy.monitoring.statussocket import StatusService
+
+from ..proxy.test_statistics import statistics
+
+
+@pytest.fixture
+def reactor() -> Iterator[MemoryReactor]:
+    """One that has shut down at the end."""
+    memory = MemoryReactor()
+    yield memory
+    for close, words, _ in memory.triggers.get("during", {}).get("shutdown", []):
+        close(*words)
+
+
+def describe() -> dict[str, Any]:
+    """A proxy that has seen a visitor and a validation."""
+    numbers = statistics()
+    numbers.enter("running")
+    numbers.ended(numbers.visitor(ClientHello()), 10, 20)
+    numbers.validation("192.0.2.7:50000", "site.example")
+    return numbers.as_json() | {"redirect": "none", "undecided": 2}
+
+
+@pytest.fixture
+def pidfile(tmp_path: Path) -> str:
+    """A path longer than the names of sockets may be."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    return str(folder / "proxy.pid")
+
+
+@contextmanager
+def answering(path: str, line: bytes) -> Iterator[None]:
+    """Somebody at C{path} who answers once."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        with status.short(path) as name:
+            listener.bind(name)
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as asking, suppress(BrokenPipeError):
+                asking.sendall(line)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield
+        thread.join()
+
+
+def test_service(pidfile: str, reactor: MemoryReactor) -> None:
+    """From start to shutdown there is a socket for its owner alone, beside the PID file; who
+    connects gets one line of JSON with the proxy's numbers."""
+    service = StatusService(reactor, pidfile, describe)
+    service.privilegedStartService()
+    assert verifyObject(IReadDescriptor, service)
+    assert reactor.getReaders() == [service]
+    path = socket_path(pidfile, os.getpid())
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert sockets(pidfile) == {os.getpid(): path}
+    assert os.listdir(os.path.dirname(pidfile)) == [os.path.basename(path)]
+    with socket.socket(socket.AF_UNIX) as asking, status.short(path) as name:
+        asking.connect(name)
+        assert select.select([service], [], [], 0)[0] == [service]
+        service.doRead()
+        service.doRead()  # nobody else is there
+        answer = asking.makefile("rb").read()
+    assert answer.count(b"\n") == 1
+    about = {"version": 1, "program": __version__, "pid": os.getpid()}
+    assert json.loads(answer) == about | describe()
+    service.connectionLost(Failure(CONNECTION_DONE))
+    assert service.logPrefix() == "status socket"
+    service.close()
+    assert sockets(pidfile) == {}
+    assert reactor.getReaders() == []
+
+
+def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
+    """Where there can be no socket the proxy starts all the same, and the operator is warned."""
+    (tmp_path / f"proxy.{os.getpid()}.sock" / "not empty").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "no"):
+        with capturedLogs() as events:
+            StatusService(reactor, str(folder / "proxy.pid"), describe).privilegedStartService()
+        assert [event["log_level"] for event in events] == [LogLevel.warn]
+    assert reactor.getReaders() == []
+
+
+def test_left_half_made(pidfile: str, reactor: MemoryReactor) -> None:
+    """What a start that was killed has left half made is no hindrance."""
+    Path(f"{socket_path(pidfile, os.getpid())}.new").touch()
+    StatusService(reactor, pidfile, describe).privilegedStartService()
+    assert list(sockets(pidfile)) == [os.getpid()]
+
+
+def test_instances(pidfile: str) -> None:
+    """All that live are found, by PID; what killed ones have left is not, and can be removed."""
+    with answering(socket_path(pidfile, 20), b'{"pid": 20}\n'):
+        with answering(socket_path(pidfile, 3), b""):
+            status.ask(socket_path(pidfile, 3))  # and then it is killed
+        Path(f"{pidfile}.other.sock").touch()
+        assert instances(pidfile, 20) == [{"pid": 20}]
+    assert list(sockets(pidfile)) == [3, 20]
+    remove_stale(pidfile)
+    assert sockets(pidfile) == {}
+
+
+@pytest.mark.parametrize("line", [b"", b"nonsense\n"])
+def test_silent(pidfile: str, line: bytes) -> None:
+    """One that runs but does not answer is told of; one that does not answer and runs no more is
+    not."""
+    with answering(socket_path(pidfile, 20), line):
+        assert instances(pidfile, 7) == [{"version": 1, "pid": 7, "state": SILENT}]
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    """Where there is no folder there is no instance."""
+    assert instances(str(tmp_path / "no" / "proxy.pid"), None) == []
+
+
+def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that another user has put there is not asked, nor removed."""
+    monkeypatch.setattr("struct.unpack", lambda form, data: (1, 65_534, 65_534))
+    with (
+        answering(socket_path(pidfile, 20), b'{"pid": 20}\n'),
+        pytest.raises(StartError, match="may not ask PID 20; run this as root"),
+    ):
+        instances(pidfile, None)
+    with answering(socket_path(pidfile, 21), b'{"pid": 21}\n'):
+        os.unlink(socket_path(pidfile, 20))
+        remove_stale(pidfile)
+        assert list(sockets(pidfile)) == [21]
+
+
+def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may not remove a dead instance's socket leaves it."""
+    with answering(socket_path(pidfile, 20), b""):
+        status.ask(socket_path(pidfile, 20))
+
+    def refuse(path: str) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    remove_stale(pidfile)
+    assert list(sockets(pidfile)) == [20]
+
+
+def test_show() -> None:
+    """People read state, targets, numbers, and the last validation."""
+    text = show([describe() | {"pid": 7}], now=1_060.0)
+    assert text.startswith("PID 7 running since ")
+    assert " (60 s), redirect none\n" in text
+    assert (
+        "  acme     127.0.0.1:31443: 1 live, 1 in all, 0 not reached, 0 bytes in, 0 out\n" in text
+    )
+    assert (
+        "  fallback 127.0.0.1:443: 0 live, 1 in all, 0 not reached, 10 bytes in, 20 out\n" in text
+    )
+    assert "no acme alpn 1, not tls 0, deadline 0, end of file 0, crowded 0\n" in text
+    assert "  undecided: 2\n" in text
+    assert " from 192.0.2.7:50000 for site.example: under way\n" in text
+
+
+def test_show_little() -> None:
+    """Nothing is told as such: no instance, no answer, no validation, no name."""
+    assert show([], now=0) == "not running\n"
+    assert "PID 7 runs but does not answer" in show([{"pid": 7, "state": SILENT}], now=0)
+    numbers = statistics().as_json() | {"pid": 7, "redirect": "none", "undecided": 0}
+    assert "  no validation yet\n" in show([numbers], now=0)
+    for name, shown in ((None, "no name"), ("a\x1b[2J", r"a\x1b[2J")):
+        last = {"peer": "p", "server_name": name, "at": 0, "result": "answered"}
+        assert f" for {shown}: answered\n" in show([numbers | {"last_validation": last}], now=0)

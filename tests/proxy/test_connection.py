@@ -1,0 +1,616 @@
+"""Connections through the proxy on real loopback sockets: what each side sees."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import resource
+import select
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import reactor as global_reactor
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.threads import deferToThread
+from twisted.logger import globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.trial.unittest import TestCase
+
+from acme_alpn_proxy.addresses import parse_address
+from acme_alpn_proxy.transports.hangup import hangup_watch
+from acme_alpn_proxy.interfaces import INetwork
+from acme_alpn_proxy.transports.network import LeanNetwork, TwistedNetwork
+from acme_alpn_proxy.proxy.protocols import ProxyServerFactory
+from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.service import listening_socket
+
+from .. import hellos
+
+reactor: Any = global_reactor
+
+ACME_HELLO = hellos.openssl_hello(b"acme-tls/1", server_name=b"site.example")
+WEB_HELLO = hellos.openssl_hello(b"h2", b"http/1.1", server_name=b"site.example")
+WAIT = 10.0
+
+
+def in_thread(test: Callable[[Any], None]) -> Callable[[Any], Deferred[None]]:
+    """Run a test that blocks beside the reactor."""
+
+    @functools.wraps(test)
+    def run(self: Any) -> Deferred[None]:
+        return deferToThread(test, self)
+
+    return run
+
+
+def reset(connection: socket.socket) -> None:
+    """Close by a reset (socket(7), SO_LINGER of 0 seconds)."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def read_exactly(connection: socket.socket, count: int) -> bytes:
+    """That many bytes, or what came before the end-of-file."""
+    data = b""
+    while len(data) < count and (piece := connection.recv(count - len(data))):
+        data += piece
+    return data
+
+
+def was_reset(connection: socket.socket) -> bool:
+    """Whether the peer has reset the connection, or does within the wait."""
+    poll = select.poll()
+    poll.register(connection, select.POLLERR)
+    poll.poll(WAIT * 1000)
+    # Behind a FIN the kernel reports a reset as EPIPE.
+    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return error in (errno.ECONNRESET, errno.EPIPE)
+
+
+class Target:
+    """A listening socket in the place of a web server or a responder."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.listener.settimeout(WAIT)
+
+    @property
+    def address(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def accept(self) -> socket.socket:
+        connection, _ = self.listener.accept()
+        connection.settimeout(WAIT)
+        return connection
+
+
+class ConnectionTests(TestCase):
+    """One proxy on a loopback port, with a responder and a web server behind it."""
+
+    timeout = 60
+    network: Callable[[Any], INetwork] = LeanNetwork
+    hello_timeout = 30.0
+    connect_timeout = 30.0
+
+    def setUp(self) -> None:
+        self.responder = Target(socket.create_server(("127.0.0.1", 0)))
+        self.website = Target(socket.create_server(("127.0.0.1", 0), backlog=4_096))
+        self.addCleanup(self.responder.listener.close)
+        self.addCleanup(self.website.listener.close)
+        self.lines: list[dict[str, Any]] = []
+        globalLogPublisher.addObserver(self.lines.append)
+        self.addCleanup(globalLogPublisher.removeObserver, self.lines.append)
+
+    def start(self, fallback: str | None = None) -> None:
+        """Start the proxy (in the reactor's thread)."""
+        acme = Route("acme", self.responder.address)
+        web = Route("fallback", fallback or self.website.address)
+        self.transports = self.network(reactor)
+        self.transports.open()
+        self.factory = ProxyServerFactory(
+            Routing(acme, web),
+            {
+                way: self.transports.target(parse_address(way.target), self.connect_timeout)
+                for way in (acme, web)
+            },
+            reactor,
+            hello_timeout=self.hello_timeout,
+        )
+        self.factory.hangups = hangup_watch(reactor)
+        self.listener = listening_socket("127.0.0.1", 0)
+        self.port = self.transports.listen(self.listener, self.factory)
+        self.addCleanup(self.end)
+
+    @inlineCallbacks
+    def end(self) -> Any:
+        """Stop it; every connection must leave the live set."""
+        yield self.port.stopListening()
+        self.listener.close()
+        self.factory.live.abort_all()
+        yield self.factory.live.drained(reactor, 5)
+        self.assertEqual(self.factory.held, 0)
+        self.assertEqual(self.factory.pipes.lent, 0)
+        self.factory.close()
+        self.factory.hangups.close()
+        self.transports.close()
+
+    def visit(self, hello: bytes = b"") -> socket.socket:
+        """Connect, from the test's thread, and send C{hello}."""
+        connection = socket.create_connection(("127.0.0.1", self.listener.getsockname()[1]), WAIT)
+        connection.sendall(hello)
+        return connection
+
+    def connect(self, hello: bytes = WEB_HELLO) -> tuple[socket.socket, socket.socket]:
+        """A visitor and the web server's end, the hello read off it."""
+        visitor = self.visit(hello)
+        server = self.website.accept()
+        self.assertEqual(read_exactly(server, len(hello)), hello)
+        return visitor, server
+
+
+class RouteTests(ConnectionTests):
+    """Where connections go."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+
+    @in_thread
+    def test_acme(self) -> None:
+        """A hello that offers acme-tls/1 reaches the responder byte for byte, with what follows."""
+        sent = ACME_HELLO + b"and more"
+        with self.visit(sent), self.responder.accept() as responder:
+            self.assertEqual(read_exactly(responder, len(sent)), sent)
+        (line,) = [e for e in self.lines if e.get("route") == "acme"]
+        self.assertEqual(line["server_name"], "site.example")
+        self.assertTrue(line["peer"].startswith("127.0.0.1:"))
+
+    @in_thread
+    def test_visitor(self) -> None:
+        """Any other hello reaches the web server, and the answer comes back."""
+        visitor, server = self.connect()
+        with visitor, server:
+            server.sendall(b"answer")
+            self.assertEqual(read_exactly(visitor, 6), b"answer")
+            visitor.sendall(b"again")
+            self.assertEqual(read_exactly(server, 5), b"again")
+
+    @in_thread
+    def test_not_tls(self) -> None:
+        """What is not TLS reaches the web server at once, which knows best what to answer."""
+        visitor, server = self.connect(b"GET / HTTP/1.0\r\n\r\n")
+        visitor.close()
+        server.close()
+
+    @in_thread
+    def test_pieces(self) -> None:
+        """A hello that comes in two segments is put together before the decision."""
+        visitor = self.visit()
+        visitor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        visitor.sendall(ACME_HELLO[:100])
+        while self.factory.held != 200:  # each byte twice
+            time.sleep(0.001)
+        visitor.sendall(ACME_HELLO[100:])
+        with visitor, self.responder.accept() as responder:
+            self.assertEqual(read_exactly(responder, len(ACME_HELLO)), ACME_HELLO)
+
+    @in_thread
+    def test_largest_hello(self) -> None:
+        """A hello of the largest size in the smallest records that fit comes through whole."""
+        handshake = hellos.padded_message(65_533, hellos.alpn_extension(b"acme-tls/1"))
+        sent = hellos.records(handshake[:13_103], 1) + hellos.records(handshake[13_103:])
+        with self.visit() as visitor:
+            sender = threading.Thread(target=visitor.sendall, args=(sent,))
+            sender.start()
+            with self.responder.accept() as responder:
+                self.assertEqual(read_exactly(responder, len(sent)), sent)
+            sender.join()
+
+    @in_thread
+    def test_too_large_hello(self) -> None:
+        """A hello over the limit reaches the web server, every byte of it."""
+        sent = hellos.records(hellos.padded_message(65_536, hellos.alpn_extension(b"h2")), 1)
+        with self.visit() as visitor:
+            sender = threading.Thread(target=visitor.sendall, args=(sent,))
+            sender.start()
+            with self.website.accept() as server:
+                self.assertEqual(read_exactly(server, len(sent)), sent)
+            sender.join()
+
+    @in_thread
+    def test_end_before_the_hello(self) -> None:
+        """An end-of-file before the verdict goes to the web server at once, behind the bytes."""
+        for sent in (b"", WEB_HELLO[:50]):
+            with self.visit(sent) as visitor:
+                visitor.shutdown(socket.SHUT_WR)
+                with self.website.accept() as server:
+                    self.assertEqual(read_exactly(server, 1_000), sent)
+                    server.sendall(b"alert")
+                self.assertEqual(read_exactly(visitor, 1_000), b"alert")
+
+
+class SilenceTests(ConnectionTests):
+    """The hello deadline."""
+
+    hello_timeout = 0.1
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+
+    @in_thread
+    def test_silence_and_half_hellos(self) -> None:
+        """Silence and half a hello go to the web server after the deadline, and go on there."""
+        for sent in (b"", ACME_HELLO[:60]):
+            visitor, server = self.connect(sent)
+            with visitor, server:
+                visitor.sendall(b"late")
+                self.assertEqual(read_exactly(server, 4), b"late")
+
+
+class EndTests(ConnectionTests):
+    """An end on one side is the same end on the other."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+
+    @in_thread
+    def test_visitor_half_closes(self) -> None:
+        """A visitor's FIN reaches the web server, whose answer still comes through."""
+        visitor, server = self.connect()
+        with visitor, server:
+            visitor.shutdown(socket.SHUT_WR)
+            self.assertEqual(server.recv(1), b"")
+            server.sendall(b"answer")
+            server.close()
+            self.assertEqual(read_exactly(visitor, 1_000), b"answer")
+
+    @in_thread
+    def test_server_half_closes(self) -> None:
+        """The web server's FIN reaches the visitor, who can still send."""
+        visitor, server = self.connect()
+        with visitor, server:
+            server.shutdown(socket.SHUT_WR)
+            self.assertEqual(visitor.recv(1), b"")
+            visitor.sendall(b"more")
+            visitor.close()
+            self.assertEqual(read_exactly(server, 1_000), b"more")
+
+    @in_thread
+    def test_visitor_resets(self) -> None:
+        """A visitor's reset reaches the web server as a reset."""
+        visitor, server = self.connect()
+        with server:
+            reset(visitor)
+            self.assertTrue(was_reset(server))
+
+    @in_thread
+    def test_server_resets(self) -> None:
+        """The web server's reset reaches the visitor as a reset."""
+        visitor, server = self.connect()
+        with visitor:
+            reset(server)
+            self.assertTrue(was_reset(visitor))
+
+    @in_thread
+    def test_reset_after_half_close(self) -> None:
+        """A reset is passed on at once even when its side had sent its FIN already."""
+        visitor, server = self.connect()
+        with server:
+            visitor.shutdown(socket.SHUT_WR)
+            self.assertEqual(server.recv(1), b"")
+            reset(visitor)
+            self.assertTrue(was_reset(server))
+        visitor, server = self.connect()
+        with visitor:
+            server.shutdown(socket.SHUT_WR)
+            self.assertEqual(visitor.recv(1), b"")
+            reset(server)
+            self.assertTrue(was_reset(visitor))
+
+    @in_thread
+    def test_reset_under_back_pressure(self) -> None:
+        """A reset is passed on at once even while the side that sends it is not being read."""
+        visitor, server = self.connect()
+        with server:
+            fill(visitor)
+            reset(visitor)
+            self.assertTrue(was_reset(server))
+
+    @in_thread
+    def test_bytes_before_a_reset(self) -> None:
+        """What the web server wrote before its reset still reaches the visitor."""
+        visitor, server = self.connect()
+        with visitor:
+            visitor.sendall(b"unread")
+            self.assertTrue(select.select([server], [], [], WAIT)[0])
+            server.sendall(b"last words")
+            self.assertEqual(read_exactly(visitor, 10), b"last words")
+            server.sendall(b"!")
+            server.close()  # with bytes unread the kernel resets
+            self.assertTrue(was_reset(visitor))
+
+    @in_thread
+    def test_all_ends_are_seen(self) -> None:
+        """After any kind of end no connection is left in the live set."""
+        for end in (socket.socket.close, reset):
+            visitor, server = self.connect()
+            end(visitor)
+            server.close()
+            visitor, server = self.connect()
+            end(server)
+            visitor.close()
+        with self.visit(WEB_HELLO[:5]) as visitor:
+            reset(visitor)
+        deadline = time.monotonic() + WAIT
+        while len(self.factory.live) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.assertEqual(len(self.factory.live), 0)
+
+    @in_thread
+    def test_drain_deadline(self) -> None:
+        """Aborted, a connection is reset on both sides."""
+        visitor, server = self.connect()
+        with visitor, server:
+            reactor.callFromThread(self.factory.live.abort_all)
+            self.assertTrue(was_reset(visitor))
+            self.assertTrue(was_reset(server))
+
+
+def fill(connection: socket.socket) -> int:
+    """Send until nothing is taken for a while; how many bytes were."""
+    connection.setblocking(False)
+    total = 0
+    while select.select([], [connection], [], 0.3)[1]:
+        total += connection.send(bytes(65_536))
+    return total
+
+
+class BulkTests(ConnectionTests):
+    """Many bytes, many connections."""
+
+    most_held = 65_536
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+
+    def held(self, transport: Any) -> int:
+        return len(transport.waiting)
+
+    @in_thread
+    def test_back_pressure(self) -> None:
+        """What nobody takes is not read: memory stays bounded, and nothing is lost after."""
+        visitor, server = self.connect()
+        with visitor, server:
+            for sender, receiver in ((visitor, server), (server, visitor)):
+                sent = fill(sender)
+                (connection,) = self.factory.live
+                relay = connection.relay  # type: ignore[attr-defined]
+                for sink in (relay._front, relay._back):
+                    self.assertLessEqual(self.held(sink), self.most_held)
+                receiver.settimeout(WAIT)
+                self.assertEqual(len(read_exactly(receiver, sent)), sent)
+
+    @in_thread
+    def test_both_ways_at_once(self) -> None:
+        """20 MB each way at the same time come out as they went in."""
+        content = os.urandom(20_000_000)
+        visitor, server = self.connect()
+        digests = {}
+
+        def send(connection: socket.socket) -> None:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+
+        def receive(name: str, connection: socket.socket) -> None:
+            digest = hashlib.sha256()
+            while piece := connection.recv(1_000_000):
+                digest.update(piece)
+            digests[name] = digest.digest()
+
+        threads = [threading.Thread(target=send, args=(end,)) for end in (visitor, server)]
+        threads += [
+            threading.Thread(target=receive, args=pair)
+            for pair in (("visitor", visitor), ("server", server))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        visitor.close()
+        server.close()
+        expected = hashlib.sha256(content).digest()
+        self.assertEqual(digests, {"visitor": expected, "server": expected})
+
+    @in_thread
+    def test_two_thousand_silent_connections(self) -> None:
+        """2,000 silent connections keep no visitor waiting, and none of them is lost."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        silent = [self.visit() for _ in range(2_000)]
+        try:
+            visitor, server = self.connect()
+            visitor.close()
+            server.close()
+            silent[-1].sendall(b"not silent any more")
+            with self.website.accept() as server:
+                self.assertEqual(server.recv(3), b"not")
+            self.assertGreaterEqual(len(self.factory.live), 1_999)
+        finally:
+            for connection in silent:
+                reset(connection)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class TargetTests(ConnectionTests):
+    """Targets of other kinds, and targets that are not there."""
+
+    connect_timeout = 0.2
+
+    def unreachable_lines(self) -> list[tuple[str, str, str]]:
+        return [(e["route"], e["target"], e["why"]) for e in self.lines if "why" in e]
+
+    def refusal(self) -> Deferred[None]:
+        def visit() -> None:
+            with self.visit(WEB_HELLO) as visitor:
+                self.assertTrue(was_reset(visitor))
+
+        return deferToThread(visit)
+
+    @inlineCallbacks
+    def test_refused(self) -> Any:
+        """When the target refuses, the visitor is reset, and one line says which and why."""
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            target = Target(closed).address
+        self.start(target)
+        yield self.refusal()
+        ((route, where, why),) = self.unreachable_lines()
+        self.assertEqual((route, where), ("fallback", target))
+        self.assertIn("refused", why)
+
+    @inlineCallbacks
+    def test_no_answer(self) -> Any:
+        """When the target does not answer in time, likewise."""
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+            waiting = []
+            for _ in range(3):  # a full accept queue drops SYNs
+                connection = socket.socket()
+                connection.setblocking(False)
+                connection.connect_ex(full.getsockname())
+                waiting.append(connection)
+            self.start(Target(full).address)
+            yield self.refusal()
+            for connection in waiting:
+                connection.close()
+        ((_, _, why),) = self.unreachable_lines()
+        self.assertEqual(why, "no answer within 0.2 s")
+
+    @inlineCallbacks
+    def test_visitor_leaves_meanwhile(self) -> Any:
+        """A visitor who leaves while the target is being connected is let go of, without a line."""
+        self.connect_timeout = 30.0
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+            waiting = []
+            for _ in range(3):
+                connection = socket.socket()
+                connection.setblocking(False)
+                connection.connect_ex(full.getsockname())
+                waiting.append(connection)
+            self.start(Target(full).address)
+
+            def leave() -> None:
+                visitor = self.visit(WEB_HELLO)
+                while not any(c._connecting for c in list(self.factory.live)):  # type: ignore[attr-defined]
+                    time.sleep(0.001)
+                reset(visitor)
+
+            yield deferToThread(leave)
+            yield self.factory.live.drained(reactor, 5)
+            for connection in waiting:
+                connection.close()
+        self.assertEqual(self.unreachable_lines(), [])
+
+    @inlineCallbacks
+    def test_unix_socket(self) -> Any:
+        """A Unix socket can be the target, by endpoint string; half-close passes through."""
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/web")
+            listener.listen()
+            listener.settimeout(WAIT)
+            self.start(f"unix:{folder}/web")
+
+            def visit() -> None:
+                with self.visit(WEB_HELLO) as visitor:
+                    server, _ = listener.accept()
+                    with server:
+                        server.settimeout(WAIT)
+                        self.assertEqual(read_exactly(server, len(WEB_HELLO)), WEB_HELLO)
+                        visitor.shutdown(socket.SHUT_WR)
+                        self.assertEqual(server.recv(1), b"")
+                        server.sendall(bytes(1_000_000))
+                    self.assertEqual(len(read_exactly(visitor, 2_000_000)), 1_000_000)
+
+            yield deferToThread(visit)
+
+    @inlineCallbacks
+    def test_ipv6_and_host_names(self) -> Any:
+        """IPv6 targets and host names work."""
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            listener.settimeout(WAIT)
+            self.start(Target(listener).address)
+            self.connect_timeout = 10.0
+            yield deferToThread(self.visit_and_greet, listener)
+
+    def visit_and_greet(self, listener: socket.socket) -> None:
+        with self.visit(WEB_HELLO):
+            server, _ = listener.accept()
+            with server:
+                server.settimeout(WAIT)
+                self.assertEqual(read_exactly(server, len(WEB_HELLO)), WEB_HELLO)
+
+    @inlineCallbacks
+    def test_host_name(self) -> Any:
+        """A host name is looked up."""
+        self.connect_timeout = 10.0
+        self.start(f"localhost:{self.website.listener.getsockname()[1]}")
+        yield deferToThread(self.visit_and_greet, self.website.listener)
+
+
+class TwistedRouteTests(RouteTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+
+class TwistedSilenceTests(SilenceTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+
+class TwistedEndTests(EndTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+    @inlineCallbacks
+    def test_reset_told_as_an_end(self) -> Any:
+        """A reset that the kernel is in the middle of, which the reactor takes for an end-of-file,
+        reaches the visitor as a reset."""
+        visitor, server = yield deferToThread(self.connect)
+        with visitor:
+            (connection,) = self.factory.live._live
+            back = connection.relay._back  # type: ignore[attr-defined]
+            reset(server)
+            poll = select.poll()
+            poll.register(back.fileno(), 0)
+            self.assertTrue(poll.poll(WAIT * 1000))
+            back.readConnectionLost(Failure(CONNECTION_DONE))
+            yield deferToThread(self.assertRaises, ConnectionResetError, visitor.recv, 1)
+
+
+class TwistedBulkTests(BulkTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+    most_held = 131_072
+
+    def held(self, transport: Any) -> int:
+        return len(transport.dataBuffer) + transport._tempDataLen  # type: ignore[no-any-return]
+
+
+class TwistedTargetTests(TargetTests):
+    """The same over Twisted's transports."""
+
+    network = TwistedNetwork

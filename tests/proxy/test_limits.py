@@ -1,0 +1,322 @@
+"""How much is taken at a time: connections, half hellos, silence; and what then happens."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.usage import UsageError
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.proxy import protocols
+from acme_alpn_proxy.proxy.live import LiveConnections
+from acme_alpn_proxy.options import ProxyOptions
+from acme_alpn_proxy.proxy.protocols import IDLE_LOOKS, ProxyServer, ProxyServerFactory
+from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.service import MAX_PIPES, connections_and_pipes
+
+from .test_connection import WEB_HELLO, read_exactly
+from ..test_service import Live, ServiceCase
+
+WEB = Route("fallback", "web")
+
+
+class Target:
+    """Connects transports in memory, at once unless told to wait."""
+
+    def __init__(self) -> None:
+        self.factories: list[Any] = []
+        self.transports: list[StringTransport] = []
+
+    def connect(self, factory: Any, first: bytes = b"") -> Any:
+        self.factories.append(factory)
+        transport = StringTransport()
+        self.transports.append(transport)
+        factory.buildProtocol(None).makeConnection(transport)
+
+
+class MemoryCase(SynchronousTestCase):
+    """Visitors in memory."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.target = Target()
+        reactor: IReactorTime = self.clock
+        self.factory = ProxyServerFactory(
+            Routing(Route("acme", "acme"), WEB), {WEB: self.target}, reactor
+        )
+
+    def visit(self) -> ProxyServer:
+        server: Any = self.factory.buildProtocol(None)
+        server.makeConnection(StringTransport())
+        return server  # type: ignore[no-any-return]
+
+
+class HalfHelloTests(MemoryCase):
+    def test_all_together(self) -> None:
+        """When half hellos take too much memory the oldest visitors go to the web server."""
+        self.patch(protocols, "MAX_HELD", 1_000)
+        _, first, second, third = (self.visit() for _ in range(4))
+        first.dataReceived(WEB_HELLO[:200])
+        second.dataReceived(WEB_HELLO[:200])
+        self.assertEqual(self.target.transports, [])
+        third.dataReceived(WEB_HELLO[:200])
+        gone_on = [transport.value() for transport in self.target.transports]
+        self.assertEqual(gone_on, [b"", WEB_HELLO[:200]])
+        first.dataReceived(WEB_HELLO[200:])
+        self.assertEqual(self.target.transports[1].value(), WEB_HELLO)
+        self.assertEqual(self.factory.held, 800)
+        self.assertEqual(self.factory.hellos.oldest(), second)
+
+    def test_what_is_no_longer_held(self) -> None:
+        """Whole hellos, lost visitors and those whose time is over count no more."""
+        whole, lost, late = (self.visit() for _ in range(3))
+        for visitor in (whole, lost, late):
+            visitor.dataReceived(WEB_HELLO[:200])
+        self.assertEqual(self.factory.held, 1_200)
+        whole.dataReceived(WEB_HELLO[200:])
+        lost.connectionLost()
+        self.assertEqual(self.factory.held, 400)
+        self.clock.advance(5)
+        self.assertEqual(self.factory.held, 0)
+        self.assertEqual(len(self.target.transports), 2)
+
+
+class IdleTests(MemoryCase):
+    def test_idle(self) -> None:
+        """An established connection without a byte either way is reset in the end."""
+        busy, idle, undecided = (self.visit() for _ in range(3))
+        busy.dataReceived(WEB_HELLO)
+        idle.dataReceived(WEB_HELLO)
+        for _ in range(IDLE_LOOKS + 1):
+            busy.dataReceived(b"x")
+            self.factory.look_for_idle()
+        self.assertEqual(
+            [visitor.transport.disconnected for visitor in (busy, idle, undecided)],
+            [False, True, False],
+        )
+        self.assertTrue(self.target.transports[1].disconnected)
+
+    def test_slow_receiver(self) -> None:
+        """One whose bytes are still being taken is not idle."""
+        visitor = self.visit()
+        visitor.dataReceived(WEB_HELLO)
+        for _ in range(IDLE_LOOKS + 1):
+            self.target.transports[0].producer.resumeProducing()
+            self.factory.look_for_idle()
+        self.assertFalse(visitor.transport.disconnected)
+
+
+class Connections:
+    """Stands for a connection."""
+
+    def abort(self) -> None:
+        pass
+
+    look = abort
+
+
+class LiveConnectionsTests(SynchronousTestCase):
+    def test_bound(self) -> None:
+        """It tells when it is full and when there is room again, each time once."""
+        live = LiveConnections()
+        story: list[str] = []
+        one, two, three = (Connections() for _ in range(3))
+        live.enter(one)
+        live.leave(one)
+        live.bound(2, lambda: story.append("full"), lambda: story.append("room"))
+        live.enter(one)
+        live.enter(two)
+        live.enter(three)
+        self.assertEqual(story, ["full"])
+        live.leave(three)
+        self.assertEqual(story, ["full"])
+        live.leave(two)
+        live.leave(two)
+        self.assertEqual(story, ["full", "room"])
+        self.assertEqual(list(live), [one])
+
+    def test_left_before(self) -> None:
+        """Leaving an empty set is no matter."""
+        LiveConnections().leave(Connections())
+
+
+class OptionsTests(SynchronousTestCase):
+    def test_numbers(self) -> None:
+        """Both limits take numbers, and are off or automatic by default."""
+        options = ProxyOptions()
+        options.parseOptions([])
+        self.assertEqual((options["max-connections"], options["idle-timeout"]), (0, 0.0))
+        options = ProxyOptions()
+        options.parseOptions(["--max-connections", "100", "--idle-timeout=60"])
+        self.assertEqual((options["max-connections"], options["idle-timeout"]), (100, 60.0))
+
+    def test_not_a_number(self) -> None:
+        """What is no number is refused, and the message names the option."""
+        for word in ("-1", "many", "1.5", ""):
+            with self.assertRaisesRegex(UsageError, "--max-connections"):
+                ProxyOptions().parseOptions(["--max-connections", word])
+
+    def test_default(self) -> None:
+        """Two descriptors a visitor, two a pipe, some for the rest."""
+        self.assertEqual(connections_and_pipes(256), (88, 16))
+        self.assertEqual(connections_and_pipes(1_048_576)[1], MAX_PIPES)
+        self.assertEqual(connections_and_pipes(20), (1, 1))
+
+
+class Port:
+    """A listening port that can be paused."""
+
+    def __init__(self) -> None:
+        self.paused = False
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
+
+
+class ServiceTests(ServiceCase):
+    def test_max_connections(self) -> None:
+        """With as many visitors as allowed the listener pauses until one leaves."""
+        port = Port()
+        self.proxy.listener._max_connections = 2
+        self.proxy.startService()
+        self.proxy.listener._ports = [port]
+        one, _ = Live(self.factory, self.story), Live(self.factory, self.story)
+        self.assertTrue(port.paused)
+        one.end()
+        self.assertFalse(port.paused)
+        self.proxy.listener._ports = []
+
+    def test_idle_timeout(self) -> None:
+        """With an idle timeout it looks at all connections now and then, until it has stopped."""
+        self.proxy._idle_timeout = 40.0
+        self.proxy.startService()
+        live = Live(self.factory, self.story)
+        looks: list[float] = []
+        live.look = lambda: looks.append(self.reactor.seconds())  # type: ignore[attr-defined]
+        for _ in range(4):
+            self.reactor.advance(10)
+        self.assertEqual(looks, [10, 20, 30, 40])
+        live.end()
+        stopped = self.proxy.stopService()
+        self.reactor.advance(3)
+        self.successResultOf(stopped)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+
+PROGRAM = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from twisted.internet import reactor
+from acme_alpn_proxy import options, service, tap
+from acme_alpn_proxy.redirects import none
+none.NoRedirect.hosts = ("127.0.0.1",)
+words = options.ProxyOptions()
+words.environment = {}
+words.parseOptions(sys.argv[2:])
+tap.PORT = 0
+proxy = tap.make_proxy(words, reactor)
+proxy.startService()
+print(proxy.listener.sockets[0].getsockname()[1], flush=True)
+reactor.run()
+"""
+WAIT = 20.0
+
+
+class ExhaustionTests(SynchronousTestCase):
+    """A whole process that may have 256 open files."""
+
+    def start(self, *options: str) -> None:
+        self.website = socket.create_server(("127.0.0.1", 0), backlog=4_096)
+        self.website.settimeout(WAIT)
+        self.addCleanup(self.website.close)
+        web = f"127.0.0.1:{self.website.getsockname()[1]}"
+        command = [sys.executable, "-c", PROGRAM, "", "--redirect", "none", "--fallback", web]
+        self.process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.addCleanup(self.end)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+    def visit(self, hello: bytes = WEB_HELLO) -> socket.socket:
+        visitor = socket.create_connection(("127.0.0.1", self.port), WAIT)
+        self.addCleanup(visitor.close)
+        visitor.sendall(hello)
+        return visitor
+
+    def seconds_of_cpu(self) -> float:
+        with open(f"/proc/{self.process.pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def serve_all(self, visitors: list[socket.socket], hello: bytes = WEB_HELLO) -> None:
+        """Answer them in the order in which they come; who has had the answer leaves."""
+        waiting = {visitor.fileno(): visitor for visitor in visitors}
+        poll = select.poll()
+        poll.register(self.website, select.POLLIN)
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+        while waiting:
+            ready = [descriptor for descriptor, _ in poll.poll(WAIT * 1000)]
+            self.assertTrue(ready, f"{len(waiting)} visitors wait for ever")
+            for descriptor in ready:
+                if descriptor in waiting:
+                    poll.unregister(descriptor)
+                    with waiting.pop(descriptor) as visitor:
+                        self.assertEqual(read_exactly(visitor, 100), b"answer")
+                else:
+                    server, _ = self.website.accept()
+                    self.addCleanup(server.close)
+                    server.settimeout(WAIT)
+                    self.assertEqual(read_exactly(server, len(hello)), hello)
+                    server.sendall(b"answer")
+                    server.shutdown(socket.SHUT_WR)
+
+    def flood(self) -> None:
+        """300 visitors at once: those over the limit wait, the CPU rests, then all are served."""
+        visitors = [self.visit() for _ in range(300)]
+        self.assertTrue(select.select([self.website], [], [], WAIT)[0])
+        time.sleep(0.5)  # for the flood to be over, so that what is measured is rest
+        before = self.seconds_of_cpu()
+        time.sleep(1)
+        self.assertLess(self.seconds_of_cpu() - before, 0.2)
+        closer = [visitor for visitor in visitors if select.select([visitor], [], [], 0)[0]]
+        self.assertEqual(closer, [], "a visitor was sent away")
+        self.serve_all(visitors)
+
+    def test_max_connections(self) -> None:
+        """Over the limit that follows from the open files visitors wait, and all are served."""
+        self.start()
+        self.flood()
+        self.flood()
+
+    def test_out_of_descriptors(self) -> None:
+        """So they do when the operator's limit is too high and descriptors run out."""
+        self.start("--max-connections", "10000")
+        self.flood()
+        self.flood()
+
+    def test_silence(self) -> None:
+        """A flood of silence and half hellos over the limit keeps nobody waiting for long."""
+        self.start("--hello-timeout", "0.5")
+        silent = [self.visit(b"" if n % 2 else WEB_HELLO[:50]) for n in range(150)]
+        began = time.monotonic()
+        self.serve_all([*silent, self.visit()], b"")
+        self.assertLess(time.monotonic() - began, 5)

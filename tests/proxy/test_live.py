@@ -1,0 +1,90 @@
+"""The wait until no connection is live, on a clock of the test's own."""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.proxy.live import LiveConnections
+
+
+class Connection:
+    """Counts its resets; a real one leaves the set later, when its transports say so."""
+
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def abort(self) -> None:
+        self.resets += 1
+
+
+class LiveConnectionsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.live = LiveConnections()
+
+    def enter(self) -> Connection:
+        connection = Connection()
+        self.live.enter(connection)
+        return connection
+
+    def test_nothing_is_live(self) -> None:
+        """Without live connections there is no wait, and no deadline."""
+        self.successResultOf(self.live.drained(self.clock, 180))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_last_one_ends(self) -> None:
+        """The wait is over when the last connection has ended, and nobody is reset later."""
+        one, other = self.enter(), self.enter()
+        self.assertEqual(len(self.live), 2)
+        drained = self.live.drained(self.clock, 180)
+        self.live.leave(one)
+        self.assertNoResult(drained)
+        self.live.leave(other)
+        self.successResultOf(drained)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_deadline(self) -> None:
+        """At the deadline what is left is reset; the wait is over when it has ended by that."""
+        connection = self.enter()
+        drained = self.live.drained(self.clock, 180)
+        self.clock.advance(179)
+        self.assertEqual(connection.resets, 0)
+        self.clock.advance(1)
+        self.assertEqual(connection.resets, 1)
+        self.assertNoResult(drained)
+        self.live.leave(connection)
+        self.successResultOf(drained)
+
+    def test_several_wait(self) -> None:
+        """Everybody who waits is told."""
+        connection = self.enter()
+        waits = [self.live.drained(self.clock, 180), self.live.drained(self.clock, 60)]
+        self.live.leave(connection)
+        for drained in waits:
+            self.successResultOf(drained)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_leaving_twice(self) -> None:
+        """Leaving twice is no matter, and tells nobody twice."""
+        connection = self.enter()
+        drained = self.live.drained(self.clock, 180)
+        self.live.leave(connection)
+        self.live.leave(connection)
+        self.successResultOf(drained)
+
+    def test_abort_all(self) -> None:
+        """All are reset, even where that makes them leave at once."""
+        live = self.live
+
+        class Hasty(Connection):
+            def abort(self) -> None:
+                super().abort()
+                live.leave(self)
+
+        connections = [Hasty(), Hasty(), Hasty()]
+        for connection in connections:
+            live.enter(connection)
+        live.abort_all()
+        self.assertEqual([connection.resets for connection in connections], [1, 1, 1])
+        self.assertEqual(len(live), 0)

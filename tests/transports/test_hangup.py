@@ -1,0 +1,148 @@
+"""Resets on connections that nobody reads, on real sockets."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.testing import MemoryReactor
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from acme_alpn_proxy.transports.hangup import EpollHangupWatch, NoHangupWatch, hangup_watch
+from acme_alpn_proxy.interfaces import IHangupWatch
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    return one, other
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+class Transport:
+    """What the watch uses of a transport: its descriptor, -1 once it is closed."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+
+class EpollHangupWatchTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.reactor = MemoryReactor()
+        self.watch = EpollHangupWatch(self.reactor)
+        self.addCleanup(self.watch.close)
+        self.hung_up: list[str] = []
+
+    def connect(self, name: str) -> tuple[Transport, socket.socket, socket.socket]:
+        """A watched transport, its socket and its peer's."""
+        ours, peers = connected()
+        self.addCleanup(ours.close)
+        self.addCleanup(peers.close)
+        transport = Transport(ours)
+        self.watch.add(transport, lambda: self.hung_up.append(name))
+        return transport, ours, peers
+
+    def look(self) -> None:
+        """What the reactor does when the watch's descriptor is readable."""
+        poll = select.poll()
+        poll.register(self.watch.fileno(), select.POLLIN)
+        poll.poll(200)
+        self.watch.doRead()
+
+    def test_interfaces(self) -> None:
+        """It is a watch, and a descriptor that the reactor can read, and reads."""
+        verifyObject(IHangupWatch, self.watch)
+        verifyObject(IReadDescriptor, self.watch)
+        self.assertIn(self.watch, self.reactor.getReaders())
+        self.assertEqual(self.watch.logPrefix(), "hangup watch")
+        self.watch.connectionLost(Failure(CONNECTION_DONE))
+
+    def test_reset(self) -> None:
+        """A reset is told once; bytes and an orderly end are not."""
+        _, _, ending = self.connect("ended")
+        _, _, resetting = self.connect("reset")
+        ending.sendall(b"bytes")
+        ending.close()
+        reset(resetting)
+        self.look()
+        self.look()
+        self.assertEqual(self.hung_up, ["reset"])
+
+    def test_both_sides_ended(self) -> None:
+        """An end on both sides is no reset: what came before it may still be there to be read."""
+        _, ours, peer = self.connect("ended")
+        peer.sendall(b"bytes")
+        peer.shutdown(socket.SHUT_WR)
+        ours.shutdown(socket.SHUT_WR)
+        self.look()
+        self.assertEqual(self.hung_up, [])
+
+    def test_discarded(self) -> None:
+        """Nothing is told of one that is watched no longer, and discarding twice is no matter."""
+        transport, _, peer = self.connect("discarded")
+        self.watch.add(transport, lambda: self.hung_up.append("added again"))
+        self.watch.discard(transport)
+        self.watch.discard(transport)
+        reset(peer)
+        self.look()
+        self.assertEqual(self.hung_up, [])
+
+    def test_number_used_again(self) -> None:
+        """The reset of a closed connection that a forked process still holds is not taken for one
+        of the connection that has its number now."""
+        old, ours, peer = self.connect("old")
+        number = ours.fileno()
+        held = os.dup(number)  # as a process has it between fork and exec
+        self.addCleanup(os.close, held)
+        ours.close()
+        self.watch.discard(old)
+        _, new, new_peer = self.connect("new")
+        if new.fileno() != number:
+            os.dup2(new.fileno(), number)
+            new = socket.socket(fileno=number)
+            self.addCleanup(new.close)
+            self.watch.add(Transport(new), lambda: self.hung_up.append("new"))
+        reset(peer)
+        self.look()
+        self.assertEqual(self.hung_up, [])
+        reset(new_peer)
+        self.look()
+        self.assertIn("new", self.hung_up)
+
+    def test_cannot_be_watched(self) -> None:
+        """A descriptor that epoll refuses is left unwatched, and the visitor goes on."""
+        with open(os.devnull) as plain:
+            self.watch.add(plain, lambda: None)
+            self.watch.discard(plain)
+
+
+class HangupWatchTests(SynchronousTestCase):
+    def test_other_reactors(self) -> None:
+        """On a reactor without descriptors nothing is watched."""
+
+        @implementer()
+        class Other:
+            pass
+
+        watch = hangup_watch(Other())
+        self.assertIsInstance(watch, NoHangupWatch)
+        verifyObject(IHangupWatch, watch)
+        watch.add(None, lambda: None)
+        watch.discard(None)
+        watch.close()
