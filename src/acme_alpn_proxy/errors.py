@@ -6,7 +6,7 @@ import os
 from typing import Final
 
 AS_ADMINISTRATOR: Final = "run this as root, with CAP_NET_ADMIN where it runs in a container"
-"""The remedy for who may not change the firewall's rules."""
+"""The remedy for a process that may not change the firewall's rules."""
 
 
 class StartError(Exception):
@@ -14,8 +14,8 @@ class StartError(Exception):
 
     The text is one line: the cause first, the remedy second.
 
-    @ivar status: what the console script exits with: that of sysexits(3) where the failure is of
-        one of its classes, else 1, as the original program does always.
+    @ivar status: the exit status of the console script: that of sysexits(3) where the failure
+        belongs to one of its classes, else 1, which the original program always uses.
     """
 
     def __init__(self, text: str, status: int = 1) -> None:
@@ -24,16 +24,25 @@ class StartError(Exception):
 
 
 class AlreadyRunning(StartError):
-    """Another instance holds the PID file."""
+    """Another instance holds the PID file.
+
+    @ivar pid: the PID of that instance.
+    @ivar path: the PID file.
+    """
+
+    def __init__(self, pid: int, path: str) -> None:
+        super().__init__(f"already running as PID {pid} ({path})")
+        self.pid = pid
+        self.path = path
 
 
 def not_permitted(reason: str) -> StartError:
-    """What fails for lack of a privilege over the network."""
+    """A step failed because this process lacks a privilege over the network."""
     return StartError(f"{reason}; {AS_ADMINISTRATOR}", os.EX_NOPERM)
 
 
 def refused_by_system(problem: OSError) -> StartError:
-    """What the kernel refuses where nobody has expected it."""
+    """The kernel refused a step that nobody expects to fail."""
     return StartError(
         f"the system refuses: {problem}; look at its limits (ulimit -a) and its disks (df)",
         os.EX_OSERR,

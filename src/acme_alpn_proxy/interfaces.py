@@ -1,96 +1,119 @@
-"""Contracts, no logic."""
+"""The contracts that applications may implement or use, and the values that go with them."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from socket import socket
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from socket import AddressFamily, socket
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zope.interface import Attribute, Interface
+from twisted.internet.interfaces import IReactorTime
+from zope.interface import Interface, implementer
 
 if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
-    from twisted.internet.interfaces import IConnector, IListeningPort
-    from twisted.internet.protocol import ClientFactory, Factory
+    from twisted.internet.interfaces import (
+        IConnector,
+        IDelayedCall,
+        IListeningPort,
+        IProcessProtocol,
+        IReadDescriptor,
+    )
+    from twisted.internet.protocol import Factory
 
     from .addresses import Address
-    from .host.processes import Result
+    from .transports.sockets import TargetFactory
+
+CANNOT_RUN: Final = 126
+NOT_FOUND: Final = 127
+"""Exit statuses of a shell for a command that is no program, or is not there (POSIX, Shell Command
+Language, 2.8.2)."""
+
+ENDED_BY_SIGNAL: Final = 128
+"""A shell adds the number of the signal that ended the command."""
+
+KILLED: Final = ENDED_BY_SIGNAL + 9
 
 
-class IRelay(Interface):
-    """Moves the bytes of one connection between its two ends until both have ended.
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended.
 
-    The transports belong to their protocols, which pass on what they are told; the relay is the
-    only one to write to them and to close them.
+    @ivar code: its exit status; L{NOT_FOUND} if there is no such program, L{CANNOT_RUN} if it
+        cannot be run, L{KILLED} if it was killed, for its deadline too.
+    @ivar output: what it wrote to both its outputs.
     """
 
-    def start(first: bytes) -> None:
-        """Write C{first}, what the visitor has sent so far, to the back, and begin to move."""
+    argv: tuple[str, ...]
+    code: int
+    output: str
 
-    def received(source: object, data: bytes) -> None:
-        """C{source} gave C{data}: pass it on."""
+    @classmethod
+    def of(cls, argv: Sequence[str], code: int, output: bytes) -> Result:
+        """From raw output."""
+        return cls(tuple(argv), code, output.decode("utf-8", "backslashreplace"))
 
-    def finished(source: object) -> None:
-        """C{source} sent its FIN: pass it on at once, behind the bytes before it."""
+    @classmethod
+    def not_found(cls, argv: Sequence[str]) -> Result:
+        """There is no program of that name."""
+        return cls(tuple(argv), NOT_FOUND, f"{argv[0]}: not found on PATH")
 
-    def lost(source: object) -> None:
-        """C{source} is gone; unless it was closed here, the other end gets a reset."""
+    @property
+    def one_line(self) -> str:
+        """The output for an error message."""
+        return " ".join(self.output.split()) or "it printed nothing"
 
-    def abort() -> None:
-        """Reset both ends now."""
+    @property
+    def failure(self) -> str:
+        """The command, its exit status and its output, on one line."""
+        return f"'{shlex.join(self.argv)}' failed with status {self.code}: {self.one_line}"
 
 
-class IDescriptorTransport(Interface):
-    """A connection whose descriptor a relay may read from and write to by itself.
+@implementer(IReactorTime)
+class Reactor(Protocol):
+    """What the proxy uses of a reactor. Twisted's reactors on Linux all have it."""
 
-    Its protocol hears of a reset at once, also while nobody reads.
-    """
+    running: bool
 
-    read_size = Attribute("""Bytes that the protocol is given at most at once.""")
-    receive = Attribute(
-        """What is called with the bytes that are read: the protocol's C{dataReceived}, until
-        another is put here."""
-    )
-    finishing = Attribute("""Whether the peer's FIN has been read: no bytes follow.""")
-    waiting = Attribute("""The bytes that were written and are not yet taken by the kernel.""")
-    producer = Attribute("""Who is paused while bytes wait, or C{None}.""")
-    sent_ahead = Attribute(
-        """How many of the bytes that L{ITarget.connect} was shown have been sent by now."""
-    )
-
-    def write(data: bytes, flags: int = 0) -> None:
-        """As in C{ITransport}; C{flags} are those of send(2)."""
-
-    def fileno() -> int:
-        """The descriptor, which may be a blocking one; -1 once it is closed."""
-
-    def doRead() -> None:
-        """Read now, as if there were something."""
-
-    def again() -> None:
-        """Be told of what there is to read, as if it had come just now."""
-
-    def read_by(reader: Callable[[], None] | None) -> None:
-        """Call C{reader()} when there is something to read; C{None}: read it for the protocol.
-
-        The reader reads all there is, or asks for it C{again}.
-        """
-
-    def write_by(writer: Callable[[], None] | None) -> None:
-        """Call C{writer()} when something can be written, until this is called with C{None}."""
-
-    def failed(problem: OSError) -> None:
-        """The descriptor told this when it was used: the connection is lost."""
+    def seconds(self) -> float: ...
+    def callLater(
+        self,
+        delay: float,
+        callable: Callable[..., Any],  # noqa: A002
+        *args: object,
+        **kwargs: object,
+    ) -> IDelayedCall: ...
+    def getDelayedCalls(self) -> Sequence[IDelayedCall]: ...
+    def addReader(self, reader: IReadDescriptor, /) -> None: ...
+    def removeReader(self, reader: IReadDescriptor, /) -> None: ...
+    def adoptStreamPort(
+        self, descriptor: int, family: AddressFamily, factory: Factory, /
+    ) -> IListeningPort: ...
+    def adoptStreamConnection(
+        self, descriptor: int, family: AddressFamily, factory: Factory, /
+    ) -> None: ...
+    def spawnProcess(
+        self, protocol: IProcessProtocol, executable: str, /, *arguments: Any, **named: Any
+    ) -> object: ...
+    def callWhenRunning(self, function: Callable[..., Any], /) -> object: ...
+    def callFromThread(self, function: Callable[..., Any], /, *arguments: object) -> None: ...
+    def addSystemEventTrigger(
+        self, phase: str, event: str, function: Callable[..., Any], /
+    ) -> object: ...
+    def stop(self) -> None: ...
 
 
 class ITarget(Interface):
     """A way to connect to an address."""
 
-    def connect(factory: ClientFactory, first: bytes = b"") -> IConnector | None:
+    def connect(factory: TargetFactory, first: bytes = b"") -> IConnector | None:
         """Connect the factory's protocol, or call its C{clientConnectionFailed}.
 
-        Either may come before this returns; then there need not be a connector. C{first} is what
-        the protocol is going to write first: it may be sent ahead, before there is a protocol.
+        Either may happen before this returns; then there need not be a connector.
+
+        @param first: what the protocol is going to write first. Some of it may be sent before the
+            protocol is made; C{factory.sent_ahead} says how many bytes.
         """
 
 
@@ -116,47 +139,6 @@ class INetwork(Interface):
         """Give back what C{open} took. All connections have ended."""
 
 
-class IPoller(Interface):
-    """One epoll for many descriptors; what is in it has C{ready(events)} and C{connectionLost}.
-
-    It is an C{IReadDescriptor}, too.
-    """
-
-    READ = Attribute("""The event that there is something to read.""")
-
-    def add(descriptor: int, handler: Any, events: int) -> None:
-        """Report C{events} to C{handler}."""
-
-    def turn(timeout: float) -> bool:
-        """Wait for events, so many seconds at most (-1: for ever), and report them.
-
-        @return: whether there were any.
-        """
-
-
-class IPollerHost(Interface):
-    """A reactor that can wait by somebody else's epoll, with its own descriptors in that."""
-
-    def invite(poller: IPoller) -> None:
-        """Take C{poller}'s events from now on, and wait by it unless it is the second one."""
-
-    def dismiss(poller: IPoller) -> None:
-        """Take them no longer."""
-
-
-class IHangupWatch(Interface):
-    """Notices a reset on a descriptor from which nobody reads at the moment."""
-
-    def add(transport: Any, hung_up: Callable[[], None]) -> None:
-        """Call C{hung_up()}, once, when the peer of C{transport} resets the connection."""
-
-    def discard(transport: Any) -> None:
-        """Watch C{transport} no longer; it need not have been watched."""
-
-    def close() -> None:
-        """Give the watch's own descriptor back. Nothing is watched any more."""
-
-
 class IPIDFile(Interface):
     """The mark that an instance is running."""
 
@@ -173,7 +155,7 @@ class ICommands(Interface):
     def run(argv: Sequence[str]) -> Deferred[Result]:
         """Run C{argv} without a shell.
 
-        @return: never fails: a missing binary and a passed deadline are results too.
+        @return: a Deferred that never fails: a missing program and a passed deadline are results.
         """
 
     def pause(seconds: float) -> Deferred[None]:
@@ -191,21 +173,21 @@ class IRedirect(Interface):
         """Refuse now what can be known to go wrong. Changes nothing.
 
         @return: a Deferred of the numeric addresses to listen on; C{"::"} is every address of both
-            families. Those that this host has not are left out, as long as one is left.
+            families. Addresses that this host does not have are skipped, as long as one is left.
         """
 
     def apply(commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
         """Steer new connections to C{listeners}, the listening sockets.
 
-        If it fails, nothing is left applied. What is applied goes when the process does, by
-        whatever end.
+        If it fails, nothing is left applied. What is applied ends with the process, however that
+        ends.
         """
 
     def look_after(commands: ICommands) -> Deferred[None]:
-        """Put back what others have wiped. Is called every few seconds."""
+        """Put back what other programs have removed. Called every few seconds."""
 
     def remove(commands: ICommands) -> Deferred[None]:
-        """Steer no more. Connections that were steered go on. Nothing applied: does nothing."""
+        """Steer no more. Connections that were steered go on. Does nothing if not applied."""
 
     def release(commands: ICommands) -> Deferred[None]:
-        """The last steered connection has ended: let go of what kept them going."""
+        """The last steered connection has ended: remove what kept these connections working."""

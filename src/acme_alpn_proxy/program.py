@@ -8,13 +8,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
-from twisted.application.service import IService, MultiService
+from twisted.application.service import MultiService
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 
 from .errors import StartError
+from .interfaces import Reactor
 from .service import ProxyService
 
 _END: Final = (signal.SIGINT, signal.SIGTERM)
@@ -22,7 +24,7 @@ _IGNORE: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 
 
 class Program(MultiService):
-    """Runs one L{ProxyService}. The first SIGINT or SIGTERM stops it, a second ends the wait.
+    """Runs one L{ProxyService}. The first SIGINT or SIGTERM stops it, the second ends the wait.
 
     The signals are taken before anything is applied, so that none of them ends the process midway,
     and again once the reactor runs: it takes SIGTERM itself when it starts, and SIGINT only where
@@ -34,18 +36,17 @@ class Program(MultiService):
 
     _log = Logger()
 
-    def __init__(self, reactor: Any, proxy: ProxyService, *before: IService) -> None:
-        """
-        @param before: services that start before the proxy, so that nothing is applied if they
-            cannot.
-        """
+    def __init__(self, reactor: Reactor, proxy: ProxyService) -> None:
         super().__init__()
         self._reactor = reactor
         self._proxy = proxy
         self.ending = False
         self.on_refusal: Callable[[StartError], None] = self.log_refusal
-        for service in (*before, proxy):
-            service.setServiceParent(self)
+        proxy.setServiceParent(self)
+
+    def when_started(self) -> Deferred[None]:
+        """Fires when the proxy steers, or fails with L{StartError}."""
+        return self._proxy.when_started()
 
     def privilegedStartService(self) -> None:
         self._take_signals()
@@ -57,7 +58,7 @@ class Program(MultiService):
             raise
 
     def log_refusal(self, problem: StartError) -> None:
-        """For the background, where nobody may see anything else."""
+        """For the background, where the log is the only place to look."""
         self._log.critical("Cannot start: {problem}", problem=problem)
 
     def end(self) -> None:
@@ -73,7 +74,7 @@ class Program(MultiService):
         try:
             self._reactor.stop()
         except ReactorNotRunning:
-            pass  # somebody else has stopped it
+            pass  # it has been stopped already
 
     def _take_signals(self) -> None:
         for number in _END:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from twisted.application.service import IService, MultiService
+from twisted.application.service import IService
 
 from .errors import StartError
-from .interfaces import IPIDFile, IRedirect
-from .transports.network import network_for
+from .interfaces import IPIDFile, IRedirect, Reactor
+from .monitoring.status import ProxyStatus
+from .monitoring.statussocket import StatusService
 from .options import PORT, RULESPEC_VARIABLE
 from .options import ProxyOptions as Options
 from .program import Program
 from .proxy.protocols import ProxyServerFactory
+from .proxy.routing import Route, Routing
 from .redirects.auto import AutoRedirect
 from .redirects.iptables import IptablesRedirect
 from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
-from .proxy.routing import Route, Routing
 from .service import ProxyService
-from .monitoring.statussocket import StatusService
+from .transports.network import network_for
 
-__all__ = ["Options", "makeService", "make_program", "make_proxy"]
+__all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirect"]
 
 
-def make_redirect(options: Options) -> IRedirect:
+def make_redirect(options: Mapping[str, Any]) -> IRedirect:
     """The redirect that C{--redirect} names."""
     rulespec, how = options["rulespec"], {name: bool(options[name]) for name in ("ipv6", "force")}
 
@@ -46,14 +47,18 @@ def make_redirect(options: Options) -> IRedirect:
 
 
 def make_proxy(
-    options: Options,
-    reactor: Any,
+    options: Mapping[str, Any],
+    reactor: Reactor,
+    *,
+    redirect: IRedirect | None = None,
     pidfile: IPIDFile | None = None,
     factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
 ) -> ProxyService:
     """The proxy that the options describe, to be given to an application.
 
-    @param factory: makes what takes the visitors.
+    @param options: parsed L{Options}.
+    @param redirect: how to steer, instead of what C{--redirect} says.
+    @param factory: makes what accepts the visitors.
     """
     acme = Route("acme", options["alpn"].text)
     fallback = Route("fallback", options["fallback"].text)
@@ -67,23 +72,27 @@ def make_proxy(
         },
         reactor,
         hello_timeout=options["hello-timeout"],
+        idle_timeout=options["idle-timeout"],
         log_visitors=options.get("log-level") == "debug",
     )
-    return ProxyService(
+    proxy: ProxyService = ProxyService(
         reactor,
         visitors,
-        make_redirect(options),
+        redirect if redirect is not None else make_redirect(options),
         pidfile,
         network=network,
         port=PORT,
         max_connections=options["max-connections"],
-        idle_timeout=options["idle-timeout"],
         linger=options["linger"],
         drain_timeout=options["drain-timeout"],
+        beside=make_metrics(options, reactor, lambda: proxy.status()),
     )
+    return proxy
 
 
-def make_metrics(options: Options, reactor: Any, proxy: ProxyService) -> list[IService]:
+def make_metrics(
+    options: Mapping[str, Any], reactor: Reactor, describe: Callable[[], ProxyStatus]
+) -> list[IService]:
     """The service for C{--metrics}, if that was given."""
     text = options["metrics"]
     if text is None:
@@ -92,46 +101,43 @@ def make_metrics(options: Options, reactor: Any, proxy: ProxyService) -> list[IS
 
     from .monitoring.metrics import MetricsService
 
-    return [MetricsService(serverFromString(reactor, text), text, proxy.as_json)]
+    return [MetricsService(serverFromString(reactor, text), text, describe)]
 
 
-def make_program(options: Options, reactor: Any, pidfile: IPIDFile | None = None) -> Program:
+def make_program(
+    options: Mapping[str, Any], reactor: Reactor, pidfile: IPIDFile | None = None
+) -> Program:
     """The proxy as the whole program of this process: it takes the signals."""
-    proxy = make_proxy(options, reactor, pidfile)
-    program = Program(reactor, proxy, *make_metrics(options, reactor, proxy))
+    proxy = make_proxy(options, reactor, pidfile=pidfile)
+    program = Program(reactor, proxy)
     if pidfile is not None:
-        StatusService(reactor, options["pidfile"], proxy.as_json).setServiceParent(program)
+        StatusService(reactor, options["pidfile"], proxy.status).setServiceParent(program)
     return program
 
 
 def exit_with_line(problem: StartError) -> NoReturn:
     """For C{twistd -n}, which would print a traceback.
 
-    In the background the error must be raised instead: twistd's parent process waits for one to
-    tell, and for ever if none comes.
+    In the background the error must be raised instead: twistd's parent process waits for it, and
+    would wait for ever.
     """
     print(f"acme-alpn-proxy: {problem}", file=sys.__stderr__)
     raise SystemExit(problem.status)
 
 
-def makeService(options: Options) -> IService:
-    """What twistd runs for C{twistd acme-alpn-proxy}; in an application of your own it works too.
+def makeService(options: Options) -> ProxyService | Program:
+    """What twistd runs for C{twistd acme-alpn-proxy}; works in your own application too.
 
-    @param options: parsed L{Options}. Parsed by twistd they have it as their parent, and the
-        service takes the signals; without a parent it leaves them to the application.
+    @param options: parsed L{Options}. If twistd has parsed them, they have it as their parent, and
+        the service takes the signals (L{Program}). Without a parent it leaves the signals to the
+        application (L{ProxyService}). Both have C{when_started}.
     """
-    from twisted.internet import reactor
+    from twisted.internet import reactor as installed
 
+    reactor: Any = installed
     twistd: Any = getattr(options, "parent", None)
     if twistd is None:
-        proxy = make_proxy(options, reactor)
-        metrics = make_metrics(options, reactor, proxy)
-        if not metrics:
-            return proxy
-        both = MultiService()
-        for service in (*metrics, proxy):
-            service.setServiceParent(both)
-        return both
+        return make_proxy(options, reactor)
     program = make_program(options, reactor)
     if twistd.get("nodaemon"):
         program.on_refusal = exit_with_line

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from ..interfaces import CANNOT_RUN, ENDED_BY_SIGNAL, NOT_FOUND
+
 FORWARDED: Final = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -16,12 +18,6 @@ FORWARDED: Final = (
     signal.SIGUSR2,
 )
 """Signals that are the command's."""
-
-CANNOT_RUN: Final = 126
-NOT_FOUND: Final = 127
-"""What shells exit with (POSIX, Shell Command Language, 2.8.2)."""
-
-ENDED_BY_SIGNAL: Final = 128
 
 _OF_THE_KERNEL: Final = 0x80
 """SI_KERNEL of sigaction(2): from the terminal, and so sent to the command, too."""

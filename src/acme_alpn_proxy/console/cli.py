@@ -1,14 +1,13 @@
-"""The console script: C{acme-alpn-proxy start|stop|run|status|check}.
+"""The commands of the console script: C{acme-alpn-proxy start|stop|run|status|check}.
 
-What needs Twisted's reactor or twistd is imported where it is needed, by the commands that start.
+What needs Twisted's reactor or twistd is imported by the commands that start the proxy: the others
+do without.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -16,17 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from . import startup  # noqa: F401
-
-# isort: split
 from twisted.python.usage import UsageError
 
 from ..addresses import parse_address
 from ..errors import AlreadyRunning, StartError, refused_by_system
-from ..options import PORT, ConsoleOptions, Unusable
 from ..host.pidfile import PIDFile
-from .child import CannotRun, run_command
+from ..host.processes import ended
 from ..monitoring.status import SILENT, VERSION, instances, remove_stale, show
+from ..options import PORT, ConsoleOptions, Unusable
+from .child import CannotRun, run_command
+from .terminal import fill_standard_descriptors, tell
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -44,23 +42,16 @@ WATCH_SECONDS: Final = 1.0
 CLEAR: Final = "\x1b[H\x1b[J"
 """To the terminal: go to its first line, erase what is below (ECMA-48 CUP, ED)."""
 
-START_DEADLINE: Final = 120.0
-"""Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
-be slow; a healthy start takes a few tenths."""
-
-RUNNER_DEADLINE: Final = 2.0
-"""Seconds for the process between C{start} and the daemon to end; it takes a few milliseconds."""
-
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_command_line(argv: Sequence[str] | None = None) -> int:
     """Run the command in C{argv} and give its exit status."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         # Until the proxy takes it: end at once, without a traceback of whatever ran just then.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _fill_standard_descriptors()
+    fill_standard_descriptors()
     options = ConsoleOptions()
     try:
         options.parseOptions(sys.argv[1:] if argv is None else argv)
@@ -68,27 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as problem:
         text = str(problem).removeprefix("Parameter type enforcement failed: ")
         if isinstance(problem, Unusable):
-            _say(text)
+            tell(text)
             return problem.status
-        _say(f"{text} (see acme-alpn-proxy --help)")
+        tell(f"{text} (see acme-alpn-proxy --help)")
         return WRONG_USAGE
     except AlreadyRunning as instance:
-        _say(str(instance))
+        tell(str(instance))
         return DONE
     except StartError as problem:
-        _say(str(problem))
+        tell(str(problem))
         return problem.status
     except OSError as problem:
         refusal = refused_by_system(problem)
-        _say(str(refusal))
+        tell(str(refusal))
         return refusal.status
-
-
-def _fill_standard_descriptors() -> None:
-    """Who calls may have closed some: nothing that is opened later may take their places."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(descriptor)
 
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -97,7 +81,7 @@ def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
         from . import daemon
 
         _refuse_if_running(pidfile)
-        daemon.run(options, pidfile, lambda: True)
+        daemon.serve(options, pidfile, lambda: True)
     else:
         _start_in_background(options, pidfile).close()
     return DONE
@@ -109,13 +93,13 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     However this process ends, the proxy lets go: it holds the other end of a socket.
     """
     try:
-        leash = _start_in_background(options, pidfile)
+        connection = _start_in_background(options, pidfile)
     except AlreadyRunning as instance:
         if options["shared"]:
             return _run_command(options, _target_of_the_running(options, pidfile))
-        _say(f"{instance}; wait until it has ended, or run the command with it by --shared")
+        tell(f"{instance}; wait until it has ended, or run the command with it by --shared")
         return TRY_LATER
-    with leash:
+    with connection:
         pid = pidfile.owner()
         status = _run_command(options, options["alpn"].host_and_port)
         owner = pidfile.owner()
@@ -123,10 +107,10 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
             try:
                 stop(options, pidfile)
             except StartError as problem:
-                _say(str(problem))
+                tell(str(problem))
                 return status or FAILED
         else:  # it was stopped, or killed
-            _say(f"the proxy has ended before the command did; see {options['logfile']}")
+            tell(f"the proxy has ended before the command did; see {options['logfile']}")
             if owner is None:
                 clean_up(options)
     return status
@@ -137,7 +121,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     pid = pidfile.owner()
     if pid is None:
         removed = clean_up(options)
-        _say("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
+        tell("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
         return DONE
     try:
         process = os.pidfd_open(pid)
@@ -156,7 +140,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         pidfile.remove_of(pid)
         if options["wait"]:
             _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
-        if _ended(process, 0):
+        if ended(process, 0):
             clean_up(options)  # it may have been killed meanwhile
     finally:
         os.close(process)
@@ -181,9 +165,9 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Look whether the proxy would work here."""
-    from ..diagnosis.check import run
+    from ..diagnosis.check import check_this_host
 
-    return DONE if run(options, pidfile) else FAILED
+    return DONE if check_this_host(options, pidfile) else FAILED
 
 
 COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
@@ -196,26 +180,22 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
 
 
 def clean_up(options: ConsoleOptions) -> int:
-    """Remove what a killed instance has left, if no other instance is there.
+    """Remove what instances that were killed have left, as far as that is possible now.
 
-    @return: the number of rules removed; 0, too, if it cannot be done: this is a kindness.
+    @return: the number of rules removed.
     """
     remove_stale(options["pidfile"])
     if options["redirect"] == "none" or os.geteuid() != 0:
         return 0
-    from ..host.processes import BlockingCommands
-    from ..redirects.iptables import IptablesRedirect
+    from ..redirects.leftovers import Leftovers
 
-    redirect = IptablesRedirect(PORT, options["rulespec"], ipv6=options["ipv6"])
-    removed: list[int] = []
-    redirect.clean_up(BlockingCommands()).addCallbacks(removed.append, lambda failure: None)
-    return sum(removed)
+    return Leftovers(PORT, options["rulespec"], (4, 6)).clean_up()
 
 
 def _await_let_go(process: int, pid: int, pidfile: PIDFile) -> None:
     """Wait until the instance has removed its redirect and its PID file, or has ended."""
     for _ in range(int(STOP_DEADLINE / 0.02)):
-        if pidfile.owner() != pid or _ended(process, 0.02):
+        if pidfile.owner() != pid or ended(process, 0.02):
             return
     raise StartError(
         f"PID {pid} has not let go of :443 after {STOP_DEADLINE:g} s; its log says why"
@@ -223,7 +203,7 @@ def _await_let_go(process: int, pid: int, pidfile: PIDFile) -> None:
 
 
 def _await_end(process: int, pid: int, seconds: float) -> None:
-    if not _ended(process, seconds):
+    if not ended(process, seconds):
         raise StartError(
             f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
             f" kill {pid}",
@@ -231,32 +211,17 @@ def _await_end(process: int, pid: int, seconds: float) -> None:
         )
 
 
-def _ended(process: int, seconds: float) -> bool:
-    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
-def _say(text: str) -> None:
-    """One line for the operator. Not by C{sys.stderr}, which twistd gives to its log."""
-    stream = sys.__stderr__
-    if stream is not None:
-        line = " ".join(text.splitlines())  # a path, for one, may have several
-        with contextlib.suppress(OSError):  # the exit status tells, too
-            print(f"acme-alpn-proxy: {line}", file=stream, flush=True)
-
-
 def _refuse_if_running(pidfile: PIDFile) -> None:
     pid = pidfile.owner()
     if pid is not None:
-        raise AlreadyRunning(f"already running as PID {pid} ({pidfile.path})")
+        raise AlreadyRunning(pid, pidfile.path)
 
 
 def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
-    """Start the daemon; gives the socket to it, which that of C{run} keeps open, too."""
-    from . import daemon
+    """Start the daemon; gives the socket to it, whose other end that of C{run} keeps open."""
     from ..monitoring.logs import make_log_file
+    from . import daemon
+    from .handover import START_DEADLINE, DaemonDied, Report, await_report
 
     _refuse_if_running(pidfile)
     make_log_file(options["logfile"])
@@ -264,11 +229,15 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
     child = os.fork()
     if not child:
         ours.close()
-        report = daemon.Report(theirs, keep=options["command"] == "run")
+        report = Report(theirs, keep=options["command"] == "run")
         raise SystemExit(daemon.be_the_daemon(options, pidfile, report))
     theirs.close()
     try:
-        _await_report(options, child, ours)
+        await_report(ours, child, START_DEADLINE + options["linger"], tell)
+    except DaemonDied:
+        ours.close()
+        clean_up(options)
+        raise StartError(f"it died before it had started; see {options['logfile']}") from None
     except BaseException:
         ours.close()
         raise
@@ -289,44 +258,5 @@ def _run_command(options: ConsoleOptions, target: str) -> int:
     try:
         return run_command(options["argv"], {TARGET_VARIABLE: target})
     except CannotRun as problem:
-        _say(str(problem))
+        tell(str(problem))
         return problem.status
-
-
-def _await_report(options: ConsoleOptions, child: int, stream: socket.socket) -> None:
-    """The caller's side: print what the daemon tells; raises L{StartError} if that is an error."""
-    stream.settimeout(START_DEADLINE + options["linger"])
-    told_by = stream.makefile("rb")
-    try:
-        line = told_by.readline()
-    except TimeoutError:
-        line = b""
-    if not line:
-        os.kill(child, signal.SIGKILL)  # twistd's parent process may wait for ever
-        os.waitpid(child, 0)
-        stream.close()
-        clean_up(options)
-        raise StartError(f"it died before it had started; see {options['logfile']}")
-    told = json.loads(line)
-    for text in told["lines"]:
-        _say(text)
-    if told["error"] is not None:
-        with contextlib.suppress(TimeoutError):
-            told_by.read()  # to the end of the daemon: its listener goes with it
-        _await_runner(child)
-        raise (AlreadyRunning if told["running"] else StartError)(*told["error"])
-    stream.sendall(b"1")
-    _await_runner(child)
-
-
-def _await_runner(child: int) -> None:
-    """twistd's parent process ends when the daemon has told it, and never if that was killed."""
-    process = os.pidfd_open(child)
-    if not _ended(process, RUNNER_DEADLINE):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(process)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

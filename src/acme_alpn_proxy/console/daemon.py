@@ -1,14 +1,11 @@
-"""Launching twistd's own runner for the console script, in the foreground or as a daemon.
+"""The proxy's own process: twistd's runner, in the foreground or as a daemon.
 
-C{start} forks before anything of the reactor is there. The child runs twistd's runner, which
-daemonizes; what becomes of it is told through a socket, so that the caller hears errors whole, and
-hears at once if the daemon dies before it can tell.
+C{start} forks before there is a reactor. The child runs twistd's runner, which daemonizes. How the
+start went is sent through a socket (L{acme_alpn_proxy.console.handover}).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,31 +15,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.application.service import Service
-from twisted.internet.interfaces import IReadDescriptor
-from twisted.logger import (
-    ILogObserver,
-    LogEvent,
-    Logger,
-    LogLevel,
-    formatEvent,
-    globalLogPublisher,
-)
-from twisted.python.failure import Failure
+from twisted.logger import Logger, globalLogPublisher
 from twisted.scripts.twistd import ServerOptions, runApp  # type: ignore[attr-defined]
-from zope.interface import implementer
 
-from ..errors import AlreadyRunning, StartError, refused_by_system
+from ..errors import StartError, refused_by_system
+from ..host.descriptors import ReadDescriptor
 from ..host.facts import has_capabilities
-from .startup import loaded
-from ..monitoring.logs import observer, open_log_file, reopen
-from .systemd import notify
-from ..options import ConsoleOptions
 from ..host.pidfile import PIDFile
+from ..interfaces import Reactor
+from ..monitoring.logs import observer, open_log_file, reopen
+from ..options import ConsoleOptions
 from ..program import Program
 from ..tap import make_program
-
-_ACK_DEADLINE: Final = 5.0
-"""Seconds for C{start}, which does nothing but wait, to answer."""
+from .handover import Report
+from .startup import loading_done
+from .systemd import ServiceManager
 
 _LET_GO_DEADLINE: Final = 30.0
 """Seconds for the redirect to go, at a stop."""
@@ -50,77 +37,7 @@ _LET_GO_DEADLINE: Final = 30.0
 _CAP_SETGID: Final = 6
 _CAP_SETUID: Final = 7
 
-_FORKS_OF_TWISTD: Final = 2
-"""After these it is the daemon that runs."""
-
 _log = Logger()
-
-
-@implementer(ILogObserver)
-class Report:
-    """The daemon's end of the socket to C{start}: how it went, in one JSON object on one line.
-
-    Its fields: C{error}, the one line and the exit status, or null; C{running}, whether that is
-    because an instance runs already; C{lines}, what else the operator is to read. C{start} answers
-    with a byte before it exits 0, so that a C{start} that was killed leaves nothing running that
-    nobody knows of.
-    """
-
-    def __init__(self, stream: socket.socket, *, keep: bool = False) -> None:
-        """
-        @param keep: leave the socket open when it has started: C{run} stays at its other end.
-        """
-        self.stream = stream
-        self.keep = keep
-        self.lines: list[str] = []
-        self._told = False
-        # The commands that run meanwhile do hold it (see L{BlockingCommands}): its end-of-file then
-        # also says that none of them is about to change a rule.
-        stream.set_inheritable(True)
-        # The processes that twistd's runner leaves behind must not hold the socket open: its
-        # end-of-file says that the daemon has died. The daemon itself forks for its commands.
-        self._forks_to_come = _FORKS_OF_TWISTD
-        os.register_at_fork(after_in_parent=self._forget, after_in_child=self._go_on)
-
-    def started(self) -> bool:
-        """Tell that it steers. Whether C{start} is there and has heard."""
-        try:
-            self._tell(None)
-            heard = self.stream.recv(1) != b""
-        except OSError:
-            heard = False
-        if not (heard and self.keep):
-            self.stream.close()
-        return heard
-
-    def failed(self, problem: StartError) -> None:
-        """Tell why it could not start. C{start} then waits for the end of this process."""
-        with contextlib.suppress(OSError):
-            self._tell(problem)
-
-    def __call__(self, event: LogEvent) -> None:
-        """As a log observer: C{start} prints warnings, and what is C{for_operator}."""
-        if self._told:
-            return
-        if event.get("log_level") == LogLevel.warn:
-            self.lines.append(f"warning: {formatEvent(event)}")
-        elif event.get("for_operator"):
-            self.lines.append(formatEvent(event))
-
-    def _forget(self) -> None:
-        if self._forks_to_come > 0:
-            self.stream.close()
-
-    def _go_on(self) -> None:
-        self._forks_to_come -= 1
-
-    def _tell(self, problem: StartError | None) -> None:
-        self._told = True
-        error = None if problem is None else (str(problem), problem.status)
-        running = isinstance(problem, AlreadyRunning)
-        told = {"error": error, "running": running, "lines": self.lines}
-        self.stream.settimeout(_ACK_DEADLINE)
-        self.stream.sendall(json.dumps(told).encode() + b"\n")
 
 
 def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> int:
@@ -128,7 +45,7 @@ def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> 
     _drop_descriptors(report.stream.fileno())
     globalLogPublisher.addObserver(report)
     try:
-        run(options, pidfile, report.started, report.stream if report.keep else None)
+        serve(options, pidfile, report.started, report.stream if report.keep else None)
     except StartError as problem:
         report.failed(problem)
         return 1
@@ -145,7 +62,7 @@ def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> 
 
 
 def _drop_descriptors(keep: int) -> None:
-    """Hold nothing of the caller's: who waits for the end-of-file of a pipe must get it."""
+    """Close the caller's descriptors: a program that waits for a pipe's end-of-file must get it."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
@@ -158,7 +75,7 @@ def _drop_descriptors(keep: int) -> None:
 
 
 class _Started(Service):
-    """Starts last: the proxy steers by then."""
+    """Starts last, when the proxy steers."""
 
     def __init__(self, program: Program, started: Callable[[], bool]) -> None:
         self._program = program
@@ -170,18 +87,19 @@ class _Started(Service):
             self._program.end()
 
 
-@implementer(IReadDescriptor)
-class _Leash:
-    """The socket to C{run}, which closes when that ends, by whatever end: then the proxy stops."""
+class CallerWatch(ReadDescriptor):
+    """Stops the proxy when C{run}, at the other end of the socket, has ended in any way."""
 
+    log_prefix = "caller watch"
     _log = Logger()
 
-    def __init__(self, reactor: Any, program: Program, stream: socket.socket) -> None:
+    def __init__(self, reactor: Reactor, program: Program, stream: socket.socket) -> None:
         self._reactor = reactor
         self._program = program
         self._stream = stream
 
-    def hold(self) -> None:
+    def begin(self) -> None:
+        """Watch from now on."""
         self._stream.set_inheritable(False)
         self._reactor.addReader(self)
 
@@ -194,40 +112,6 @@ class _Leash:
         if not self._program.ending:
             self._log.info("Stopping: 'run' has ended")
             self._program.end()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
-
-    def logPrefix(self) -> str:
-        return "leash"
-
-
-@implementer(ILogObserver)
-class ServiceManager(Service):
-    """Tells systemd, if it has started this process, when it steers, when it stops, and what it
-    does meanwhile. Starts last, and so stops first.
-
-    @param patience: seconds that a stop may take. systemd is told, so that its own deadline need
-        not know of the drain's.
-    """
-
-    def __init__(self, program: Program, patience: float) -> None:
-        self._program = program
-        self._patience = patience
-
-    def startService(self) -> None:
-        super().startService()
-        if not self._program.ending:
-            notify(os.environ, READY=1, MAINPID=os.getpid())
-
-    def stopService(self) -> None:
-        super().stopService()
-        notify(os.environ, STOPPING=1, EXTEND_TIMEOUT_USEC=int(self._patience * 1e6))
-
-    def __call__(self, event: LogEvent) -> None:
-        """As a log observer: what the service says of itself is its status."""
-        if str(event.get("log_namespace")).startswith(f"{__package__}.service."):
-            notify(os.environ, STATUS=formatEvent(event))
 
 
 @dataclass
@@ -252,18 +136,18 @@ def _refuse_other_user(uid: int | None, gid: int | None) -> None:
         )
 
 
-def run(
+def serve(
     options: ConsoleOptions,
     pidfile: PIDFile,
     started: Callable[[], bool],
-    leash: socket.socket | None = None,
+    caller: socket.socket | None = None,
 ) -> None:
     """Run the proxy by twistd's runner until it ends; raises L{StartError}.
 
     @param started: is called when it steers; if it says no, the proxy stops again.
-    @param leash: once it steers, its end-of-file stops it.
+    @param caller: a socket to C{run}; once the proxy steers, its end-of-file stops it.
     """
-    from ..transports.reactor import install  # which exists on Linux only
+    from ..transports.reactor import install  # exists on Linux only
 
     _refuse_other_user(options["uid"], options["gid"])
     reactor = install()
@@ -273,8 +157,8 @@ def run(
 
     def steers() -> bool:
         heard = started()
-        if heard and leash is not None:
-            _Leash(reactor, program, leash).hold()
+        if heard and caller is not None:
+            CallerWatch(reactor, program, caller).begin()
         return heard
 
     _Started(program, steers).setServiceParent(program)
@@ -296,5 +180,5 @@ def run(
     config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}
-    loaded()
+    loading_done()
     runApp(config)

@@ -1,10 +1,9 @@
-"""To be imported before Twisted by a process that is the program's own: it starts and ends without
-work that nobody needs.
+"""A faster start and end of processes that are the program's own.
 
-What Twisted draws in and nobody here uses is loaded when somebody does: C{twisted.python.compat}
-has a name for C{http.cookiejar}, which takes a tenth of the time of all imports, with urllib and
-email behind it. And what has been loaded stays, so nobody looks for garbage in it again and again
-while it is loaded, nor once more at the end.
+L{load_lightly} is called before Twisted is imported. It puts off the import of C{http.cookiejar},
+which C{twisted.python.compat} has a name for and nobody uses: with urllib and email it takes a
+tenth of the time of all imports. And it keeps the garbage collector from going over the loaded
+modules again and again while more are loaded, and once more at the end.
 """
 
 from __future__ import annotations
@@ -16,10 +15,17 @@ from importlib import import_module
 from importlib.util import LazyLoader, find_spec, module_from_spec
 from typing import Final
 
-_USUAL: Final = gc.get_threshold()
-_WHILE_LOADING: Final = 100_000
-"""More objects than imports leave behind (46,000; 64,000 where cryptography is installed): so many
-call the collector, which otherwise would go over them sixty times."""
+_USUAL_THRESHOLD: Final = gc.get_threshold()
+_LOADING_THRESHOLD: Final = 100_000
+"""More objects than imports leave (46,000; 64,000 where cryptography is installed). With Python's
+usual threshold the collector runs sixty times meanwhile."""
+
+
+def load_lightly() -> None:
+    """Change how this process loads modules. To be called first, by the program's own processes."""
+    gc.set_threshold(_LOADING_THRESHOLD)
+    load_when_used("http", "cookiejar")
+    atexit.register(gc.freeze)
 
 
 def load_when_used(package: str, name: str) -> None:
@@ -32,15 +38,11 @@ def load_when_used(package: str, name: str) -> None:
     module = module_from_spec(spec)
     sys.modules[full_name] = module
     spec.loader.exec_module(module)
-    setattr(import_module(package), name, module)  # else "from package import name" would use it
+    # Without this attribute, "from package import name" would load the module.
+    setattr(import_module(package), name, module)
 
 
-def loaded() -> None:
-    """To be called by the daemon, which goes on for long, when it has loaded what it needs."""
+def loading_done() -> None:
+    """Collect garbage as usual, but not in what has been loaded. To be called by the daemon."""
     gc.freeze()
-    gc.set_threshold(*_USUAL)
-
-
-gc.set_threshold(_WHILE_LOADING)
-load_when_used("http", "cookiejar")
-atexit.register(gc.freeze)
+    gc.set_threshold(*_USUAL_THRESHOLD)

@@ -1,10 +1,17 @@
-"""Telling the service manager how things are: the protocol of sd_notify(3), without a library."""
+"""Telling systemd how the service is: the protocol of sd_notify(3), without a library."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from typing import Final
+
+from twisted.application.service import Service
+from twisted.logger import ILogObserver, LogEvent, formatEvent
+from zope.interface import implementer
+
+from ..program import Program
 
 SOCKET_VARIABLE: Final = "NOTIFY_SOCKET"
 
@@ -32,3 +39,32 @@ def notify(environment: Mapping[str, str], **fields: object) -> None:
             channel.send("".join(lines).encode())
     except (OSError, ValueError):  # ValueError: no address at all
         pass
+
+
+@implementer(ILogObserver)
+class ServiceManager(Service):
+    """Tells systemd, if it has started this process, when it steers, when it stops, and what it
+    does meanwhile. Starts last, and so stops first.
+    """
+
+    def __init__(self, program: Program, patience: float) -> None:
+        """
+        @param patience: seconds that a stop may take. systemd is told, so that its own deadline
+            does not end the drain.
+        """
+        self._program = program
+        self._patience = patience
+
+    def startService(self) -> None:
+        super().startService()
+        if not self._program.ending:
+            notify(os.environ, READY=1, MAINPID=os.getpid())
+
+    def stopService(self) -> None:
+        super().stopService()
+        notify(os.environ, STOPPING=1, EXTEND_TIMEOUT_USEC=int(self._patience * 1e6))
+
+    def __call__(self, event: LogEvent) -> None:
+        """As a log observer: an event with the field C{is_status} is the service's status."""
+        if event.get("is_status"):
+            notify(os.environ, STATUS=formatEvent(event))

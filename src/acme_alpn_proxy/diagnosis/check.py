@@ -8,106 +8,38 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import signal
 import socket
-import ssl
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, TypedDict
 
 from twisted.internet.defer import Deferred, inlineCallbacks
-from twisted.internet.endpoints import connectProtocol
 from twisted.internet.error import ConnectionRefusedError as NobodyListens
 from twisted.internet.error import ReactorNotRunning
-from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import globalLogBeginner
 from twisted.python.failure import Failure
 
-from ..addresses import Address
-from ..host.processes import NOT_FOUND, Result, commands_for
-from ..errors import AS_ADMINISTRATOR, StartError
-from .finding import Finding, Level, worst
-from ..host.facts import has_ipv6, may_administer_network
-from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
-from ..interfaces import ICommands
-from ..options import PORT, ConsoleOptions
+from ..errors import AlreadyRunning, StartError
+from ..firewall.xtables import BINARIES, command, failed
+from ..host.facts import has_ipv6
 from ..host.pidfile import PIDFile
-from ..redirects.guard import claim_redirect
-from ..redirects.iptables import LIFE_SIGN, is_dead_keeper, is_leftover
+from ..host.processes import commands_for
+from ..interfaces import ICommands, Reactor, Result
+from ..options import PORT, ConsoleOptions
 from ..proxy.routing import ACME_TLS_1
-from .hellos import TLS_ANSWERS, server_name, tls_client
+from ..redirects.guard import claim_redirect
+from ..redirects.leftovers import LIFE_SIGN, Leftovers
 from ..tap import make_redirect
+from .finding import Finding, FindingObject, Level, worst
+from .handshake import OnlyAlert, handshake
+from .probe import Probe, Tell, probe
 
-HANDSHAKE_DEADLINE: Final = 10.0
-"""Seconds for a target to answer TLS."""
-
-Tell = Callable[[Finding], None]
-Probe = Callable[[Any, ConsoleOptions, Tell], "Deferred[None]"]
-
-
-class OnlyAlert(Exception):
-    """The other end speaks TLS, but no handshake comes of it."""
-
-
-class Handshake(Protocol):
-    """A TLS client that goes no further than the handshake.
-
-    @ivar done: fires with the application protocol that was agreed on, or fails with L{OnlyAlert},
-        L{ssl.SSLError} or L{ConnectionResetError}.
-    """
-
-    def __init__(self, name: str | None, *alpn: str) -> None:
-        self.done: Deferred[str | None] = Deferred(lambda done: self._abort())
-        self._tls, self._incoming, self._outgoing = tls_client(name, *alpn)
-        self._first = b""
-
-    def connectionMade(self) -> None:
-        self._go_on()
-
-    def dataReceived(self, data: bytes) -> None:
-        self._first = self._first or data
-        self._incoming.write(data)
-        self._go_on()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._end(ConnectionResetError(errno.ECONNRESET, "it closed the connection"))
-
-    def _go_on(self) -> None:
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self.transport.write(self._outgoing.read())  # type: ignore[union-attr]
-        except ssl.SSLError as problem:
-            speaks_tls = self._first.startswith(TLS_ANSWERS)
-            self._end(OnlyAlert(problem.reason) if speaks_tls else problem)
-        else:
-            self._end(self._tls.selected_alpn_protocol())
-
-    def _end(self, result: Any) -> None:
-        if not self.done.called:
-            self.done.callback(Failure(result) if isinstance(result, Exception) else result)
-            self._abort()
-
-    def _abort(self) -> None:
-        self.transport.abortConnection()  # type: ignore[union-attr]
-
-
-@inlineCallbacks
-def handshake(
-    reactor: Any, target: Address, patience: float, *alpn: str
-) -> Generator[Deferred[Any], Any, str | None]:
-    """Connect and shake hands, as a client that asks for this host's name.
-
-    @return: a Deferred of the application protocol, which fails as connecting or L{Handshake} do.
-    """
-    endpoint = target.endpoint(reactor, patience)
-    client: Handshake = yield connectProtocol(endpoint, Handshake(server_name(), *alpn))
-    agreed: str | None = yield client.done.addTimeout(HANDSHAKE_DEADLINE, reactor, _too_slow)
-    return agreed
-
-
-def _too_slow(result: object, seconds: float) -> Failure:
-    return Failure(TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s"))
+_FILES: Final = (
+    ("PID file", "pidfile", "set ACME_ALPN_PROXY_PIDFILE to"),
+    ("log file", "logfile", "name with --logfile"),
+)
+"""Each file's name for the operator, its option, and how to choose another one."""
 
 
 def _why(problem: BaseException) -> str:
@@ -117,12 +49,12 @@ def _why(problem: BaseException) -> str:
 
 
 class Check:
-    """All checks, one after the other; each is told of as soon as it is done."""
+    """All checks, one after the other; each finding is reported at once."""
 
     def __init__(
         self,
-        reactor: Any,
-        options: ConsoleOptions,
+        reactor: Reactor,
+        options: Mapping[str, Any],
         pidfile: PIDFile,
         commands: ICommands,
         tell: Tell,
@@ -133,14 +65,14 @@ class Check:
         self._options = options
         self._pidfile = pidfile
         self._commands = commands
-        self._tell_whom = tell
+        self._report = tell
         self._probe = probe
         self._redirect: str = options["redirect"]
         self._running: int | None = None
         self.findings: list[Finding] = []
 
     @inlineCallbacks
-    def run(self) -> Generator[Deferred[Any], Any, None]:
+    def look(self) -> Generator[Deferred[Any], Any, None]:
         """Look, then probe if that is asked for and can be done."""
         for finding in self._look_at_files():
             self._tell(finding)
@@ -157,7 +89,7 @@ class Check:
 
     def _tell(self, finding: Finding) -> None:
         self.findings.append(finding)
-        self._tell_whom(finding)
+        self._report(finding)
 
     @property
     def _families(self) -> list[int]:
@@ -173,18 +105,17 @@ class Check:
         except StartError as problem:
             yield Finding.refused("instance", problem)
         else:
-            runs = f"runs already as PID {self._running}"
-            yield Finding("instance", Level.OK, runs if self._running is not None else "none runs")
-        for name, option in (
-            ("PID file", "set ACME_ALPN_PROXY_PIDFILE to"),
-            ("log file", "name with --logfile"),
-        ):
-            path = self._options[name.replace(" ", "").lower()]
+            runs = "none runs"
+            if self._running is not None:
+                runs = str(AlreadyRunning(self._running, self._pidfile.path))
+            yield Finding("instance", Level.OK, runs)
+        for name, option, choose in _FILES:
+            path = self._options[option]
             reason = why_not_writable(path)
             if reason is None:
                 yield Finding(name, Level.OK)
             else:
-                remedy = f"run this as root, or {option} a file in a folder that exists"
+                remedy = f"run this as root, or {choose} a file in a folder that exists"
                 yield Finding(name, Level.FAILED, f"cannot write {path}: {reason}", remedy)
 
     def _look_at_port(self) -> Finding:
@@ -246,7 +177,7 @@ class Check:
     @inlineCallbacks
     def _prepare(self, redirect: str) -> Generator[Deferred[Any], Any, Finding]:
         """What the redirect itself knows before it does anything."""
-        options: Any = {**self._options, "redirect": redirect}
+        options = {**self._options, "redirect": redirect}
         try:
             yield make_redirect(options).prepare(self._commands)
         except StartError as problem:
@@ -257,18 +188,14 @@ class Check:
     def _look_at_iptables(self, family: int) -> Generator[Deferred[Any], Any, Finding]:
         name, level = BINARIES[family], self._level("iptables")
         for table in ("nat", "mangle"):
-            result: Result = yield self._list(family, table)
+            listing = command(family, table, "-S", "PREROUTING")
+            result: Result = yield self._commands.run(listing)
             if result.code != 0:
-                cause = f"'{shlex.join(result.argv)}' failed with status {result.code}"
-                return Finding(name, level, f"{cause}: {result.one_line}", _remedy(name, result))
+                return Finding.refused(name, failed(result), level)
         if family == 6:
             return Finding(name, Level.OK)
         finding: Finding = yield self._prepare("iptables")  # which looks at both families
         return finding
-
-    def _list(self, family: int, table: str) -> Deferred[Result]:
-        listing = ["-w", LOCK_WAIT, "-t", table, "-S", "PREROUTING"]
-        return self._commands.run([BINARIES[family], *listing])
 
     @inlineCallbacks
     def _look_for_leftovers(self) -> Generator[Deferred[Any], Any, Finding]:
@@ -278,16 +205,16 @@ class Check:
             claim = yield claim_redirect(self._commands, LIFE_SIGN)
         except StartError as problem:
             return Finding.refused("leftovers", problem, self._level("iptables"))
+        leftovers = Leftovers(PORT, self._options["rulespec"], self._families)
+        found = []
         with claim:
-            redirects = keepers = 0
             for family in self._families:
-                nat = yield self._list(family, "nat")
-                redirects += sum(is_leftover(words, PORT) for words in listed(nat.output))
-                mangle = yield self._list(family, "mangle")
-                keepers += sum(is_dead_keeper(words) for words in listed(mangle.output))
-        if not redirects + keepers:
+                with suppress(StartError):  # the check of iptables has said why
+                    found += yield leftovers.find(self._commands, family)
+        if not found:
             return Finding("leftovers", Level.OK)
-        cause = f"{redirects + keepers} rules of a killed instance are left"
+        cause = f"{len(found)} rules of a killed instance are left"
+        redirects = any(each.steers for each in found)
         if redirects:
             cause += ", which send visitors to a port where nobody listens"
         level = Level.FAILED if redirects else Level.WARNING
@@ -332,25 +259,25 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def _remedy(binary: str, result: Result) -> str:
-    if result.code == NOT_FOUND:
-        return f"install {binary}, or put its folder (often /usr/sbin) on PATH"
-    if not may_administer_network():
-        return AS_ADMINISTRATOR
-    return f"see why '{binary} -t nat -L' does not work here"
+class CheckDocument(TypedDict):
+    """What C{check --json} prints."""
+
+    verdict: str
+    checks: list[FindingObject]
 
 
 def document(findings: Sequence[Finding]) -> str:
     """All of it as JSON."""
-    checks = [finding.as_object() for finding in findings]
-    return json.dumps({"verdict": str(worst(findings)), "checks": checks}, indent=2)
+    about: CheckDocument = {
+        "verdict": str(worst(findings)),
+        "checks": [finding.as_object() for finding in findings],
+    }
+    return json.dumps(about, indent=2)
 
 
-def run(options: ConsoleOptions, pidfile: PIDFile) -> bool:
+def check_this_host(options: ConsoleOptions, pidfile: PIDFile) -> bool:
     """Check, and print what was found. Whether nothing failed."""
     from twisted.internet import reactor as installed
-
-    from .probe import probe
 
     reactor: Any = installed
 
@@ -362,11 +289,11 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> bool:
             print(finding, flush=True)
 
     def start() -> None:
-        # Until the probe steers, whose end takes time: nothing is left of a process that is killed.
+        # Before the probe steers, there is nothing to undo: SIGTERM may end the process at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         check = Check(reactor, options, pidfile, commands_for(reactor), tell, probe=probe)
         checks.append(check)
-        done = check.run().addErrback(failures.append)
+        done = check.look().addErrback(failures.append)
         reactor.addSystemEventTrigger("before", "shutdown", lambda: done)
         done.addBoth(stop)
 
@@ -374,7 +301,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> bool:
         try:
             reactor.stop()
         except ReactorNotRunning:
-            pass  # by a signal
+            pass  # a signal has stopped it
 
     globalLogBeginner.beginLoggingTo([], discardBuffer=True, redirectStandardIO=False)
     reactor.callWhenRunning(start)

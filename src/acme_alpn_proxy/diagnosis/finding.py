@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypedDict
 
 
 class Level(IntEnum):
@@ -16,6 +17,15 @@ class Level(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+class FindingObject(TypedDict):
+    """A finding in JSON."""
+
+    name: str
+    verdict: str
+    cause: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,7 @@ class Finding:
         told = "; ".join(filter(None, [self.cause, self.remedy]))
         return f"{self.level!s:<7} {self.name}{': ' * bool(told)}{told}"
 
-    def as_object(self) -> dict[str, str]:
+    def as_object(self) -> FindingObject:
         """For JSON."""
         return {
             "name": self.name,

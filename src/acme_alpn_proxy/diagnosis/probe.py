@@ -7,20 +7,14 @@ process ends, the namespace goes, and with it both ends of the pair.
 
 from __future__ import annotations
 
-import ctypes
-import ipaddress
 import os
-import secrets
-import shlex
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.error import CannotListenError
@@ -29,16 +23,18 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
 
 from ..addresses import parse_address
-from ..host.processes import NOT_FOUND, BlockingCommands, Result, commands_for
-from ..errors import AS_ADMINISTRATOR, StartError
-from .finding import Finding, Level
-from ..host.facts import has_ipv6, may_administer_network, new_interfaces_have_ipv6
+from ..errors import StartError
 from ..firewall.interfacerules import names_interfaces
-from ..options import PORT, ConsoleOptions
+from ..host.facts import has_ipv6, new_interfaces_have_ipv6
+from ..host.processes import commands_for
+from ..interfaces import ICommands
+from ..options import PORT
 from ..program import Program
 from ..proxy.protocols import ProxyServerFactory
-from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
 from ..tap import make_proxy
+from .finding import Finding, Level
+from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
+from .namespace import Namespace
 
 DIAL_DEADLINE: Final = 3.0
 """Seconds for each step of a dial: time enough for a second SYN, after one. Visitors are steered
@@ -50,137 +46,13 @@ PAUSE: Final = 0.05
 ANSWER: Final = b"\x15\x03\x03\x00\x02\x02\x50"
 """What the throwaway responder answers: the alert internal_error (RFC 8446 section 6)."""
 
-_CLONE_NEWNET: Final = 0x40000000
 _RECORD_HEADER: Final = 5
 
-Named = Callable[[Any, int], "Deferred[bool]"]
-_T = TypeVar("_T")
+Tell: TypeAlias = Callable[[Finding], None]
+"""Reports a finding."""
 
-
-@dataclass(frozen=True, slots=True)
-class Subnet:
-    """Two addresses, of the host and of who dials it."""
-
-    family: int
-    host: str
-    dialler: str
-    length: int
-
-
-def _in_use(listing: str) -> Iterator[ipaddress.IPv4Network]:
-    """The destinations in C{ip -4 route show table all}, but for those of half the world."""
-    for line in listing.splitlines():
-        for word in line.split()[:2]:  # before the address may stand its type
-            try:
-                network = ipaddress.IPv4Network(word)
-            except ValueError:
-                continue
-            if network.prefixlen > 16:
-                yield network
-
-
-def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
-    """A link-local /30 (RFC 3927) that no route of the host's is about.
-
-    @param choices: numbers to try, of any size.
-    """
-    taken = list(_in_use(listing))
-    for number in choices:
-        # From 192 on: below are those by which clouds serve their machines.
-        network = ipaddress.IPv4Network((0xA9FEC000 + number % 0x3E00 // 4 * 4, 30))
-        if not any(network.overlaps(each) for each in taken):
-            return Subnet(4, str(network[1]), str(network[2]), 30)
-    raise StartError("no link-local IPv4 network is free; look at: ip route show table all")
-
-
-def unique_local_subnet() -> Subnet:
-    """With a global ID by chance, of 40 bits (RFC 4193): it meets no other."""
-    prefix = int.from_bytes(b"\xfd" + secrets.token_bytes(5), "big") << 80
-    host, dialler = (str(ipaddress.IPv6Address(prefix + number)) for number in (1, 2))
-    return Subnet(6, host, dialler, 64)
-
-
-class Namespace:
-    """A network namespace without a name, joined to this process's own.
-
-    @ivar subnets: on the pair, by family.
-    """
-
-    def __init__(self, link: str, families: Sequence[int]) -> None:
-        """Make it; raises L{StartError}.
-
-        @param link: a name for both ends of the pair.
-        """
-        self._link = link
-        self._commands = BlockingCommands()
-        self._inside = ThreadPoolExecutor(1)
-        self._joined = False
-        self.subnets: dict[int, Subnet] = {}
-        try:
-            self._join(families)
-        except BaseException:
-            self.close()
-            raise
-
-    def socket(self, family: int) -> socket.socket:
-        """A TCP socket in there, for use by any thread."""
-        of = {4: socket.AF_INET, 6: socket.AF_INET6}[family]
-        return self._in_there(lambda: socket.socket(of, socket.SOCK_STREAM))
-
-    def close(self) -> None:
-        """Remove the pair at once, and let the namespace go."""
-        if self._joined:
-            self._commands.run(["ip", "link", "delete", self._link])
-        self._inside.shutdown()
-
-    def _join(self, families: Sequence[int]) -> None:
-        listing = self._ip("-4", "route", "show", "table", "all")
-        self.subnets[4] = free_subnet(listing, (secrets.randbits(16) for _ in range(1_000)))
-        if 6 in families:
-            self.subnets[6] = unique_local_subnet()
-        thread = self._in_there(_unshare)
-        pair = ["type", "veth", "peer", "name", self._link, "netns", str(thread)]
-        self._ip("link", "add", self._link, *pair)  # one step: neither end is ever alone
-        self._joined = True
-        self._number([subnet.host for subnet in self.subnets.values()])
-        self._in_there(lambda: self._number([subnet.dialler for subnet in self.subnets.values()]))
-
-    def _number(self, addresses: list[str]) -> None:
-        self._ip("link", "set", self._link, "up")
-        for address, subnet in zip(addresses, self.subnets.values(), strict=True):
-            nodad = ["nodad"] if subnet.family == 6 else []
-            self._ip("address", "add", f"{address}/{subnet.length}", "dev", self._link, *nodad)
-
-    def _ip(self, *words: str) -> str:
-        done: list[Result] = []
-        self._commands.run(["ip", *words]).addCallback(done.append)
-        (result,) = done
-        if result.code != 0:
-            remedy = "see why that command fails"
-            if result.code == NOT_FOUND:
-                remedy = "install ip (iproute2)"
-            elif not may_administer_network():
-                remedy = AS_ADMINISTRATOR
-            command = shlex.join(result.argv)
-            raise StartError(
-                f"'{command}' failed with status {result.code}: {result.one_line}; {remedy}"
-            )
-        return result.output
-
-    def _in_there(self, work: Callable[[], _T]) -> _T:
-        return self._inside.submit(work).result()
-
-
-def _unshare() -> int:
-    """Give this thread a network namespace of its own; its number, by which the kernel knows it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET) != 0:
-        problem = os.strerror(ctypes.get_errno())
-        raise StartError(
-            f"cannot make a network namespace: {problem}; run this as root, with CAP_SYS_ADMIN"
-            " where it runs in a container"
-        )
-    return threading.get_native_id()
+Probe: TypeAlias = Callable[[Any, Mapping[str, Any], Tell], "Deferred[None]"]
+NamesInterfaces: TypeAlias = Callable[[ICommands, int], "Deferred[bool]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +212,7 @@ def softened(finding: Finding) -> Finding:
 
 
 @contextmanager
-def _log_told(tell: Callable[[Finding], None]) -> Iterator[None]:
+def _log_told(tell: Tell) -> Iterator[None]:
     """What is logged meanwhile as a warning, or for the operator, is a finding too."""
 
     def observe(event: LogEvent) -> None:
@@ -360,9 +232,9 @@ def _log_told(tell: Callable[[Finding], None]) -> Iterator[None]:
 @inlineCallbacks
 def probe(
     reactor: Any,
-    options: ConsoleOptions,
-    tell: Callable[[Finding], None],
-    names: Named = names_interfaces,
+    options: Mapping[str, Any],
+    tell: Tell,
+    names: NamesInterfaces = names_interfaces,
 ) -> Generator[Deferred[Any], Any, None]:
     """Steer for a moment, and dial. Nothing is left, by whatever end.
 
@@ -395,10 +267,10 @@ def probe(
 @inlineCallbacks
 def _steer_and_dial(
     reactor: Any,
-    options: ConsoleOptions,
+    options: Mapping[str, Any],
     namespace: Namespace,
-    tell: Callable[[Finding], None],
-    names: Named,
+    tell: Tell,
+    names: NamesInterfaces,
 ) -> Generator[Deferred[Any], Any, None]:
     seen: set[bytes] = set()
     responder = Factory.forProtocol(lambda: Responder(seen))
@@ -410,7 +282,7 @@ def _steer_and_dial(
             f"cannot listen on 127.0.0.1: {problem.socketError}; see whether lo is up (ip address"
             " show lo)"
         ) from None
-    options["alpn"] = parse_address(f"127.0.0.1:{port.getHost().port}")
+    options = {**options, "alpn": parse_address(f"127.0.0.1:{port.getHost().port}")}
     met: list[_NotingFactory] = []
 
     def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:

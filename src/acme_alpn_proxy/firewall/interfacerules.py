@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..host.processes import Result
-from ..interfaces import ICommands
-from .xtables import BINARIES, LOCK_WAIT, listed
+from ..interfaces import ICommands, Result
+from .xtables import command, listed
 
 _TABLES: Final = ("raw", "mangle", "filter")
 """Those that turn away. Container engines name interfaces in the nat table."""
@@ -34,7 +33,7 @@ def names_interfaces(commands: ICommands, family: int) -> Generator[Deferred[Any
     @param family: 4 or 6.
     """
     for table in _TABLES:
-        shown: Result = yield commands.run([BINARIES[family], "-w", LOCK_WAIT, "-t", table, "-S"])
+        shown: Result = yield commands.run(command(family, table, "-S"))
         if _reached(_iptables_rules(shown.output), _HOOKS):
             return True
     shown = yield commands.run(["nft", "-j", "list", "ruleset"])
@@ -62,8 +61,8 @@ def _reached(rules: Mapping[str, list[_Rule]], begin: Iterable[str]) -> bool:
 
 def _iptables_rules(output: str) -> dict[str, list[_Rule]]:
     rules: dict[str, list[_Rule]] = {}
-    for command, chain, *words in listed(output):
-        if command == "-A":
+    for operation, chain, *words in listed(output):
+        if operation == "-A":
             pairs = list(pairwise(words))
             names = any(flag == "-i" and name != "lo" for flag, name in pairs)
             targets = {target for flag, target in pairs if flag in ("-j", "-g")}

@@ -8,20 +8,18 @@ rules of nftables, those that iptables makes of it among them, and those of the 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..host.processes import NOT_FOUND, Result
-from ..interfaces import ICommands
 from ..host import facts
+from ..interfaces import NOT_FOUND, ICommands, Result
 from .iptablesrules import iptables_chains
 from .nftrules import NFPROTO, Json, Table, is_translated, only
 from .verdicts import Action, Caught, Chain, Passed, Verdict, Visit, judge
-from .xtables import BINARIES, LOCK_WAIT
+from .xtables import BINARIES, command
 
 HTTPS: Final = 443
 
@@ -283,25 +281,24 @@ def _listings(
     commands: ICommands, family: int, variant: str, tables: Iterable[str]
 ) -> Generator[Deferred[Any], Any, list[tuple[str, str]]]:
     """What a variant of iptables, C{nft} or C{legacy}, prints of each of C{tables} that exist."""
-    binary, found = f"{BINARIES[family]}-{variant}", []
+    found = []
     for table in tables:
-        listing = ["-w", LOCK_WAIT, "-t", table, "-S"]
-        result: Result = yield commands.run([binary, *listing])
+        argv = command(family, table, "-S", variant=f"-{variant}")
+        result: Result = yield commands.run(argv)
         if result.code == NOT_FOUND:
-            result = yield commands.run([BINARIES[family], *listing])
+            result = yield commands.run(command(family, table, "-S"))
         if "incompatible" in result.output:  # has rules of nft's own: what nft shows must do
             continue
         if result.code not in (0, NOT_FOUND, _NO_SUCH_TABLE):
             raise _CannotLook(_failure(result))
         if variant == "legacy" and "legacy tables present" in result.output:
-            raise _CannotLook(f"the {table} table of {binary} cannot be seen: {binary} is missing")
+            raise _CannotLook(
+                f"the {table} table of {argv[0]} cannot be seen: {argv[0]} is missing"
+            )
         if result.code == 0:
             found.append((table, result.output))
     return found
 
 
 def _failure(result: Result) -> str:
-    return (
-        "what the firewall does cannot be seen:"
-        f" '{shlex.join(result.argv)}' failed with status {result.code}: {result.one_line}"
-    )
+    return f"what the firewall does cannot be seen: {result.failure}"

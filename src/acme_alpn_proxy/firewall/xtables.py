@@ -2,27 +2,69 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from typing import Final
+
+from ..errors import AS_ADMINISTRATOR, StartError
+from ..host.facts import may_administer_network
+from ..interfaces import NOT_FOUND, Result
 
 BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
 LOCK_WAIT: Final = "5"
 """Seconds that iptables waits for its lock (C{-w})."""
 
+NO_SUCH_RULE: Final = 1
+"""Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
+
+
+def command(family: int, table: str, *words: str, variant: str = "") -> list[str]:
+    """The command line.
+
+    @param family: 4 or 6.
+    @param words: what to do, and with which rule.
+    @param variant: C{-nft} or C{-legacy}; nothing: the one that the host has chosen.
+    """
+    return [f"{BINARIES[family]}{variant}", "-w", LOCK_WAIT, "-t", table, *words]
+
+
+def failed(result: Result, *, custom_rule: bool = False) -> StartError:
+    """A command of iptables failed.
+
+    @param custom_rule: whether the rule is the operator's own.
+    """
+    binary = result.argv[0]
+    if result.code == NOT_FOUND:
+        status = os.EX_UNAVAILABLE
+        remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
+    elif not may_administer_network():
+        status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
+    elif "lock" in result.output:
+        status = os.EX_TEMPFAIL
+        remedy = "another program holds the lock of iptables: try again when it has finished"
+    elif custom_rule:
+        status = os.EX_CONFIG
+        remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
+    else:
+        status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
+    if binary == BINARIES[6] and status != os.EX_NOPERM:
+        remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
+    return StartError(f"{result.failure}; {remedy}", status)
+
 
 def listed(output: str) -> list[list[str]]:
     """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
 
-    A comment may hold anything, line ends too: what cannot be taken apart is left out, and is no
-    rule of ours. Warnings that stand between the rules are left out as well.
+    A comment may hold anything, even line ends: a command that cannot be split into words is left
+    out, and is no rule of ours. Warnings between the rules are left out as well.
     """
     found = []
-    for command in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
-        if command.startswith("-"):
+    for line in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):
+        if line.startswith("-"):
             try:
-                found.append(shlex.split(command))
+                found.append(shlex.split(line))
             except ValueError:
                 pass
     return found

@@ -85,7 +85,7 @@ class PIDFile:
             if not _lock(descriptor, fcntl.F_WRLCK):
                 os.close(descriptor)
                 if (pid := self.owner()) is not None:
-                    raise AlreadyRunning(f"already running as PID {pid} ({self.path})")
+                    raise AlreadyRunning(pid, self.path)
                 continue
             if self._is_at_path(descriptor):
                 self._descriptor = descriptor

@@ -6,62 +6,30 @@ Both ways give Deferreds, so what uses them is written once.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessExitedAlready, ProcessTerminated
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from ..interfaces import ICommands
+from ..interfaces import CANNOT_RUN, KILLED, NOT_FOUND, ICommands, Reactor, Result
 
 DEADLINE: Final = 15.0
 """Seconds a command may take: longer than the 5 s that iptables is told to wait for its lock."""
 
-CANNOT_RUN: Final = 126
-NOT_FOUND: Final = 127
-KILLED: Final = 137
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a command ended.
-
-    @ivar code: its exit status; 127 if there is no such program, 126 if it cannot be run, 137 if it
-        was killed, be it for the deadline.
-    @ivar output: what it wrote to both its outputs.
-    """
-
-    argv: tuple[str, ...]
-    code: int
-    output: str
-
-    @classmethod
-    def of(cls, argv: Sequence[str], code: int, output: bytes) -> Result:
-        """From raw output."""
-        return cls(tuple(argv), code, output.decode("utf-8", "backslashreplace"))
-
-    @classmethod
-    def not_found(cls, argv: Sequence[str]) -> Result:
-        """There is no program of that name."""
-        return cls(tuple(argv), NOT_FOUND, f"{argv[0]}: not found on PATH")
-
-    @classmethod
-    def too_slow(cls, argv: Sequence[str]) -> Result:
-        """It was killed at the deadline."""
-        return cls(tuple(argv), KILLED, f"not finished after {DEADLINE:g} s")
-
-    @property
-    def one_line(self) -> str:
-        """The output for an error message."""
-        return " ".join(self.output.split()) or "it printed nothing"
+def _too_slow(argv: Sequence[str]) -> Result:
+    """The result of a command that was killed at its deadline."""
+    return Result(tuple(argv), KILLED, f"not finished after {DEADLINE:g} s")
 
 
 @implementer(ICommands)
@@ -82,7 +50,7 @@ class BlockingCommands:
                 close_fds=False,  # whoever waits for our end waits for the command's too
             )
         except subprocess.TimeoutExpired:
-            return succeed(Result.too_slow(argv))
+            return succeed(_too_slow(argv))
         except OSError as problem:
             code = NOT_FOUND if isinstance(problem, FileNotFoundError) else CANNOT_RUN
             return succeed(Result.of(argv, code, str(problem).encode()))
@@ -97,7 +65,7 @@ class BlockingCommands:
 class _Collector(ProcessProtocol):
     """Gathers what a process writes, and how it ends."""
 
-    def __init__(self, argv: Sequence[str], clock: Any) -> None:
+    def __init__(self, argv: Sequence[str], clock: IReactorTime) -> None:
         self.ended: Deferred[Result] = Deferred()
         self._argv = argv
         self._output = b""
@@ -120,7 +88,7 @@ class _Collector(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         if self._late:
-            self.ended.callback(Result.too_slow(self._argv))
+            self.ended.callback(_too_slow(self._argv))
             return
         self._deadline.cancel()
         code = 0
@@ -145,7 +113,7 @@ def _inheritable() -> list[int]:
 class SpawningCommands:
     """For a running reactor: nothing blocks it."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
 
     def run(self, argv: Sequence[str]) -> Deferred[Result]:
@@ -162,6 +130,13 @@ class SpawningCommands:
         return deferLater(self._reactor, seconds, lambda: None)
 
 
-def commands_for(reactor: Any) -> BlockingCommands | SpawningCommands:
+def commands_for(reactor: Reactor) -> BlockingCommands | SpawningCommands:
     """The way that fits the reactor's state."""
     return SpawningCommands(reactor) if reactor.running else BlockingCommands()
+
+
+def ended(process: int, seconds: float) -> bool:
+    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

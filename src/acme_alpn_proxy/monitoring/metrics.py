@@ -17,12 +17,13 @@ from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
 from ..errors import StartError
+from .status import ProxyStatus, RouteStatus
 
 
 class Collector:
     """What C{CollectorRegistry} takes: asks the proxy whenever it is asked."""
 
-    def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, describe: Callable[[], ProxyStatus]) -> None:
         self._describe = describe
 
     def describe(self) -> list[Any]:
@@ -31,7 +32,8 @@ class Collector:
 
     def collect(self) -> Iterator[Any]:
         about = self._describe()
-        routes = about["routes"]
+        fallback = about["routes"]["fallback"]
+        routes: dict[str, RouteStatus] = {"acme": about["routes"]["acme"], "fallback": fallback}
         running = GaugeMetricFamily(
             "acme_alpn_proxy_running", "1 while new connections to :443 are steered here."
         )
@@ -64,7 +66,7 @@ class Collector:
             "Connections that took the fallback, by why.",
             labels=["reason"],
         )
-        for reason, count in routes["fallback"]["reasons"].items():
+        for reason, count in fallback["reasons"].items():
             reasons.add_metric([reason], count)
         yield reasons
         last = GaugeMetricFamily(
@@ -99,11 +101,11 @@ class MetricsService(Service):
     """Listens while the proxy steers: its successor may want the same port."""
 
     def __init__(
-        self, endpoint: IStreamServerEndpoint, text: str, describe: Callable[[], dict[str, Any]]
+        self, endpoint: IStreamServerEndpoint, text: str, describe: Callable[[], ProxyStatus]
     ) -> None:
         """
         @param text: the endpoint as a string.
-        @param describe: gives the numbers, as L{acme_alpn_proxy.service.ProxyService.as_json}.
+        @param describe: gives the numbers, as L{acme_alpn_proxy.service.ProxyService.status}.
         """
         registry = CollectorRegistry()
         registry.register(Collector(describe))

@@ -13,14 +13,80 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final, Literal, TypeAlias, TypedDict
 
 from ..errors import StartError
 
 VERSION: Final = 1
 """Of the answer. It grows when a field goes or changes its meaning, not when one is added."""
+
+
+class ValidationStatus(TypedDict):
+    """A validation; see L{acme_alpn_proxy.proxy.statistics.Validation}."""
+
+    peer: str
+    server_name: str | None
+    at: float
+    result: str
+
+
+class RouteStatus(TypedDict):
+    """A route's numbers; see L{acme_alpn_proxy.proxy.statistics.RouteCount}."""
+
+    target: str
+    live: int
+    total: int
+    failures: int
+    bytes_from_visitors: int
+    bytes_to_visitors: int
+
+
+class FallbackStatus(RouteStatus):
+    """The same of the fallback, and why connections took it."""
+
+    reasons: dict[str, int]
+
+
+class RoutesStatus(TypedDict):
+    """Both routes."""
+
+    acme: RouteStatus
+    fallback: FallbackStatus
+
+
+State: TypeAlias = Literal["starting", "running", "draining"]
+
+
+class ProxyStatus(TypedDict):
+    """What a proxy says of itself; see L{acme_alpn_proxy.proxy.statistics.Statistics}."""
+
+    state: State
+    since: float
+    redirect: str
+    undecided: int
+    routes: RoutesStatus
+    last_validation: ValidationStatus | None
+
+
+class InstanceStatus(ProxyStatus):
+    """The answer of an instance."""
+
+    version: int
+    program: str
+    pid: int
+
+
+class SilentInstance(TypedDict):
+    """Stands for the answer of an instance that runs and does not answer."""
+
+    version: int
+    pid: int
+    state: Literal["silent"]
+
+
+Answer: TypeAlias = InstanceStatus | SilentInstance
 
 SILENT: Final = "silent"
 """The state of an instance that runs and does not answer."""
@@ -71,10 +137,10 @@ def short(path: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def ask(path: str) -> dict[str, Any]:
-    """What the instance at that socket answers; raises L{OSError}.
+def ask(path: str) -> InstanceStatus | None:
+    """The answer of the instance at that socket, L{None} if it is just ending; raises L{OSError}.
 
-    C{ConnectionRefusedError}: nobody listens there any more.
+    C{ConnectionRefusedError}: its process has ended.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream, short(path) as name:
         stream.settimeout(_PATIENCE)
@@ -82,17 +148,17 @@ def ask(path: str) -> dict[str, Any]:
         credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         if struct.unpack("iii", credentials)[1] not in (0, os.geteuid()):
             raise PermissionError(f"{path} is somebody else's")  # in a folder that all may write to
-        answer: dict[str, Any] = json.loads(stream.makefile("rb").readline() or b"{}")
+        answer: InstanceStatus | None = json.loads(stream.makefile("rb").readline() or b"null")
         return answer
 
 
-def instances(pidfile: str, owner: int | None) -> list[dict[str, Any]]:
-    """The answers of all that live; raises L{StartError} where one may not be asked.
+def instances(pidfile: str, owner: int | None) -> list[Answer]:
+    """The answers of all live instances; raises L{StartError} where one may not be asked.
 
-    @param owner: the PID of the instance that holds the PID file. It is among them even if it does
+    @param owner: the PID of the instance that holds the PID file. It is in the list even if it does
         not answer.
     """
-    found = {}
+    found: dict[int, Answer] = {}
     for pid, path in sockets(pidfile).items():
         try:
             answer = ask(path)
@@ -107,7 +173,7 @@ def instances(pidfile: str, owner: int | None) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def show(answers: Sequence[Mapping[str, Any]], now: float) -> str:
+def show(answers: Sequence[Answer], now: float) -> str:
     """For people; several lines, each with its end.
 
     @param now: in seconds since the epoch.
@@ -115,7 +181,7 @@ def show(answers: Sequence[Mapping[str, Any]], now: float) -> str:
     return "".join(_show(answer, now) for answer in answers) or "not running\n"
 
 
-def _show(answer: Mapping[str, Any], now: float) -> str:
+def _show(answer: Answer, now: float) -> str:
     if answer["state"] == SILENT:
         return f"PID {answer['pid']} runs but does not answer; its log may say why\n"
     seconds = max(0, round(now - answer["since"]))
@@ -123,14 +189,15 @@ def _show(answer: Mapping[str, Any], now: float) -> str:
         f"PID {answer['pid']} {answer['state']} since {_when(answer['since'])} ({seconds} s),"
         f" redirect {answer['redirect']}"
     ]
-    for name, route in answer["routes"].items():
+    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
+    for name, route in (("acme", acme), ("fallback", fallback)):
         lines.append(
             f"  {name:<9}{route['target']}: {route['live']} live, {route['total']} in all,"
             f" {route['failures']} not reached, {route['bytes_from_visitors']} bytes in,"
             f" {route['bytes_to_visitors']} out"
         )
-    reasons = answer["routes"]["fallback"]["reasons"]
-    why = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons.items())
+    reasons = fallback["reasons"].items()
+    why = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
     lines.append(f"  to fallback because of: {why}")
     lines.append(f"  undecided: {answer['undecided']}")
     last = answer["last_validation"]

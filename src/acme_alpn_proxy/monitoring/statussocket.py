@@ -6,32 +6,30 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
-from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from .. import __version__
-from .status import VERSION, remove_stale, short, socket_path
+from ..host.descriptors import ReadDescriptor
+from ..interfaces import Reactor
+from .status import VERSION, InstanceStatus, ProxyStatus, remove_stale, short, socket_path
 
 
-@implementer(IReadDescriptor)
-class StatusService(Service):
+class StatusService(Service, ReadDescriptor):
     """Listens from the start, with the privileges of then, until the last connection has ended.
 
     Not by a port of Twisted's: those look for the socket at the name that it was bound to.
     """
 
+    log_prefix = "status socket"
     _log = Logger()
     _listener: socket.socket
 
-    def __init__(self, reactor: Any, pidfile: str, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, reactor: Reactor, pidfile: str, describe: Callable[[], ProxyStatus]) -> None:
         """
         @param pidfile: its path; the socket goes beside it.
-        @param describe: gives what is to be told, for L{json.dumps}.
+        @param describe: gives the numbers.
         """
         self._reactor = reactor
         self._pidfile = pidfile
@@ -55,15 +53,20 @@ class StatusService(Service):
         self._reactor.addSystemEventTrigger("during", "shutdown", self.close)
 
     def doRead(self) -> None:
-        """Answer whoever has connected."""
-        about = {"version": VERSION, "program": __version__, "pid": os.getpid()}
-        line = json.dumps(about | self._describe()).encode() + b"\n"
+        """Answer the client that has connected."""
+        answer: InstanceStatus = {
+            "version": VERSION,
+            "program": __version__,
+            "pid": os.getpid(),
+            **self._describe(),
+        }
+        line = json.dumps(answer).encode() + b"\n"
         try:
             with self._listener.accept()[0] as asking:
                 asking.setblocking(False)
                 asking.send(line)  # it is a few hundred bytes: the kernel takes it whole
         except OSError:
-            pass  # who asked is gone
+            pass  # the client has gone
 
     def close(self) -> None:
         self._reactor.removeReader(self)
@@ -75,12 +78,6 @@ class StatusService(Service):
 
     def fileno(self) -> int:
         return self._listener.fileno()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
-
-    def logPrefix(self) -> str:
-        return "status socket"
 
 
 def _listener(path: str) -> socket.socket:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 MAX_MESSAGE: Final = 65_536
 """Bytes of handshake message accepted: what Go's crypto/tls takes, the strictest of the usual web
@@ -21,6 +21,8 @@ this leaves room for a largest message in records of six bytes and more."""
 
 MAX_RECORD: Final = 16_384
 """Bytes of a record's fragment (RFC 8446 section 5.1: at most 2^14)."""
+
+NOT_TLS: Final = "not_tls"
 
 _HANDSHAKE: Final = 0x16
 _RECORD_HEADER: Final = 5
@@ -69,13 +71,11 @@ class NotClientHello:
     """The bytes are not, and cannot become, a ClientHello that this parser takes.
 
     @ivar reason: which field says so, for a log line.
-    @ivar kind: one of L{KINDS}.
+    @ivar kind: a word for statistics; the parser itself only gives L{NOT_TLS}.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ("not_tls", "deadline", "end_of_file", "crowded")
-
     reason: str
-    kind: str = "not_tls"
+    kind: str = NOT_TLS
 
 
 Verdict: TypeAlias = NeedMore | ClientHello | OtherClientHello | NotClientHello
@@ -88,8 +88,8 @@ class _Malformed(Exception):
     """A length field points outside what holds it, or a value is not allowed."""
 
 
-# All that follows trusts no length: to index or to unpack behind the end raises an error, which the
-# caller turns into a verdict, and who has come to a structure's end checks that it is the end.
+# No length field is trusted. Reading past the end raises, and the caller turns that into a verdict;
+# each parser also checks that it stopped exactly at the end.
 
 
 def _list_end(content: bytes, field: str) -> int:

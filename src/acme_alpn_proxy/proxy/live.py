@@ -20,8 +20,8 @@ class Abortable(Protocol):
         """See L{acme_alpn_proxy.proxy.protocols.ProxyServerFactory.look_for_idle}."""
 
 
-def _nobody_cares() -> None:
-    """There is no limit."""
+def _no_limit() -> None:
+    """Nothing happens when there is no limit."""
 
 
 class LiveConnections:
@@ -29,8 +29,8 @@ class LiveConnections:
 
     def __init__(self) -> None:
         self._limit: float = math.inf
-        self._full: Callable[[], None] = _nobody_cares
-        self._room: Callable[[], None] = _nobody_cares
+        self._full: Callable[[], None] = _no_limit
+        self._room: Callable[[], None] = _no_limit
         self._live: set[Abortable] = set()
         self._waiting: list[Deferred[None]] = []
 
@@ -52,7 +52,7 @@ class LiveConnections:
             self._full()
 
     def leave(self, connection: Abortable) -> None:
-        """C{connection} has ended on all its sides; leaving twice is no matter."""
+        """C{connection} has ended on all its sides; leaving twice does no harm."""
         if connection not in self._live:
             return
         self._live.remove(connection)

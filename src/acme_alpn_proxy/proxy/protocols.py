@@ -1,36 +1,37 @@
 """One connection: take the first bytes, decide the route, connect its target, relay.
 
-C{ProxyServer} is the visitor's side, C{ProxyClient} the target's.
+L{ProxyServer} is the visitor's side, L{ProxyClient} the target's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
-from twisted.internet.interfaces import (
-    IAddress,
-    IHalfCloseableProtocol,
-    IReactorTime,
-)
-from twisted.internet.protocol import (
-    ClientFactory,
-    Protocol,
-    ServerFactory,
-    connectionDone,
-)
+from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IReactorTime
+from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from .clienthello import NEED_MORE, ClientHelloParser, NotClientHello, Verdict
+from ..interfaces import ITarget
 from ..transports.deadlines import DeadlineQueue
-from .live import LiveConnections
 from ..transports.hangup import NoHangupWatch
-from ..interfaces import IHangupWatch, ITarget
-from .relay import PipePool, Relay, relay_between
+from ..transports.interfaces import IHangupWatch
+from ..transports.sockets import TargetFactory
+from .clienthello import NEED_MORE, NOT_TLS, ClientHelloParser, NotClientHello, Verdict
+from .live import LiveConnections
+from .relay import Relay
 from .routing import ACME_TLS_1, Route, Routing
-from .statistics import Passage, Statistics
+from .splice import PipePool, relay_between
+from .statistics import ConnectionRecord, Statistics
+
+NO_HELLO_IN_TIME: Final = "deadline"
+END_OF_FILE: Final = "end_of_file"
+TOO_MANY_HELLOS: Final = "crowded"
+"""Why a connection went to the fallback without a whole hello, for statistics."""
 
 MAX_HELD: Final = 67_108_864
 """Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
@@ -38,6 +39,14 @@ visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size.
 
 IDLE_LOOKS: Final = 4
 """How often an established connection is looked at within its idle timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many connections there may be at a time, and pipes to move their bytes."""
+
+    connections: int
+    pipes: int
 
 
 def _show(peer: Any) -> str:
@@ -48,17 +57,18 @@ def _show(peer: Any) -> str:
 
 @implementer(IHalfCloseableProtocol)
 class ProxyClient(Protocol):
-    """The connection to a target. All it hears goes to the relay, by way of the server side."""
+    """The connection to a target. Its events go to the relay, which the server side holds."""
 
-    __slots__ = ("_server", "connected", "factory", "transport")
+    __slots__ = ("_sent_ahead", "_server", "connected", "factory", "transport")
 
     transport: Any
 
-    def __init__(self, server: ProxyServer) -> None:
+    def __init__(self, server: ProxyServer, sent_ahead: int) -> None:
         self._server = server
+        self._sent_ahead = sent_ahead
 
     def connectionMade(self) -> None:
-        self._server.target_connected(self.transport)
+        self._server.target_connected(self.transport, self._sent_ahead)
 
     def dataReceived(self, data: bytes) -> None:
         self._server.relay.received(self.transport, data)
@@ -73,17 +83,15 @@ class ProxyClient(Protocol):
         self._server.end_lost(self.transport)
 
 
-class ProxyClientFactory(ClientFactory):
+class ProxyClientFactory(TargetFactory):
     """Makes the one L{ProxyClient} of a L{ProxyServer}."""
-
-    noisy = False
 
     def __init__(self, server: ProxyServer, route: Route) -> None:
         self._server = server
         self._route = route
 
     def buildProtocol(self, addr: IAddress | None) -> ProxyClient:
-        return ProxyClient(self._server)
+        return ProxyClient(self._server, self.sent_ahead)
 
     def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
         self._server.target_failed(self._route, reason)
@@ -105,7 +113,7 @@ class ProxyServer(Protocol):
     _parser: ClientHelloParser | None
     _connecting = False
     _connector: Any = None
-    _passage: Passage | None = None
+    _record: ConnectionRecord | None = None
     _held = 0
     _ends = 0
 
@@ -134,13 +142,13 @@ class ProxyServer(Protocol):
         if self._parser is None:
             self.relay.finished(self.transport)
         else:
-            self._decide(NotClientHello("end of file before a whole ClientHello", "end_of_file"))
+            self._decide(NotClientHello("end of file before a whole ClientHello", END_OF_FILE))
 
     def writeConnectionLost(self) -> None:
         """Our own FIN went out: nothing to do."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._passage is None:
+        if self._record is None:
             self._leave_hellos()
         connector = self._end_wait()
         if connector is not None:
@@ -153,9 +161,9 @@ class ProxyServer(Protocol):
             self.relay.lost(transport)
         self._ends -= 1
         if not self._ends:
-            if self._passage is not None:
+            if self._record is not None:
                 moved = self.relay.moved if self._parser is None else (0, 0)
-                self.factory.statistics.ended(self._passage, *moved)
+                self.factory.statistics.ended(self._record, *moved)
             self.factory.live.leave(self)
 
     def abort(self) -> None:
@@ -166,7 +174,7 @@ class ProxyServer(Protocol):
             self.transport.abortConnection()
 
     def give_up(self, reason: str, kind: str) -> None:
-        """Wait for the hello no longer."""
+        """Do not wait for the hello any longer."""
         self._decide(NotClientHello(reason, kind))
 
     def look(self) -> None:
@@ -176,28 +184,28 @@ class ProxyServer(Protocol):
             if self.relay.quiet > IDLE_LOOKS:
                 self.relay.abort()
 
-    def target_connected(self, transport: Any) -> None:
-        """The target's end is there."""
+    def target_connected(self, transport: Any, sent_ahead: int) -> None:
+        """The target is connected, and has been sent C{sent_ahead} of the visitor's bytes."""
         self._end_wait()
         self._ends += 1
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
         factory = self.factory
         self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipes)
-        self.relay.start(first)
+        self.relay.start(first, sent_ahead)
 
     def target_failed(self, route: Route, failure: Failure) -> None:
         """The target cannot be connected."""
         if self._connecting:
             self._end_wait()
-            self.factory.unreachable(self._passage, route, failure)
+            self.factory.unreachable(self._record, route, failure)
             self.abort()
 
     def _decide(self, verdict: Verdict) -> None:
         self._leave_hellos()
         factory = self.factory
         route = factory.routing.route(verdict)
-        self._passage = factory.decided(self.transport, route, verdict)
+        self._record = factory.decided(self.transport, route, verdict)
         self._connecting = True
         assert self._parser is not None
         connector = factory.connect(route, self, bytes(self._parser.received))
@@ -207,7 +215,7 @@ class ProxyServer(Protocol):
             factory.hangups.add(self.transport, self.abort)
 
     def _end_wait(self) -> Any:
-        """The target is waited for no longer, reached or not; gives the connector, if any."""
+        """The wait for the target has ended, well or badly; gives the connector, if any."""
         self._connecting = False
         connector, self._connector = self._connector, None
         if connector is not None:
@@ -229,7 +237,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar pipes: for relays.
     @ivar statistics: the numbers of all connections.
     @ivar log_visitors: whether a line is logged for each visitor.
-    @ivar hangups: set by whoever starts and ends the service.
+    @ivar hangups: reports resets on connections that are not being read.
     """
 
     noisy = False
@@ -243,23 +251,49 @@ class ProxyServerFactory(ServerFactory):
         clock: IReactorTime,
         *,
         hello_timeout: float = 5.0,
+        idle_timeout: float = 0.0,
         log_visitors: bool = False,
     ) -> None:
         """
         @param targets: how to connect each route's target.
         @param hello_timeout: seconds until a connection without a whole hello goes to the fallback.
-        @param log_visitors: log a line for each visitor, at C{debug}. An event that nobody takes
-            would cost more time than the parser and the choice of the route together.
+        @param idle_timeout: seconds without a byte until an established connection is reset; 0:
+            never.
+        @param log_visitors: log a line for each visitor, at C{debug}. An event that no observer
+            takes would cost more time than the parser and the choice of the route together.
         """
         self.routing = routing
         self.live = LiveConnections()
         self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
         self.held = 0
         self.pipes = PipePool()
-        self.statistics = Statistics(routing)
+        self.statistics = Statistics(
+            routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
+        )
         self.log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
         self._targets = targets
+        self._idle_timeout = idle_timeout
+        self._looking = LoopingCall(self.look_for_idle)
+        self._looking.clock = clock
+
+    def open(
+        self,
+        hangups: IHangupWatch,
+        limits: Limits,
+        full: Callable[[], None],
+        room: Callable[[], None],
+    ) -> None:
+        """Be ready for connections.
+
+        @param full: called when there are as many connections as C{limits} allow.
+        @param room: called when there are fewer again.
+        """
+        self.hangups = hangups
+        self.pipes.limit = limits.pipes
+        self.live.bound(limits.connections, full, room)
+        if self._idle_timeout:
+            self._looking.start(self._idle_timeout / IDLE_LOOKS, now=False)
 
     def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
         """Connect the route's target to C{server}, whose visitor has sent C{first}.
@@ -272,7 +306,7 @@ class ProxyServerFactory(ServerFactory):
         """C{size} more bytes of half hellos are held."""
         self.held += size
         while self.held > MAX_HELD:
-            self.hellos.oldest().give_up("too many half hellos", "crowded")
+            self.hellos.oldest().give_up("too many half hellos", TOO_MANY_HELLOS)
 
     def look_for_idle(self) -> None:
         """To be called L{IDLE_LOOKS} times within the idle timeout."""
@@ -281,13 +315,18 @@ class ProxyServerFactory(ServerFactory):
 
     def close(self) -> None:
         """Give back what is kept for connections. All have ended."""
+        if self._looking.running:
+            self._looking.stop()
         self.hellos.close()
         self.pipes.close()
+        self.hangups.close()
+        self.hangups = NoHangupWatch()
 
     def _expire(self, server: ProxyServer) -> None:
-        server.give_up(f"no whole ClientHello within {self.hellos.seconds:g} s", "deadline")
+        reason = f"no whole ClientHello within {self.hellos.seconds:g} s"
+        server.give_up(reason, NO_HELLO_IN_TIME)
 
-    def decided(self, transport: Any, route: Route, verdict: Verdict) -> Passage:
+    def decided(self, transport: Any, route: Route, verdict: Verdict) -> ConnectionRecord:
         """The visitor takes C{route}: count it, and log a line if it is an ACME validation."""
         if route is self.routing.acme:
             peer, name = _show(transport.getPeer()), getattr(verdict, "server_name", None)
@@ -309,11 +348,11 @@ class ProxyServerFactory(ServerFactory):
             )
         return self.statistics.visitor(verdict)
 
-    def unreachable(self, passage: Passage | None, route: Route, failure: Failure) -> None:
+    def unreachable(self, record: ConnectionRecord | None, route: Route, failure: Failure) -> None:
         """Count it, and log which target, and why."""
-        assert passage is not None
+        assert record is not None
         why = failure.getErrorMessage()
-        self.statistics.unreachable(passage, why)
+        self.statistics.unreachable(record, why)
         self._log.error(
             "Cannot reach {route} target {target}: {why}",
             route=route.name,

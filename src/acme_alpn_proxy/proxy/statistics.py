@@ -1,15 +1,16 @@
 """What has happened so far, counted; no I/O.
 
-Each connection holds the L{Passage} that it was given when its route was decided.
+Each connection holds the L{ConnectionRecord} that it got when its route was decided.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from ..monitoring.status import ProxyStatus, RouteStatus, State, ValidationStatus
 from .clienthello import NotClientHello, Verdict
 from .routing import Routing
 
@@ -35,6 +36,15 @@ class Validation:
     at: float
     result: str = UNDER_WAY
 
+    def status(self) -> ValidationStatus:
+        """The same, for C{status}."""
+        return {
+            "peer": self.peer,
+            "server_name": self.server_name,
+            "at": self.at,
+            "result": self.result,
+        }
+
 
 @dataclass(slots=True)
 class RouteCount:
@@ -55,13 +65,21 @@ class RouteCount:
     bytes_from_visitors: int = 0
     bytes_to_visitors: int = 0
 
-    def as_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+    def status(self) -> RouteStatus:
+        """These numbers, for C{status}."""
+        return {
+            "target": self.target,
+            "live": self.live,
+            "total": self.total,
+            "failures": self.failures,
+            "bytes_from_visitors": self.bytes_from_visitors,
+            "bytes_to_visitors": self.bytes_to_visitors,
+        }
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A connection's way: by which route, and if it is a validation, which one."""
+class ConnectionRecord:
+    """What a connection is counted in: its route's numbers, and if it is a validation, that."""
 
     route: RouteCount
     validation: Validation | None = None
@@ -74,37 +92,39 @@ class Statistics:
     @ivar clock: seconds since the epoch.
     @ivar state: C{starting}, C{running}, C{draining}.
     @ivar since: when that state began.
-    @ivar reasons: how many connections took the fallback and why: C{no_acme_alpn}, or
-        L{NotClientHello.kind}.
+    @ivar doubts: the values of L{NotClientHello.kind} that there may be.
+    @ivar reasons: how many connections took the fallback, and why: C{no_acme_alpn}, or one of the
+        doubts.
     @ivar last_validation: the one that was routed last.
     """
 
     routing: Routing
+    doubts: Iterable[str]
     clock: Callable[[], float] = time.time
-    state: str = "starting"
+    state: State = "starting"
     since: float = field(init=False)
     reasons: dict[str, int] = field(init=False)
     last_validation: Validation | None = None
 
     def __post_init__(self) -> None:
         self.since = self.clock()
-        self.reasons = dict.fromkeys((NO_ACME_ALPN, *NotClientHello.KINDS), 0)
+        self.reasons = dict.fromkeys((NO_ACME_ALPN, *self.doubts), 0)
         self.acme = RouteCount(self.routing.acme.target)
         self.fallback = RouteCount(self.routing.fallback.target)
-        self._to_fallback = Passage(self.fallback)
+        self._to_fallback = ConnectionRecord(self.fallback)
 
-    def enter(self, state: str) -> None:
-        """The proxy's state is another one now."""
+    def enter(self, state: State) -> None:
+        """The proxy's state changes to C{state}."""
         self.state, self.since = state, self.clock()
 
-    def validation(self, peer: str, server_name: str | None) -> Passage:
+    def validation(self, peer: str, server_name: str | None) -> ConnectionRecord:
         """A connection goes to the ACME client."""
         self.last_validation = Validation(peer, server_name, self.clock())
         self.acme.live += 1
         self.acme.total += 1
-        return Passage(self.acme, self.last_validation)
+        return ConnectionRecord(self.acme, self.last_validation)
 
-    def visitor(self, verdict: Verdict) -> Passage:
+    def visitor(self, verdict: Verdict) -> ConnectionRecord:
         """A connection goes to the web server."""
         reason = verdict.kind if isinstance(verdict, NotClientHello) else NO_ACME_ALPN
         self.reasons[reason] += 1
@@ -112,31 +132,36 @@ class Statistics:
         self.fallback.total += 1
         return self._to_fallback
 
-    def unreachable(self, passage: Passage, why: str) -> None:
+    def unreachable(self, record: ConnectionRecord, why: str) -> None:
         """Its target could not be connected."""
-        passage.route.failures += 1
-        if passage.validation is not None:
-            passage.validation.result = f"unreachable: {why}"
+        record.route.failures += 1
+        if record.validation is not None:
+            record.validation.result = f"unreachable: {why}"
 
-    def ended(self, passage: Passage, from_visitor: int, to_visitor: int) -> None:
+    def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
         """A connection has ended, after so many bytes each way."""
-        route, validation = passage.route, passage.validation
+        route, validation = record.route, record.validation
         route.live -= 1
         route.bytes_from_visitors += from_visitor
         route.bytes_to_visitors += to_visitor
         if validation is not None and validation.result == UNDER_WAY:
             validation.result = ANSWERED if to_visitor else NOT_ANSWERED
 
-    def as_json(self) -> dict[str, Any]:
-        """What L{json.dumps} takes; see docs/operations.md."""
+    def status(self, redirect: str, undecided: int) -> ProxyStatus:
+        """All of it, for C{status}.
+
+        @param redirect: how connections are steered.
+        @param undecided: connections whose route is not decided yet.
+        """
         last = self.last_validation
         return {
             "state": self.state,
             "since": self.since,
+            "redirect": redirect,
+            "undecided": undecided,
             "routes": {
-                "acme": self.acme.as_json(),
-                "fallback": self.fallback.as_json() | {"reasons": dict(self.reasons)},
+                "acme": self.acme.status(),
+                "fallback": {**self.fallback.status(), "reasons": dict(self.reasons)},
             },
-            "last_validation": last
-            and {name: getattr(last, name) for name in Validation.__slots__},
+            "last_validation": None if last is None else last.status(),
         }

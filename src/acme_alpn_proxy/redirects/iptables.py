@@ -20,24 +20,16 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..host.processes import NOT_FOUND, Result
-from ..errors import AS_ADMINISTRATOR, StartError, not_permitted
-from ..host import facts
+from ..errors import StartError, not_permitted
 from ..firewall.judgement import look
-from ..firewall.xtables import BINARIES, LOCK_WAIT, listed
-from ..interfaces import ICommands, IRedirect
+from ..firewall.xtables import BINARIES, command, failed
+from ..host import facts
+from ..interfaces import ICommands, IRedirect, Result
 from .guard import KEEPER_MATCH, Guard, claim_redirect
-
-COMMENT: Final = "acme-alpn-proxy"
+from .leftovers import COMMENT, Leftovers, keeper_comment
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
-
-LIFE_SIGN: Final = 1.0
-"""Seconds after which who still redirects is taken for alive."""
-
-_NO_SUCH_RULE: Final = 1
-"""Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
 
 
 def default_rulespec(port: int) -> list[str]:
@@ -50,11 +42,6 @@ def default_rulespec(port: int) -> list[str]:
     return [*match, "-j", "REDIRECT", "--to-port", str(port), "-m", "comment", "--comment", COMMENT]
 
 
-def _follows(words: Sequence[str], flag: str) -> str:
-    """The word after C{flag}, or nothing."""
-    return words[words.index(flag) + 1] if flag in words[:-1] else ""
-
-
 def _as_dnat(rulespec: Sequence[str]) -> list[str]:
     """The same rule by DNAT, which changes the port alone."""
     words = ["DNAT" if word == "REDIRECT" else word for word in rulespec]
@@ -63,28 +50,6 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             at = words.index(flag)
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
-
-
-def is_leftover(words: Sequence[str], port: int) -> bool:
-    """Whether a nat rule, as C{iptables -S} prints it, is a redirect of ours to C{port}."""
-    target = (
-        _follows(words, "--to-ports")
-        or _follows(words, "--to-port")
-        or _follows(words, "--to-destination").rpartition(":")[2]
-    )
-    return _follows(words, "--comment") == COMMENT and target == str(port)
-
-
-def keeper_comment(pid: int) -> str:
-    """Names the process whose connections the keeper keeps: PIDs alone come again."""
-    return f"{COMMENT} keeper {pid} {facts.process_start_time(pid)}"
-
-
-def is_dead_keeper(words: Sequence[str]) -> bool:
-    """Whether a mangle rule is a keeper whose process is no more."""
-    name, _, owner = _follows(words, "--comment").partition(" keeper ")
-    pid, _, started = owner.partition(" ")
-    return name == COMMENT and pid.isdigit() and facts.process_start_time(pid) != started
 
 
 @implementer(IRedirect)
@@ -108,7 +73,7 @@ class IptablesRedirect:
         @param force: whether to steer even if the firewall seems to drop who is steered.
         """
         self._port = port
-        self._custom = rulespec is not None
+        self._custom = rulespec
         self._rulespec = list(rulespec) if rulespec is not None else default_rulespec(port)
         self._ipv6 = ipv6
         self._force = force
@@ -142,17 +107,16 @@ class IptablesRedirect:
         idle = facts.tracked_connections() == 0
         claim = yield claim_redirect(commands, GUARD_PATIENCE)
         try:
-            for family in self._families:
-                yield self._remove_leftovers(commands, family)
+            yield Leftovers(self._port, self._custom, self._families).remove(commands)
         except StartError:
             claim.close()
             raise
         self._guard = self._new_guard(claim)
         try:
             for family in self._families:
-                yield self._iptables(commands, family, "mangle", "-I", "PREROUTING", *self._keeper)
+                yield self._insert(commands, family, "mangle", self._keeper)
             for family in self._families:
-                yield self._iptables(commands, family, "nat", "-I", "PREROUTING", *self._rulespec)
+                yield self._insert(commands, family, "nat", self._rulespec)
         except StartError:
             guard, self._guard = self._guard, None
             yield guard.end(commands)
@@ -182,21 +146,6 @@ class IptablesRedirect:
             yield guard.end(commands)
 
     @inlineCallbacks
-    def clean_up(self, commands: ICommands) -> Generator[Deferred[Any], Any, int]:
-        """Remove the leftovers of dead instances, unless one is alive; what fails is passed over.
-
-        @return: a Deferred of the number of rules removed.
-        """
-        total = 0
-        with (yield claim_redirect(commands, LIFE_SIGN)):
-            for family in (4, 6):
-                try:
-                    total += yield self._remove_leftovers(commands, family)
-                except StartError as problem:  # no such family here, for one
-                    self._log.debug("{problem}", problem=problem)
-        return total
-
-    @inlineCallbacks
     def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, list[str]]:
         """Ask the guard, or a new one if it was killed."""
         assert self._guard is not None
@@ -209,37 +158,6 @@ class IptablesRedirect:
     def _new_guard(self, claim: socket.socket) -> Guard:
         binaries = [BINARIES[family] for family in self._families]
         return Guard(claim, binaries, keeper_comment(os.getpid()), self._rulespec)
-
-    @inlineCallbacks
-    def _remove_leftovers(
-        self, commands: ICommands, family: int
-    ) -> Generator[Deferred[Any], Any, int]:
-        """Remove what instances whose guard was killed too have left, and the original program.
-
-        Only for the one that has the claim: rules to the port can then be nobody else's.
-        """
-        count = 0
-        for table in ("nat", "mangle"):
-            listing = yield self._iptables(commands, family, table, "-S", "PREROUTING")
-            for _, *words in listed(listing.output):
-                if is_leftover(words, self._port) if table == "nat" else is_dead_keeper(words):
-                    yield self._iptables(commands, family, table, "-D", *words)
-                    count += 1
-        while self._custom:
-            argv = self._argv(family, "nat", "-D", "PREROUTING", *self._rulespec)
-            result = yield commands.run(argv)
-            if result.code == _NO_SUCH_RULE:
-                break
-            if result.code != 0:
-                raise self._refusal(family, result)
-            count += 1
-        if count:
-            self._log.warn(
-                "Removed {count} {binary} rules that a killed instance had left",
-                count=count,
-                binary=BINARIES[family],
-            )
-        return count
 
     @property
     def _keeper(self) -> list[str]:
@@ -285,36 +203,10 @@ class IptablesRedirect:
             )
 
     @inlineCallbacks
-    def _iptables(
-        self, commands: ICommands, family: int, table: str, *words: str
-    ) -> Generator[Deferred[Any], Any, Result]:
-        result: Result = yield commands.run(self._argv(family, table, *words))
+    def _insert(
+        self, commands: ICommands, family: int, table: str, rule: Sequence[str]
+    ) -> Generator[Deferred[Any], Any, None]:
+        argv = command(family, table, "-I", "PREROUTING", *rule)
+        result: Result = yield commands.run(argv)
         if result.code != 0:
-            raise self._refusal(family, result)
-        return result
-
-    def _argv(self, family: int, table: str, *words: str) -> list[str]:
-        return [BINARIES[family], "-w", LOCK_WAIT, "-t", table, *words]
-
-    def _refusal(self, family: int, result: Result) -> StartError:
-        binary = BINARIES[family]
-        if result.code == NOT_FOUND:
-            status = os.EX_UNAVAILABLE
-            remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
-        elif not facts.may_administer_network():
-            status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
-        elif "lock" in result.output:
-            status = os.EX_TEMPFAIL
-            remedy = "another program holds the lock of iptables: try again when it has finished"
-        elif self._custom:
-            status = os.EX_CONFIG
-            remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
-        else:
-            status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
-        if family == 6 and status != os.EX_NOPERM:
-            remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
-        return StartError(
-            f"'{shlex.join(result.argv)}' failed with status {result.code}: "
-            f"{result.one_line}; {remedy}",
-            status,
-        )
+            raise failed(result, custom_rule=self._custom is not None)

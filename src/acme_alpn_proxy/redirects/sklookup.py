@@ -25,8 +25,8 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from ..errors import StartError, not_permitted
-from ..host.facts import may_administer_network
 from ..firewall.judgement import look_whether_sent_elsewhere
+from ..host.facts import may_administer_network
 from ..interfaces import ICommands, IRedirect
 from . import bpf
 from .bpf import Assembler

@@ -13,11 +13,12 @@ import select
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
-from twisted.python.failure import Failure
+from twisted.internet.interfaces import IReactorFDSet
 from zope.interface import implementer
 
-from ..interfaces import IDescriptorTransport, IHangupWatch
+from ..host.descriptors import ReadDescriptor
+from ..interfaces import Reactor
+from .interfaces import IDescriptorTransport, IHangupWatch
 
 
 @implementer(IHangupWatch)
@@ -34,11 +35,13 @@ class NoHangupWatch:
         pass
 
 
-@implementer(IHangupWatch, IReadDescriptor)
-class EpollHangupWatch:
+@implementer(IHangupWatch)
+class EpollHangupWatch(ReadDescriptor):
     """One epoll for all connections; a descriptor is in it only while it is watched."""
 
-    def __init__(self, reactor: IReactorFDSet) -> None:
+    log_prefix = "hangup watch"
+
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._epoll = select.epoll()
         self._descriptors: dict[object, int] = {}
@@ -80,12 +83,6 @@ class EpollHangupWatch:
                 self.discard(transport)
                 hung_up()
 
-    def connectionLost(self, reason: Failure) -> None:
-        """Part of L{IReadDescriptor}: the reactor ends with all its descriptors."""
-
-    def logPrefix(self) -> str:
-        return "hangup watch"
-
 
 def _is_reset(descriptor: int) -> bool:
     """Whether poll(2) has an error to report right now."""
@@ -94,7 +91,7 @@ def _is_reset(descriptor: int) -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def hangup_watch(reactor: Any) -> IHangupWatch:
+def hangup_watch(reactor: Reactor) -> IHangupWatch:
     """The watch that works with this reactor."""
     if IReactorFDSet.providedBy(reactor) and hasattr(select, "epoll"):
         return EpollHangupWatch(reactor)

@@ -16,7 +16,7 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from ..interfaces import IPoller, IPollerHost
+from .interfaces import IPoller, IPollerHost
 
 
 @implementer(IPollerHost)

@@ -1,0 +1,160 @@
+"""Both ends of the socket between C{start} and the daemon.
+
+The daemon sends one JSON object on one line (L{Told}): how its start went. C{start} answers with
+one byte before it exits 0. So a C{start} that was killed leaves no daemon that nobody knows of, and
+a daemon that dies before it has told is noticed by the end-of-file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Final, TypedDict
+
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
+from zope.interface import implementer
+
+from ..errors import AlreadyRunning, StartError
+from ..host.processes import ended
+
+START_DEADLINE: Final = 120.0
+"""Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
+be slow; a healthy start takes a few tenths."""
+
+RUNNER_DEADLINE: Final = 2.0
+"""Seconds for the process between C{start} and the daemon to end; it takes a few milliseconds."""
+
+_ACK_DEADLINE: Final = 5.0
+"""Seconds for C{start}, which does nothing but wait, to answer."""
+
+_FORKS_OF_TWISTD: Final = 2
+"""After so many forks the process is the daemon."""
+
+
+class Told(TypedDict):
+    """What the daemon tells.
+
+    @ivar lines: what else the operator is to read.
+    @ivar error: the line and the exit status of a start that failed.
+    @ivar running: PID and PID file of the instance that runs already, where that is the reason.
+    """
+
+    lines: list[str]
+    error: tuple[str, int] | None
+    running: tuple[int, str] | None
+
+
+class DaemonDied(Exception):
+    """The daemon ended before it had told how its start went."""
+
+
+def await_report(
+    stream: socket.socket, child: int, patience: float, tell: Callable[[str], None]
+) -> None:
+    """The end of C{start}: wait for the report, and answer it.
+
+    Raises L{StartError} if the report is an error, and L{DaemonDied}.
+
+    @param child: the PID of twistd's first process, this process's child; it has ended on return.
+    @param patience: seconds to wait for the report.
+    @param tell: is called with each line for the operator.
+    """
+    stream.settimeout(patience)
+    reader = stream.makefile("rb")
+    try:
+        line = reader.readline()
+    except TimeoutError:
+        line = b""
+    if not line:
+        os.kill(child, signal.SIGKILL)  # twistd's first process may wait for ever
+        os.waitpid(child, 0)
+        raise DaemonDied
+    told: Told = json.loads(line)
+    for text in told["lines"]:
+        tell(text)
+    if told["running"] is not None or told["error"] is not None:
+        with contextlib.suppress(TimeoutError):
+            reader.read()  # to the end of the daemon, which also ends its listener
+        _await_runner(child)
+        if told["running"] is not None:
+            raise AlreadyRunning(*told["running"])
+        assert told["error"] is not None
+        raise StartError(*told["error"])
+    stream.sendall(b"1")
+    _await_runner(child)
+
+
+def _await_runner(child: int) -> None:
+    """Twistd's first process ends when the daemon has told it, and never if that was killed."""
+    process = os.pidfd_open(child)
+    if not ended(process, RUNNER_DEADLINE):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(process)
+
+
+@implementer(ILogObserver)
+class Report:
+    """The daemon's end of the socket."""
+
+    def __init__(self, stream: socket.socket, *, keep: bool = False) -> None:
+        """
+        @param keep: leave the socket open after the start: C{run} stays at its other end.
+        """
+        self.stream = stream
+        self.keep = keep
+        self.lines: list[str] = []
+        self._told = False
+        # The commands that run meanwhile inherit it (see L{BlockingCommands}): its end-of-file then
+        # also means that no command is about to change a rule.
+        stream.set_inheritable(True)
+        # The processes that twistd's runner leaves behind must not keep the socket open: its
+        # end-of-file means that the daemon has died. The daemon itself forks for its commands.
+        self._forks_to_come = _FORKS_OF_TWISTD
+        os.register_at_fork(after_in_parent=self._forget, after_in_child=self._count_fork)
+
+    def started(self) -> bool:
+        """Tell that it steers. Whether C{start} is there and has answered."""
+        try:
+            self._tell(None)
+            heard = self.stream.recv(1) != b""
+        except OSError:
+            heard = False
+        if not (heard and self.keep):
+            self.stream.close()
+        return heard
+
+    def failed(self, problem: StartError) -> None:
+        """Tell why it could not start. C{start} then waits for the end of this process."""
+        with contextlib.suppress(OSError):
+            self._tell(problem)
+
+    def __call__(self, event: LogEvent) -> None:
+        """As a log observer: C{start} prints warnings, and what is C{for_operator}."""
+        if self._told:
+            return
+        if event.get("log_level") == LogLevel.warn:
+            self.lines.append(f"warning: {formatEvent(event)}")
+        elif event.get("for_operator"):
+            self.lines.append(formatEvent(event))
+
+    def _forget(self) -> None:
+        if self._forks_to_come > 0:
+            self.stream.close()
+
+    def _count_fork(self) -> None:
+        self._forks_to_come -= 1
+
+    def _tell(self, problem: StartError | None) -> None:
+        self._told = True
+        told: Told = {
+            "lines": self.lines,
+            "error": None if problem is None else (str(problem), problem.status),
+            "running": (problem.pid, problem.path) if isinstance(problem, AlreadyRunning) else None,
+        }
+        self.stream.settimeout(_ACK_DEADLINE)
+        self.stream.sendall(json.dumps(told).encode() + b"\n")

@@ -1,0 +1,198 @@
+"""The listening sockets, and how many connections they may bring at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.protocol import Factory
+
+from ..errors import StartError
+from ..host.processes import commands_for
+from ..interfaces import ICommands, INetwork, Reactor
+from .protocols import Limits
+
+BACKLOG: Final = 4_096
+"""Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is
+this number since Linux 5.4."""
+
+MAX_PIPES: Final = 64
+"""Of 1 MiB each."""
+
+_RESERVE: Final = 48
+"""Descriptors for all but connections and pipes: the log, commands and the reactor take a dozen."""
+
+_BIND_RETRY: Final = 0.05
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A listening TCP socket, non-blocking; raises C{OSError}.
+
+    For C{"::"} it takes IPv4 too, whatever net.ipv6.bindv6only says, and where there is no IPv6 it
+    is one for IPv4 alone.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as problem:
+        if host == "::" and problem.errno == errno.EAFNOSUPPORT:
+            return listening_socket("0.0.0.0", port)  # noqa: S104
+        raise
+    try:
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _raise_descriptor_limit() -> None:
+    """A connection takes two descriptors, and the usual soft limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # where the hard limit is over fs.nr_open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _descriptor_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def limits_of(descriptors: int) -> Limits:
+    """The limits that so many open files allow."""
+    pipes = min(MAX_PIPES, descriptors // 16)
+    return Limits(max(1, (descriptors - _RESERVE) // 2 - pipes), pipes)
+
+
+def highest_limits(max_connections: int) -> Limits:
+    """Raise the limit on open files, and give the limits that it allows.
+
+    @param max_connections: how many connections to allow; 0: as many as the open files allow.
+    """
+    _raise_descriptor_limit()
+    allowed = limits_of(_descriptor_limit())
+    return replace(allowed, connections=max_connections) if max_connections else allowed
+
+
+class ListenerService(Service):
+    """Listens while it runs.
+
+    @ivar hosts: where to listen, set before the start; L{IRedirect.prepare} tells.
+    @ivar sockets: the listening sockets, while there are any.
+    @ivar ready: fires when it listens, or fails with L{StartError}.
+    """
+
+    ready: Deferred[None]
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        factory: Factory,
+        network: INetwork,
+        port: int,
+        patience: float,
+    ) -> None:
+        """
+        @param patience: seconds for which a port that is taken is tried again: an instance that
+            ends keeps it for its linger.
+        """
+        self._reactor = reactor
+        self._factory = factory
+        self._network = network
+        self._port = port
+        self._patience = patience
+        self._ports: list[Any] = []
+        self.hosts: Sequence[str] = ()
+        self.sockets: list[socket.socket] = []
+
+    def startService(self) -> None:
+        super().startService()
+        self.ready = self._open(commands_for(self._reactor))
+
+    @inlineCallbacks
+    def _open(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        waited = 0.0
+        while not self._try_to_open():
+            if waited >= self._patience:
+                raise StartError(
+                    f"port {self._port} is taken by another program; stop that one (see: ss -ltnp "
+                    f"'sport = :{self._port}')",
+                    os.EX_UNAVAILABLE,
+                )
+            yield commands.pause(_BIND_RETRY)
+            waited += _BIND_RETRY
+        for listener in self.sockets:
+            self._ports.append(self._network.listen(listener, self._factory))
+
+    def pause(self) -> None:
+        """Leave new connections in the backlog."""
+        for port in self._ports:
+            port.pauseProducing()
+
+    def resume(self) -> None:
+        """Accept new connections again."""
+        for port in self._ports:
+            port.resumeProducing()
+
+    def _try_to_open(self) -> bool:
+        """Whether it listens; C{False} while the port is taken."""
+        missing = None
+        for host in self.hosts:
+            try:
+                self.sockets.append(listening_socket(host, self._port))
+            except OSError as problem:
+                if problem.errno == errno.EADDRINUSE:
+                    self._close_sockets()
+                    return False
+                missing = problem
+        if missing is not None and not self.sockets:
+            raise StartError(
+                f"cannot listen on port {self._port}: {missing.strerror}; see whether lo is up"
+                " (ip address show lo), and how many files may be open (ulimit -n)",
+                os.EX_OSERR,
+            )
+        return True
+
+    @inlineCallbacks
+    def stopService(self) -> Generator[Deferred[Any], Any, None]:
+        """Stop listening; the connections that wait to be accepted are accepted first."""
+        super().stopService()
+        ports, self._ports = self._ports, []
+        for port in ports:
+            yield port.stopListening()
+        for listener in self.sockets:
+            self._accept_all(listener)
+        self._close_sockets()
+
+    def abandon(self) -> None:
+        """Stop listening at once: no connection has been steered here."""
+        super().stopService()
+        ports, self._ports = self._ports, []
+        for port in ports:
+            port.stopListening()
+        self._close_sockets()
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                visitor, _ = listener.accept()
+            except OSError:
+                return
+            self._network.adopt(visitor, self._factory)
+
+    def _close_sockets(self) -> None:
+        sockets, self.sockets = self.sockets, []
+        for listener in sockets:
+            listener.close()

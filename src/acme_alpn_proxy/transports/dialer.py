@@ -1,0 +1,202 @@
+"""Connecting to a numeric address."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from ipaddress import ip_address
+from socket import SocketType
+from typing import Any, Final
+
+from twisted.internet.error import UserError, getConnectError
+from twisted.internet.interfaces import IAddress, IConnector
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..interfaces import ITarget
+from .connection import Connection
+from .deadlines import DeadlineQueue, Unanswered
+from .poller import Poller, RetryQueue
+from .sockets import TargetFactory, tune, twisted_address
+
+_WRITE: Final = select.EPOLLOUT
+_NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def _is_connected(sock: SocketType) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+@implementer(ITarget)
+class Dialer:
+    """Connects to one numeric address."""
+
+    def __init__(
+        self,
+        poller: Poller,
+        retries: RetryQueue,
+        deadlines: DeadlineQueue[Connector],
+        family: int,
+        address: Any,
+    ) -> None:
+        """
+        @param deadlines: made with L{Connector.expire}.
+        @param address: as the socket module has it.
+        """
+        self.poller = poller
+        self.retries = retries
+        self.deadlines = deadlines
+        self.destination = twisted_address(address)
+        self._is_near = ip_address(self.destination.host).is_loopback
+        self._family = family
+        self._address = address
+
+    def connect(self, factory: TargetFactory, first: bytes = b"") -> Connector | None:
+        sock, problem, sent = self.dial(first)
+        if not problem:
+            factory.sent_ahead = sent
+            self.establish(sock, factory.buildProtocol(self.destination))
+            return None
+        connector = Connector(self, factory)
+        connector.take(sock, problem)
+        return connector
+
+    def dial(self, first: bytes = b"") -> tuple[Any, int | None, int]:
+        """Make a socket, connect it, and send C{first}, if all this takes no waiting.
+
+        @return: the socket, if there can be one; what hinders its connection, an C{errno} or 0
+            (C{EINPROGRESS}: nothing but time); and how much of C{first} was sent.
+        """
+        sock = None
+        try:
+            sock = SocketType(self._family, _NON_BLOCKING)
+            # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            problem = sock.connect_ex(self._address)
+            if problem and problem != errno.EINPROGRESS:
+                return sock, problem, 0
+            # Over loopback it is connected all the same. To try is cheaper than to wait, and the
+            # target has something to do while the rest is made here.
+            return sock, 0, sock.send(first)
+        except BlockingIOError:
+            return sock, errno.EINPROGRESS, 0
+        except OSError as error:
+            return sock, error.errno, 0
+
+    def establish(self, sock: SocketType, protocol: Any) -> Connection | None:
+        """Give a connected socket its protocol, if it is to have one."""
+        if protocol is None:
+            sock.close()
+            return None
+        tune(sock, is_near=self._is_near)
+        connection = Connection(self.poller, sock, self._address, protocol)
+        connection.begin(read=False)
+        return connection
+
+
+@implementer(IConnector)
+class Connector:
+    """An attempt to connect that has to wait; it ends in a protocol or in
+    C{clientConnectionFailed}."""
+
+    __slots__ = ("_connection", "_dialer", "_factory", "_pending", "_registered", "_socket")
+
+    def __init__(self, dialer: Dialer, factory: TargetFactory) -> None:
+        self._dialer = dialer
+        self._factory = factory
+        self._pending = self._registered = False
+        self._socket: SocketType | None = None
+        self._connection: Connection | None = None
+
+    def connect(self) -> None:
+        self.take(*self._dialer.dial()[:2])
+
+    def take(self, sock: SocketType | None, problem: int | None) -> None:
+        """Go on with what L{Dialer.dial} has given."""
+        self._pending = True
+        self._dialer.deadlines.add(self)
+        self._judge(sock, problem)
+
+    def getDestination(self) -> IAddress:
+        return self._dialer.destination
+
+    def stopConnecting(self) -> None:
+        self._fail(UserError())
+
+    def disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.loseConnection()
+        else:
+            self.stopConnecting()
+
+    def expire(self) -> None:
+        """There was no answer in time."""
+        self._fail(Unanswered(f"no answer within {self._dialer.deadlines.seconds:g} s"))
+
+    def ready(self, events: int) -> None:
+        if self._socket is None:
+            return
+        problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem or _is_connected(
+            self._socket
+        ):  # otherwise another connection's event: see Poller.forget
+            self._judge(self._leave_poller(), problem)
+
+    def connectionLost(self, reason: Failure) -> None:
+        self._fail(reason.value)
+
+    def _retry(self) -> None:
+        if self._pending:
+            self._judge(*self._dialer.dial()[:2])
+
+    def _judge(self, sock: SocketType | None, problem: int | None) -> None:
+        self._socket = sock
+        if problem == errno.EINPROGRESS:
+            assert sock is not None
+            self._dialer.poller.add(sock.fileno(), self, _WRITE)
+            self._registered = True
+        elif problem:
+            error = OSError(problem, os.strerror(problem))
+            if problem in _SHORT:
+                self._close()
+                self._dialer.retries.report(error)
+                self._dialer.retries.add(self._retry)
+            else:
+                self._fail(getConnectError(error))
+        else:
+            assert sock is not None
+            protocol = self._factory.buildProtocol(self._dialer.destination)
+            self._end()
+            self._socket = None
+            self._connection = self._dialer.establish(sock, protocol)
+
+    def _fail(self, problem: BaseException | None) -> None:
+        if self._pending:
+            self._end()
+            self._close()
+            self._factory.clientConnectionFailed(self, Failure(problem))
+
+    def _end(self) -> None:
+        self._pending = False
+        self._dialer.deadlines.discard(self)
+
+    def _close(self) -> None:
+        sock = self._leave_poller()
+        self._socket = None
+        if sock is not None:
+            sock.close()
+
+    def _leave_poller(self) -> SocketType | None:
+        if self._registered:
+            assert self._socket is not None
+            self._registered = False
+            self._dialer.poller.remove(self._socket.fileno())
+        return self._socket

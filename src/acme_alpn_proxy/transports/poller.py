@@ -1,0 +1,165 @@
+"""One epoll(7) for all lean descriptors, and a queue for what failed when these were short."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..host.descriptors import ReadDescriptor
+from .interfaces import IPoller, IPollerHost
+
+_log = Logger()
+
+_EVENTS: Final = 256
+
+_LOOKS: Final = 8
+"""How many times a poller that is one of the reactor's readers polls at each turn of the reactor:
+the next event often comes at once, and a turn of the reactor costs more than a poll."""
+
+_RETRY: Final = 0.1
+
+
+class Handler(Protocol):
+    """What is in a L{Poller}."""
+
+    def ready(self, events: int) -> None:
+        """epoll(7) reports C{events}; if it has ended meanwhile, it does nothing."""
+
+    def connectionLost(self, reason: Failure) -> None:
+        """C{ready} has raised an exception: end."""
+
+
+@implementer(IPoller)
+class Poller(ReadDescriptor):
+    """One epoll for all lean descriptors.
+
+    It is one of the reactor's descriptors, or the reactor's epoll is one of its own.
+
+    @ivar alone: whether the event that is being handled was the only one.
+    """
+
+    READ = select.EPOLLIN
+    log_prefix = "poller"
+
+    def __init__(self, reactor: Any) -> None:
+        """
+        @param reactor: an C{IReactorFDSet}.
+        """
+        self._reactor = reactor
+        self._handlers: dict[int, Handler] = {}
+        self.alone = False
+
+    def open(self) -> None:
+        """To be called before anything is added."""
+        self._epoll = select.epoll()
+        if IPollerHost.providedBy(self._reactor):
+            self._reactor.invite(self)
+        else:
+            self._reactor.addReader(self)
+
+    def add(self, descriptor: int, handler: Handler, events: int) -> None:
+        """Report C{events}, which are those of epoll(7), EPOLLERR and EPOLLHUP to C{handler}."""
+        self._epoll.register(descriptor, events)
+        self._handlers[descriptor] = handler
+
+    def change(self, descriptor: int, events: int) -> None:
+        """Report C{events} from now on, and those of them that are there already."""
+        self._epoll.modify(descriptor, events)
+
+    def remove(self, descriptor: int) -> None:
+        """Report nothing of C{descriptor} any more."""
+        self._epoll.unregister(descriptor)
+        del self._handlers[descriptor]
+
+    def forget(self, descriptor: int) -> None:
+        """C{descriptor}, whose changes were reported (EPOLLET), is about to be closed.
+
+        The kernel takes it out of the epoll then, unless a process about to be spawned holds a
+        copy. A change of the copy is reported once, to the handler that has the number by then.
+        """
+        del self._handlers[descriptor]
+
+    def close(self) -> None:
+        """Report nothing any more."""
+        if IPollerHost.providedBy(self._reactor):
+            self._reactor.dismiss(self)
+        else:
+            self._reactor.removeReader(self)
+        self._handlers.clear()
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def doRead(self) -> None:
+        for _ in range(_LOOKS):
+            if not self.turn(0) or self._epoll.closed:
+                return
+
+    def turn(self, timeout: float) -> bool:
+        handlers = self._handlers
+        found = self._epoll.poll(timeout, _EVENTS)
+        self.alone = len(found) == 1
+        for descriptor, events in found:
+            handler = handlers.get(descriptor)
+            if handler is None:  # it has ended meanwhile
+                continue
+            try:
+                handler.ready(events)
+            except Exception:
+                reason = Failure()
+                _log.failure("Error in a connection", reason)
+                handler.connectionLost(reason)
+        return bool(found)
+
+
+class RetryQueue:
+    """What failed for want of descriptors or memory, and is tried again a little later.
+
+    @ivar waiting: what is to be called then, in order.
+    @ivar reported: whether the shortage has been logged, and is not known to be over.
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self.reported = False
+        self._timer: Any = None
+        self.waiting: list[Callable[[], None]] = []
+
+    def add(self, retry: Callable[[], None]) -> None:
+        """Call C{retry()} in a tenth of a second."""
+        self.waiting.append(retry)
+        if self._timer is None:
+            self._timer = self._clock.callLater(_RETRY, self._retry)
+
+    def report(self, problem: OSError) -> None:
+        """Log one line for each shortage."""
+        if not self.reported:
+            self.reported = True
+            _log.warn(
+                "New connections wait: {problem}; is the limit on open files (ulimit -n) too low?",
+                problem=problem.strerror,
+            )
+
+    def over(self) -> None:
+        """Every visitor that waited has been accepted."""
+        self.reported = False
+
+    def close(self) -> None:
+        """Forget them all."""
+        self.waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _retry(self) -> None:
+        self._timer = None
+        waiting, self.waiting = self.waiting, []
+        for retry in waiting:
+            retry()

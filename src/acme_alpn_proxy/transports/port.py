@@ -1,0 +1,186 @@
+"""Accepting connections from a listening socket, and taking over those that were accepted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from socket import SocketType
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IAddress, IListeningPort, IPushProducer
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .connection import DONE, Connection
+from .poller import Poller, RetryQueue
+from .sockets import tune, twisted_address
+
+_log = Logger()
+
+_READ: Final = select.EPOLLIN
+
+_ACCEPTS: Final = 32
+"""Connections accepted before others get their turn."""
+
+_INFO_SIZE: Final = 28
+"""Bytes of C{struct tcp_info} (<linux/tcp.h>) up to and with C{tcpi_unacked}, which is the number
+of those who wait to be accepted if the socket listens (tcp_get_info in net/ipv4/tcp.c)."""
+
+
+_backlog: Final = struct.Struct("I").unpack_from
+
+
+_VISITOR_GONE: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.EOPNOTSUPP,
+    }
+)
+"""accept(2): errors of the connection that would have been accepted."""
+
+
+def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
+    """Take over a connection that the caller has accepted."""
+    sock = SocketType(visitor.family, visitor.type, visitor.proto, visitor.detach())
+    tune(sock)
+    try:
+        address = sock.getpeername()
+    except OSError:  # the visitor has left
+        sock.close()
+    else:
+        _take(poller, sock, address, factory)
+
+
+def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
+    """Give an accepted socket its protocol, and that what has come by now."""
+    try:
+        protocol = factory.buildProtocol(twisted_address(address))
+    except Exception:
+        _log.failure("Error in a factory")
+        protocol = None
+    if protocol is None:
+        sock.close()
+    else:
+        Connection(poller, sock, address, protocol).begin(read=True)
+
+
+@implementer(IListeningPort, IPushProducer)
+class Port:
+    """Accepts from a listening socket, which stays its owner's, into the factory's protocols.
+
+    As a producer of connections it can be paused: who comes then waits in the backlog.
+    """
+
+    def __init__(
+        self, poller: Poller, retries: RetryQueue, listener: socket.socket, factory: Factory
+    ) -> None:
+        """
+        @param listener: non-blocking.
+        """
+        self._poller = poller
+        self._retries = retries
+        self._family = listener.family
+        # socket.accept makes an object of Python's; this is the one of C under it.
+        self._socket = SocketType(
+            listener.family, listener.type, listener.proto, os.dup(listener.fileno())
+        )
+        self._socket.setblocking(False)
+        self._factory = factory
+        self._listening = False
+        self._paused = False
+        self._waiting = False
+
+    def startListening(self) -> None:
+        tune(self._socket)  # on Linux what it accepts inherits this
+        self._factory.doStart()
+        self._poller.add(self._socket.fileno(), self, _READ)
+        self._listening = True
+
+    def stopListening(self) -> Deferred[None]:
+        self.connectionLost(DONE)
+        return succeed(None)
+
+    def connectionLost(self, reason: Failure) -> None:
+        if self._listening:
+            self._listening = False
+            self._poller.remove(self._socket.fileno())
+            self._socket.close()
+            self._factory.doStop()
+
+    def getHost(self) -> IAddress:
+        return twisted_address(self._socket.getsockname())
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+        self._update()
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        self._update()
+
+    def stopProducing(self) -> None:
+        self.stopListening()
+
+    def _update(self) -> None:
+        if self._listening:
+            idle = self._paused or self._waiting
+            self._poller.change(self._socket.fileno(), select.EPOLLET if idle else _READ)
+
+    def _wait(self) -> None:
+        self._waiting = True
+        self._update()
+        self._retries.add(self._go_on)
+
+    def _go_on(self) -> None:
+        self._waiting = False
+        self._update()
+
+    def ready(self, events: int) -> None:
+        if not self._accept() or not self._listening:
+            return
+        if self._poller.alone and not self._retries.reported:
+            return  # nobody else has come, most likely; else there is the next look
+        # How many more wait is asked when the first is on his way, and for a tenth of what an
+        # accept(2) in vain takes.
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+        (more,) = _backlog(info, _INFO_SIZE - 4)
+        for _ in range(min(more, _ACCEPTS)):
+            if not self._accept():
+                return
+        if more <= _ACCEPTS:
+            self._retries.over()
+
+    def _accept(self) -> bool:
+        """Accept one visitor; whether the next one may be."""
+        if self._paused or not self._listening:
+            return False
+        if self._retries.waiting:  # a visitor that was accepted before comes first
+            self._wait()
+            return False
+        try:
+            descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
+        except BlockingIOError:
+            return False
+        except OSError as problem:
+            if problem.errno in _VISITOR_GONE:
+                return True
+            self._retries.report(problem)
+            self._wait()
+            return False
+        sock = SocketType(self._family, socket.SOCK_STREAM, 0, descriptor)
+        _take(self._poller, sock, address, self._factory)
+        return True
