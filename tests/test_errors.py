@@ -1,19 +1,33 @@
-"""What the documents say of errors, against the source."""
+"""The document's table of errors, against the texts that the source makes."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import os
+import pkgutil
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import acme_alpn_proxy
+from acme_alpn_proxy.interfaces import Result
 
 from .documents import ROOT
-from .test_house import MODULES, PACKAGE
 
-ERRORS = ("StartError", "AlreadyRunning", "CannotRun", "Unusable")
+ERRORS = ("StartError", "CannotRun", "Unusable")
 SYSEXITS = {f"os.{name}": getattr(os, name) for name in dir(os) if name.startswith("EX_")}
 PLACEHOLDER = "X"
+
+MADE_ELSEWHERE = {
+    "result.failure": Result(("COMMAND",), cast(int, "NUMBER"), "OUTPUT").failure,
+}
+"""Texts that other places make: what they make of placeholders, by the expression for them."""
+
+MODULES = [
+    found.name for found in pkgutil.walk_packages(acme_alpn_proxy.__path__, "acme_alpn_proxy.")
+]
 
 Rows = dict[str, set[str]]
 """Statuses by line, in which placeholders and other words in capitals are all the same."""
@@ -23,39 +37,49 @@ def alike(line: str) -> str:
     return re.sub(r"[A-Z][A-Z0-9_]+", PLACEHOLDER, line)
 
 
-def text_of(node: ast.Constant | ast.JoinedStr, names: dict[str, object]) -> str:
-    """A literal's text, with constants of its module in their places."""
-    text = ""
-    for part in node.values if isinstance(node, ast.JoinedStr) else [node]:
-        if isinstance(part, ast.Constant):
-            text += str(part.value)
-        elif isinstance(part, ast.FormattedValue):
-            known = names.get(ast.unparse(part.value))
-            text += known if isinstance(known, str) else PLACEHOLDER
-    return text
+def text_of(node: ast.expr, names: dict[str, object]) -> str:
+    """What an expression makes of placeholders; constants of its module are in their places."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part, names) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value, names)
+    expression = ast.unparse(node)
+    known = names.get(expression, MADE_ELSEWHERE.get(expression))
+    return known if isinstance(known, str) else PLACEHOLDER
 
 
-def raised(module: str) -> Iterator[tuple[str, str]]:
+def arguments(tree: ast.Module) -> Iterator[list[ast.expr]]:
+    """What each error is made of: where it is raised, or in the class that makes its text.
+
+    An error that another process told is made there: its arguments come as one starred value.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and "StartError" in map(ast.unparse, node.bases):
+            calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
+            yield from (each.args for each in calls if ast.unparse(each.func) == "super().__init__")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
+            if not isinstance(node.args[0], ast.Starred):
+                yield node.args
+
+
+def made_by(module: str) -> Iterator[tuple[str, str]]:
     """Each error that a module makes: its line, and its status if that is a constant."""
-    names = vars(importlib.import_module(f"{PACKAGE}.{module}"))
-    constants = {name: value for name, value in names.items() if name.isupper()}
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
-            text, *status = node.args
-            assert isinstance(text, ast.Constant | ast.JoinedStr), f"{module}: no literal"
-            known = SYSEXITS | constants
-            yield (
-                text_of(text, constants),
-                "".join(str(known.get(ast.unparse(each), "")) for each in status),
-            )
+    loaded = importlib.import_module(module)
+    constants = {name: value for name, value in vars(loaded).items() if name.isupper()}
+    known = SYSEXITS | constants
+    assert loaded.__file__ is not None
+    for text, *status in arguments(ast.parse(Path(loaded.__file__).read_text())):
+        statuses = (str(known.get(ast.unparse(each), "")) for each in status)
+        yield text_of(text, constants), "".join(statuses)
 
 
 def in_the_source() -> Rows:
     found: Rows = {}
     for module in MODULES:
-        if module:
-            for line, status in raised(module):
-                found.setdefault(alike(line), set()).update({status} - {""})
+        for line, status in made_by(module):
+            found.setdefault(alike(line), set()).update({status} - {""})
     return found
 
 
@@ -80,6 +104,6 @@ def test_status() -> None:
 
 
 def test_cause_and_remedy() -> None:
-    """A line is one, and has the remedy behind the cause."""
+    """A line is one, and has the remedy after the cause."""
     lines = [line for line in in_the_source() if not line.startswith("already running")]
     assert [line for line in lines if "\n" in line or "; " not in line] == []
