@@ -13,6 +13,8 @@ from zope.interface import implementer
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IStreamClientEndpoint
 
+    from .interfaces import Reactor
+
 # Twisted's endpoints take longer to import than a command like C{status} takes in all: they are
 # imported where they are needed.
 
@@ -67,7 +69,7 @@ class Address:
             return self.text
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def endpoint(self, reactor: Any, timeout: float) -> IStreamClientEndpoint:
+    def endpoint(self, reactor: Reactor, timeout: float) -> IStreamClientEndpoint:
         """A way to connect there; C{timeout} in seconds holds for each address of a host name."""
         from twisted.internet.endpoints import (
             HostnameEndpoint,

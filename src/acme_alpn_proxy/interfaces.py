@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         IDelayedCall,
         IListeningPort,
         IProcessProtocol,
+        IProtocolFactory,
         IReadDescriptor,
     )
     from twisted.internet.protocol import Factory
@@ -101,6 +102,10 @@ class Reactor(Protocol):
     def addSystemEventTrigger(
         self, phase: str, event: str, function: Callable[..., Any], /
     ) -> object: ...
+    def listenTCP(
+        self, port: int, factory: IProtocolFactory, /, *, interface: str
+    ) -> IListeningPort: ...
+    def run(self) -> None: ...
     def stop(self) -> None: ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from twisted.application.service import IService
 
@@ -134,7 +134,7 @@ def makeService(options: Options) -> ProxyService | Program:
     """
     from twisted.internet import reactor as installed
 
-    reactor: Any = installed
+    reactor = cast(Reactor, installed)
     twistd: Any = getattr(options, "parent", None)
     if twistd is None:
         return make_proxy(options, reactor)

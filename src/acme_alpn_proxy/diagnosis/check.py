@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, cast
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import ConnectionRefusedError as NobodyListens
@@ -279,7 +279,7 @@ def check_this_host(options: ConsoleOptions, pidfile: PIDFile) -> bool:
     """Check, and print what was found. Whether nothing failed."""
     from twisted.internet import reactor as installed
 
-    reactor: Any = installed
+    reactor = cast(Reactor, installed)
 
     checks: list[Check] = []
     failures: list[Failure] = []

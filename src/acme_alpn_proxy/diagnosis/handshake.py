@@ -13,6 +13,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from ..addresses import Address
+from ..interfaces import Reactor
 from .hellos import TLS_ANSWERS, server_name, tls_client
 
 HANDSHAKE_DEADLINE: Final = 10.0
@@ -68,7 +69,7 @@ class Handshake(Protocol):
 
 @inlineCallbacks
 def handshake(
-    reactor: Any, target: Address, patience: float, *alpn: str
+    reactor: Reactor, target: Address, patience: float, *alpn: str
 ) -> Generator[Deferred[Any], Any, str | None]:
     """Connect and shake hands, as a client that asks for this host's name.
 

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
-from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks, maybeDeferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
@@ -27,7 +28,7 @@ from ..errors import StartError
 from ..firewall.interfacerules import names_interfaces
 from ..host.facts import has_ipv6, new_interfaces_have_ipv6
 from ..host.processes import commands_for
-from ..interfaces import ICommands
+from ..interfaces import ICommands, Reactor
 from ..options import PORT
 from ..program import Program
 from ..proxy.protocols import ProxyServerFactory
@@ -51,7 +52,7 @@ _RECORD_HEADER: Final = 5
 Tell: TypeAlias = Callable[[Finding], None]
 """Reports a finding."""
 
-Probe: TypeAlias = Callable[[Any, Mapping[str, Any], Tell], "Deferred[None]"]
+Probe: TypeAlias = Callable[[Reactor, Mapping[str, Any], Tell], "Deferred[None]"]
 NamesInterfaces: TypeAlias = Callable[[ICommands, int], "Deferred[bool]"]
 
 
@@ -231,7 +232,7 @@ def _log_told(tell: Tell) -> Iterator[None]:
 
 @inlineCallbacks
 def probe(
-    reactor: Any,
+    reactor: Reactor,
     options: Mapping[str, Any],
     tell: Tell,
     names: NamesInterfaces = names_interfaces,
@@ -266,7 +267,7 @@ def probe(
 
 @inlineCallbacks
 def _steer_and_dial(
-    reactor: Any,
+    reactor: Reactor,
     options: Mapping[str, Any],
     namespace: Namespace,
     tell: Tell,
@@ -282,7 +283,8 @@ def _steer_and_dial(
             f"cannot listen on 127.0.0.1: {problem.socketError}; see whether lo is up (ip address"
             " show lo)"
         ) from None
-    options = {**options, "alpn": parse_address(f"127.0.0.1:{port.getHost().port}")}
+    where = cast(IPv4Address, port.getHost())
+    options = {**options, "alpn": parse_address(f"{where.host}:{where.port}")}
     met: list[_NotingFactory] = []
 
     def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:
@@ -301,7 +303,7 @@ def _steer_and_dial(
         finally:
             yield proxy.stopService()
     finally:
-        yield port.stopListening()
+        yield maybeDeferred(port.stopListening)
     if program.ending:
         raise StartError("interrupted; run it again")
     for caller, call in zip(who, calls, strict=True):

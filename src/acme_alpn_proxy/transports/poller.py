@@ -12,6 +12,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..host.descriptors import ReadDescriptor
+from ..interfaces import Reactor
 from .interfaces import IPoller, IPollerHost
 
 _log = Logger()
@@ -47,10 +48,7 @@ class Poller(ReadDescriptor):
     READ = select.EPOLLIN
     log_prefix = "poller"
 
-    def __init__(self, reactor: Any) -> None:
-        """
-        @param reactor: an C{IReactorFDSet}.
-        """
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._handlers: dict[int, Handler] = {}
         self.alone = False
