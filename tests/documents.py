@@ -22,7 +22,8 @@ def fenced_blocks(document: str) -> dict[str, str]:
     Under one heading the second block is C{document: heading (2)}, and so on.
     """
     blocks: dict[str, str] = {}
-    name, count, block = document, 0, None
+    name, count = document, 0
+    block: list[str] | None = None
     for line in (ROOT / document).read_text().splitlines():
         if line.lstrip().startswith(_FENCE):
             if block is None:

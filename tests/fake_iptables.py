@@ -10,8 +10,7 @@ from socket import socket
 from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
-from acme_alpn_proxy.host.processes import NOT_FOUND, Result
-from acme_alpn_proxy.interfaces import ICommands
+from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, Result
 
 NO_SUCH_RULE = "iptables: Bad rule (does a matching rule exist in that chain?)."
 LOCKED = "Another app is currently holding the xtables lock."

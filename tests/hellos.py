@@ -109,3 +109,7 @@ def padded_message(total: int, *extensions: bytes) -> bytes:
     whole = message(*padding, *extensions)
     assert len(whole) - 4 == total
     return whole
+
+
+ACME_HELLO = openssl_hello(b"acme-tls/1", server_name=b"site.example")
+WEB_HELLO = openssl_hello(b"h2", b"http/1.1", server_name=b"site.example")

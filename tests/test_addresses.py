@@ -9,10 +9,11 @@ import pytest
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.interfaces import IReactorPluggableNameResolver, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
-from twisted.internet.testing import MemoryReactorClock
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.addresses import Address, BadAddress, _no_reactor, parse_address
+
+from .memory import MemoryReactor
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_endpoints(text: str, kind: type[Any]) -> None:
 
 def test_timeout() -> None:
     """The address and the seconds that were given are those that are connected with."""
-    reactor = MemoryReactorClock()
+    reactor = MemoryReactor()
     parse_address("[::1]:443").endpoint(reactor, 7).connect(Factory())
     ((host, port, _, timeout, _),) = reactor.tcpClients
     assert (host, port, timeout) == ("::1", 443, 7)
@@ -101,7 +102,7 @@ def test_timeout() -> None:
 
 def test_endpoint_string() -> None:
     """An endpoint string is connected to as Twisted understands it."""
-    reactor = MemoryReactorClock()
+    reactor = MemoryReactor()
     parse_address("unix:/run/web.sock").endpoint(reactor, 7).connect(Factory())
     assert reactor.unixClients[0][0] == "/run/web.sock"
 
@@ -145,9 +146,9 @@ def test_unknown_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that cannot be looked up, or cannot be a name at all, is not this host."""
     lookup = socket.getaddrinfo
 
-    def offline(name: str, *rest: Any, **named: Any) -> Any:
+    def offline(name: str, port: int, **named: Any) -> Any:
         name.encode("idna")  # as the real one does first
-        return lookup(name, *rest, flags=socket.AI_NUMERICHOST, **named)
+        return lookup(name, port, **(named | {"flags": socket.AI_NUMERICHOST}))
 
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     assert not parse_address(f"{host}:443").is_local_port(443)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 from twisted.python.usage import UsageError
 
-from acme_alpn_proxy.console import cli
 from acme_alpn_proxy import __version__
+from acme_alpn_proxy.console import cli
 from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions, Unusable
 
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"

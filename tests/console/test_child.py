@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from acme_alpn_proxy.console.child import CANNOT_RUN, NOT_FOUND, CannotRun, run_command
+from acme_alpn_proxy.console.child import CannotRun, run_command
+from acme_alpn_proxy.interfaces import CANNOT_RUN, NOT_FOUND
 
 from ..integration.netns import ready, wait_until
 

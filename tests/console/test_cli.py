@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
+from collections.abc import Mapping
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy.console import cli
-from acme_alpn_proxy.console import daemon
+from acme_alpn_proxy.console import cli, daemon
+from acme_alpn_proxy.console.handover import Report
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
+from acme_alpn_proxy.monitoring.status import SILENT
 from acme_alpn_proxy.options import ConsoleOptions
+
+from .child_processes import assert_was_waited_for, stubborn_process
 
 
 class OwnerFile:
@@ -48,21 +49,6 @@ class CommandCase(SynchronousTestCase):
         options.parseOptions(["--redirect", "none", "--linger", "0", *words])
         return options
 
-    def process(self) -> subprocess.Popen[bytes]:
-        """One that SIGTERM does not end, and that has been told so by now."""
-        line = "trap '' TERM; echo ready; read line"
-        process = subprocess.Popen(
-            ["sh", "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self.addCleanup(process.stdin.close)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        process.stdout.readline()
-        return process
-
     def stop(self, pidfile: OwnerFile, *words: str) -> int:
         return cli.stop(self.options("stop", *words), pidfile)  # type: ignore[arg-type]
 
@@ -87,14 +73,14 @@ class StopTests(CommandCase):
     def test_does_not_let_go(self) -> None:
         """An instance that keeps :443 past the deadline is told of, with where to look."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
-        pid = self.process().pid
+        pid = stubborn_process(self).pid
         with self.assertRaisesRegex(StartError, f"PID {pid} has not let go .* its log says why"):
             self.stop(OwnerFile(pid))
 
     def test_does_not_end(self) -> None:
         """C{stop --wait} does not wait for ever either."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
-        pid = self.process().pid
+        pid = stubborn_process(self).pid
         with self.assertRaisesRegex(
             StartError, f"PID {pid} still has live connections .*; wait on, .*: kill {pid}$"
         ) as refusal:
@@ -102,64 +88,20 @@ class StopTests(CommandCase):
         self.assertEqual(refusal.exception.status, os.EX_TEMPFAIL)
 
 
-class ReportTests(CommandCase):
-    def test_daemon_tells_nothing(self) -> None:
-        """A daemon that does not tell in time is ended, and C{start} says that it failed."""
-        self.patch(cli, "START_DEADLINE", 0.1)
-        process = self.process()
-        ours, theirs = socket.socketpair()
-        with ours, theirs, self.assertRaisesRegex(StartError, "it died before it had started"):
-            cli._await_report(self.options("start"), process.pid, ours)
-        process.returncode = -signal.SIGKILL  # it was waited for
-        with self.assertRaises(ProcessLookupError):
-            os.kill(process.pid, 0)
-
-    def test_process_in_between_hangs(self) -> None:
-        """Should twistd's parent process wait for ever, C{start} ends it when it has succeeded."""
-        self.patch(cli, "RUNNER_DEADLINE", 0.1)
-        process = self.process()
-        ours, theirs = socket.socketpair()
-        self.tell(theirs, None)
-        with ours, theirs:
-            cli._await_report(self.options("start"), process.pid, ours)
-            self.assertEqual(theirs.recv(1), b"1")
-        process.returncode = -signal.SIGKILL  # it was waited for
-        with self.assertRaises(ProcessLookupError):
-            os.kill(process.pid, 0)
-
-    def test_refusal_waits_for_the_end(self) -> None:
-        """A daemon that could not start is let end before its error is told, with its status; and
-        should twistd's parent process wait for ever, nothing is left of that either."""
-        self.patch(cli, "RUNNER_DEADLINE", 0.1)
-        process = self.process()
-        ours, theirs = socket.socketpair()
-        self.tell(theirs, ("no", os.EX_CONFIG), "warning: careful")
-        threading.Timer(0.1, theirs.close).start()
-        with ours, self.assertRaisesRegex(StartError, "no") as refusal:
-            cli._await_report(self.options("start"), process.pid, ours)
-        self.assertEqual(refusal.exception.status, os.EX_CONFIG)
-        self.assertEqual(theirs.fileno(), -1)
-        self.assertEqual(self.stderr.getvalue(), "acme-alpn-proxy: warning: careful\n")
-        process.returncode = -signal.SIGKILL  # it was waited for
-        with self.assertRaises(ProcessLookupError):
-            os.kill(process.pid, 0)
-
-    def tell(self, stream: socket.socket, error: tuple[str, int] | None, *lines: str) -> None:
-        """As the daemon does."""
-        told = {"error": error, "running": False, "lines": lines}
-        stream.sendall(json.dumps(told).encode() + b"\n")
-
-
 class StartTests(CommandCase):
     def test_child(self) -> None:
         """The child of C{start} becomes the daemon, and holds its own end of the socket alone."""
-        made: list[socket.socket] = []
-        pair = socket.socketpair
-        self.patch(socket, "socketpair", lambda: made.extend(pair()) or tuple(made))
+        made = socket.socketpair()
+        self.patch(socket, "socketpair", lambda: made)
         self.patch(os, "fork", lambda: 0)
-        reports: list[daemon.Report] = []
+        reports: list[Report] = []
         self.patch(os, "register_at_fork", lambda **hooks: None)
-        self.patch(daemon, "be_the_daemon", lambda *words: reports.append(words[2]) or 7)
+
+        def be_the_daemon(options: object, pidfile: object, report: Report) -> int:
+            reports.append(report)
+            return 7
+
+        self.patch(daemon, "be_the_daemon", be_the_daemon)
         options = self.options("--logfile", os.devnull, "start")
         with self.assertRaises(SystemExit) as end:
             cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
@@ -168,6 +110,20 @@ class StartTests(CommandCase):
         self.assertIs(reports[0].stream, made[1])
         self.assertFalse(reports[0].keep)
         self.assertEqual(made[0].fileno(), -1)
+
+    def test_died(self) -> None:
+        """A daemon that dies before it tells has its leftovers removed, and C{start} says so."""
+        cleaned: list[None] = []
+        self.patch(cli, "clean_up", lambda options: cleaned.append(None))
+        process = stubborn_process(self)
+        self.patch(os, "fork", lambda: process.pid)
+        options = self.options("--logfile", os.devnull, "start")
+        with self.assertRaisesRegex(
+            StartError, f"^it died before it had started; see {os.devnull}$"
+        ) as refusal:
+            cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
+        self.assertEqual((refusal.exception.status, cleaned), (1, [None]))
+        assert_was_waited_for(self, process)
 
 
 class RunTests(CommandCase):
@@ -198,7 +154,7 @@ class RunTests(CommandCase):
     def test_does_not_let_go(self) -> None:
         """A proxy that keeps :443 is an error even if the command succeeded."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
-        pid = self.process().pid
+        pid = stubborn_process(self).pid
         self.assertEqual(self.run_true(pid), cli.FAILED)
         self.assertRegex(self.stderr.getvalue(), "has not let go")
         self.assertEqual(self.run_true(pid, words=("--", "sh", "-c", "exit 7")), 7)
@@ -207,11 +163,11 @@ class RunTests(CommandCase):
 class SharedRunTests(CommandCase):
     """C{run --shared}, with an instance played by a PID file."""
 
-    def run_shared(self, *answers: dict[str, object]) -> str:
+    def run_shared(self, *answers: Mapping[str, object]) -> str:
         """What the command is told to be its target."""
 
         def running(options: object, pidfile: object) -> None:
-            raise AlreadyRunning("already running as PID 7")
+            raise AlreadyRunning(7, "/nowhere/pid")
 
         told: list[str] = []
         self.patch(cli, "_start_in_background", running)
@@ -230,7 +186,7 @@ class SharedRunTests(CommandCase):
 
     def test_silent(self) -> None:
         """If that one does not answer, it is told what the options say."""
-        self.assertEqual(self.run_shared({"pid": 7, "state": cli.SILENT}), "127.0.0.1:31443")
+        self.assertEqual(self.run_shared({"pid": 7, "state": SILENT}), "127.0.0.1:31443")
 
 
 class Terminal(io.StringIO):
@@ -275,7 +231,7 @@ class MainTests(CommandCase):
     def test_stdout_full(self) -> None:
         """What cannot be printed is one line and a status, not a traceback."""
         self.patch(sys, "stdout", FullDisk())
-        self.assertEqual(cli.main(["--version"]), os.EX_OSERR)
+        self.assertEqual(cli.run_command_line(["--version"]), os.EX_OSERR)
         self.assertRegex(
             self.stderr.getvalue(), r"^acme-alpn-proxy: the system refuses: .*No space.*; look.*\n$"
         )
@@ -283,24 +239,24 @@ class MainTests(CommandCase):
     def test_stderr_full(self) -> None:
         """With a full stderr the exit status is the same."""
         self.patch(sys, "__stderr__", FullDisk())
-        self.assertEqual(cli.main(["restart"]), cli.WRONG_USAGE)
+        self.assertEqual(cli.run_command_line(["restart"]), cli.WRONG_USAGE)
 
     def test_one_line(self) -> None:
         """Whatever is told is one line, even of what has more."""
         self.patch(ConsoleOptions, "environment", {"ACME_ALPN_PROXY_PIDFILE": "/no\nwhere/pid"})
         words = ["--logfile", "/no\nwhere/log", "start"]
-        self.assertEqual(cli.main(words), os.EX_CANTCREAT)
+        self.assertEqual(cli.run_command_line(words), os.EX_CANTCREAT)
         self.assertRegex(self.stderr.getvalue(), r"^[^\n]* /no where/log: No such file[^\n]*\n$")
 
     def test_unusable(self) -> None:
         """What an option asks for and is not there has a status of its own, and no usage to see."""
-        self.assertEqual(cli.main(["--uid", "no-such", "start"]), os.EX_NOUSER)
+        self.assertEqual(cli.run_command_line(["--uid", "no-such", "start"]), os.EX_NOUSER)
         self.assertRegex(self.stderr.getvalue(), "^acme-alpn-proxy: --uid 'no-such': .*passwd\n$")
 
     def test_no_stderr(self) -> None:
         """With stderr closed nothing is said, and the exit status is the same."""
         self.patch(sys, "__stderr__", None)
-        self.assertEqual(cli.main(["restart"]), cli.WRONG_USAGE)
+        self.assertEqual(cli.run_command_line(["restart"]), cli.WRONG_USAGE)
 
     def test_sigint(self) -> None:
         """SIGINT ends a command at once; where it is ignored it stays so."""
@@ -309,15 +265,5 @@ class MainTests(CommandCase):
             (signal.SIG_IGN, signal.SIG_IGN),
         ):
             signal.signal(signal.SIGINT, before)
-            cli.main(["restart"])
+            cli.run_command_line(["restart"])
             self.assertEqual(signal.getsignal(signal.SIGINT), after)
-
-    def test_as_a_module(self) -> None:
-        """C{python -m acme_alpn_proxy.console.cli} is the console script too."""
-        done = subprocess.run(
-            [sys.executable, "-m", "acme_alpn_proxy.console.cli", "--version"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        self.assertRegex(done.stdout, r"^acme-alpn-proxy \d")

@@ -1,98 +1,32 @@
-"""The daemon's report to C{start}."""
+"""The proxy's own process: its errors, its end, its user."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.testing import MemoryReactor
-from twisted.logger import LogLevel, globalLogPublisher
+from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.console import daemon
+from acme_alpn_proxy.console.daemon import CallerWatch
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
-from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.host.pidfile import NoPIDFile
+from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.program import Program
+
+from ..memory import MemoryReactor
+from .report_case import ReportCase
 
 
-class ReportCase(SynchronousTestCase):
-    """A report, and what C{start} gets of it."""
-
-    def setUp(self) -> None:
-        self.ours, self.theirs = socket.socketpair()
-        self.addCleanup(self.ours.close)
-        self.addCleanup(self.theirs.close)
-        # A hook of a process's forks is there for good: those of the tests' own come to nothing.
-        self.patch(os, "register_at_fork", self.remember)
-        self.report = daemon.Report(self.theirs)
-
-    def remember(self, *, after_in_parent: Any, after_in_child: Any) -> None:
-        self.after_fork_in_parent = after_in_parent
-        self.after_fork_in_child = after_in_child
-
-    def told(self) -> Any:
-        return json.loads(self.ours.makefile("rb").readline())
-
-
-class ReportTests(ReportCase):
-    def test_started(self) -> None:
-        """C{start} hears that it went well, and what was warned of; it answers."""
-        self.ours.sendall(b"1")
-        self.report.lines.append("careful")
-        self.assertTrue(self.report.started())
-        self.assertEqual(self.told(), {"error": None, "running": False, "lines": ["careful"]})
-
-    def test_nobody_listens(self) -> None:
-        """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
-        self.ours.close()
-        self.assertFalse(self.report.started())
-        self.report.failed(StartError("no"))
-
-    def test_process_left_behind(self) -> None:
-        """A process that twistd leaves behind when it forks lets go of the socket."""
-        self.after_fork_in_parent()
-        self.assertEqual(self.ours.recv(1), b"")
-
-    def test_forks_of_the_daemon(self) -> None:
-        """Behind twistd's two forks it is the daemon, which forks for commands and keeps it."""
-        self.after_fork_in_child()
-        self.after_fork_in_child()
-        self.after_fork_in_parent()
-        self.report.failed(StartError("no", os.EX_CONFIG))
-        self.assertEqual(
-            self.told(), {"error": ["no", os.EX_CONFIG], "running": False, "lines": []}
-        )
-        self.ours.setblocking(False)
-        with self.assertRaises(BlockingIOError):
-            self.ours.recv(1)
-
-    def test_leash(self) -> None:
-        """To C{run} the socket stays open, once it has heard."""
-        self.report.keep = True
-        self.ours.sendall(b"1")
-        self.assertTrue(self.report.started())
-        self.told()
-        self.ours.setblocking(False)
-        with self.assertRaises(BlockingIOError):
-            self.ours.recv(1)
-
-    def test_leash_to_nobody(self) -> None:
-        """If C{run} was killed meanwhile it is closed."""
-        self.report.keep = True
-        self.ours.close()
-        self.assertFalse(self.report.started())
-        self.assertEqual(self.theirs.fileno(), -1)
-
-
-class LeashTests(SynchronousTestCase):
+class CallerWatchTests(SynchronousTestCase):
     """The end of C{run}."""
 
     def setUp(self) -> None:
@@ -102,42 +36,42 @@ class LeashTests(SynchronousTestCase):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(theirs.close)
-        self.leash = daemon._Leash(self.reactor, self.program, theirs)  # type: ignore[arg-type]
-        self.leash.hold()
+        self.watch = CallerWatch(self.reactor, cast(Program, self.program), theirs)
+        self.watch.begin()
 
     def end(self) -> None:
         self.ends += 1
 
     def test_ends(self) -> None:
         """It stops the proxy, once."""
-        self.assertTrue(verifyObject(IReadDescriptor, self.leash))
-        self.assertEqual(self.reactor.getReaders(), [self.leash])
-        self.assertGreater(self.leash.fileno(), 0)
-        self.leash.doRead()
+        self.assertTrue(verifyObject(IReadDescriptor, self.watch))
+        self.assertEqual(self.reactor.getReaders(), [self.watch])
+        self.assertGreater(self.watch.fileno(), 0)
+        self.watch.doRead()
         self.assertEqual(self.ends, 1)
         self.assertEqual(self.reactor.getReaders(), [])
 
     def test_stops_already(self) -> None:
         """It does not hurry a proxy that stops: its visitors are served on."""
         self.program.ending = True
-        self.leash.doRead()
+        self.watch.doRead()
         self.assertEqual(self.ends, 0)
 
     def test_reactor_ends(self) -> None:
         """That the reactor ends first is no matter."""
-        self.leash.connectionLost(Failure(CONNECTION_DONE))
-        self.assertEqual((self.leash.logPrefix(), self.ends), ("leash", 0))
+        self.watch.connectionLost(Failure(CONNECTION_DONE))
+        self.assertEqual((self.watch.logPrefix(), self.ends), ("caller watch", 0))
 
 
 class DaemonTests(ReportCase):
     """What becomes of errors in the daemon."""
 
     def daemon(self, problem: Exception | None = None) -> int:
-        def run(*args: object) -> None:
+        def serve(*args: object) -> None:
             if problem is not None:
                 raise problem
 
-        self.patch(daemon, "run", run)
+        self.patch(daemon, "serve", serve)
         self.patch(daemon, "_drop_descriptors", lambda keep: None)
         self.addCleanup(globalLogPublisher.removeObserver, self.report)
         options = ConsoleOptions()
@@ -151,9 +85,10 @@ class DaemonTests(ReportCase):
 
     def test_already_running(self) -> None:
         """That an instance runs already is told as such."""
-        self.assertEqual(self.daemon(AlreadyRunning("as PID 7")), 1)
+        self.assertEqual(self.daemon(AlreadyRunning(7, "/run/pid")), 1)
         told = self.told()
-        self.assertEqual((told["error"][0], told["running"]), ("as PID 7", True))
+        self.assertEqual(told["error"][0], "already running as PID 7 (/run/pid)")
+        self.assertEqual(told["running"], [7, "/run/pid"])
 
     def test_internal_error(self) -> None:
         """A defect of ours is one line too, and names the log; the traceback goes there."""
@@ -228,42 +163,3 @@ class StartedTests(SynchronousTestCase):
         """It does not say that it steers when a signal has come that ends it."""
         self.assertEqual(self.start(ending=True, heard=True), 0)
         self.assertEqual(self.ends, 0)
-
-
-class ServiceManagerTests(SynchronousTestCase):
-    """What systemd is told."""
-
-    def setUp(self) -> None:
-        self.told: list[dict[str, object]] = []
-        self.patch(daemon, "notify", lambda environment, **fields: self.told.append(fields))
-        self.program = SimpleNamespace(ending=False)
-        self.manager = daemon.ServiceManager(self.program, 1.5)  # type: ignore[arg-type]
-
-    def test_start_and_stop(self) -> None:
-        """It is told when the proxy steers, by which process, and how long a stop may take."""
-        self.manager.startService()
-        self.manager.stopService()
-        self.assertEqual(
-            self.told,
-            [
-                {"READY": 1, "MAINPID": os.getpid()},
-                {"STOPPING": 1, "EXTEND_TIMEOUT_USEC": 1_500_000},
-            ],
-        )
-
-    def test_signalled_meanwhile(self) -> None:
-        """It is not told that the proxy is ready when a signal has come that ends it."""
-        self.program.ending = True
-        self.manager.startService()
-        self.assertEqual(self.told, [])
-
-    def log(self, namespace: str | None) -> None:
-        event = {"log_level": LogLevel.info, "log_format": "Draining {count}", "count": 2}
-        self.manager({**event, "log_namespace": namespace})
-
-    def test_status(self) -> None:
-        """What the service logs of itself is its status; what others log is not."""
-        self.log(None)
-        self.log("acme_alpn_proxy.proxy.protocols.ProxyServer")
-        self.log("acme_alpn_proxy.service.ProxyService")
-        self.assertEqual(self.told, [{"STATUS": "Draining 2"}])

@@ -6,10 +6,16 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from twisted.logger import LogLevel
+from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy.console.systemd import notify
+from acme_alpn_proxy.console import systemd
+from acme_alpn_proxy.console.systemd import ServiceManager, notify
+from acme_alpn_proxy.program import Program
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -60,3 +66,40 @@ def test_manager_that_does_not_read(
         fill_the_queue()
     notify({"NOTIFY_SOCKET": name}, READY=1)
     assert listener.recv(4096) == b"X=1"
+
+
+class ServiceManagerTests(SynchronousTestCase):
+    """What systemd is told."""
+
+    def setUp(self) -> None:
+        self.told: list[dict[str, object]] = []
+        self.patch(systemd, "notify", lambda environment, **fields: self.told.append(fields))
+        self.program = SimpleNamespace(ending=False)
+        self.manager = ServiceManager(cast(Program, self.program), 1.5)
+
+    def test_start_and_stop(self) -> None:
+        """It is told when the proxy steers, by which process, and how long a stop may take."""
+        self.manager.startService()
+        self.manager.stopService()
+        self.assertEqual(
+            self.told,
+            [
+                {"READY": 1, "MAINPID": os.getpid()},
+                {"STOPPING": 1, "EXTEND_TIMEOUT_USEC": 1_500_000},
+            ],
+        )
+
+    def test_signalled_meanwhile(self) -> None:
+        """It is not told that the proxy is ready when a signal has come that ends it."""
+        self.program.ending = True
+        self.manager.startService()
+        self.assertEqual(self.told, [])
+
+    def test_status(self) -> None:
+        """What is logged as the service's status is its status; all else that is logged is not."""
+        event = {"log_level": LogLevel.info, "log_format": "Draining {count}", "count": 2}
+        self.manager(event)
+        self.manager(event | {"is_status": False})
+        self.assertEqual(self.told, [])
+        self.manager(event | {"is_status": True})
+        self.assertEqual(self.told, [{"STATUS": "Draining 2"}])

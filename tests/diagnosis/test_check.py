@@ -10,45 +10,40 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectError, ReactorNotRunning
-from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
+from twisted.internet.error import ConnectionRefusedError as NobodyListens
 from twisted.logger import globalLogBeginner
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.diagnosis import check
-from acme_alpn_proxy.addresses import parse_address
-from acme_alpn_proxy.diagnosis.check import Check, Handshake
-from acme_alpn_proxy.host.processes import NOT_FOUND
-from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.diagnosis.check import Check
 from acme_alpn_proxy.diagnosis.finding import Finding, Level
+from acme_alpn_proxy.diagnosis.handshake import OnlyAlert
+from acme_alpn_proxy.diagnosis.probe import Tell
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.firewall import xtables
+from acme_alpn_proxy.interfaces import NOT_FOUND
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.redirects.guard import claim_redirect
 
 from ..fake_iptables import FakeIptables
-from ..integration.pki import Authority
+from ..memory import MemoryReactor
+from .folders import folder_for
 
 LEFTOVER = "-p tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports 21443"
 DEAD_KEEPER = ["-m", "comment", "--comment", "acme-alpn-proxy keeper 1 1"]
 
 
-def folder_for(case: SynchronousTestCase) -> Path:
-    """A folder of the test's own."""
-    folder = TemporaryDirectory()
-    case.addCleanup(folder.cleanup)
-    return Path(folder.name)
-
-
 class OwnerFile:
     """A PID file whose owner is known."""
+
+    path = "/nowhere/pid"
 
     def __init__(self, owner: int | StartError | None = None) -> None:
         self._owner = owner
@@ -73,11 +68,11 @@ class CheckCase(SynchronousTestCase):
         self.commands = Waiting()
         self.pidfile = OwnerFile()
         self.handshakes: dict[str, Any] = {"127.0.0.1:443": None}
-        self.probed: list[ConsoleOptions] = []
+        self.probed: list[Mapping[str, Any]] = []
         self.patch(check, "handshake", self.handshake)
         self.patch(check, "has_ipv6", lambda: True)
         self.patch(check, "port_is_free", lambda port: True)
-        self.patch(check, "may_administer_network", lambda: True)
+        self.patch(xtables, "may_administer_network", lambda: True)
         self.refusals: dict[str, StartError] = {}
         self.patch(check, "make_redirect", self.make_redirect)
 
@@ -89,11 +84,11 @@ class CheckCase(SynchronousTestCase):
 
     def handshake(self, reactor: Any, target: Any, patience: float, *alpn: str) -> Deferred[Any]:
         if target.text not in self.handshakes:
-            return fail(check.NobodyListens())
+            return fail(NobodyListens())
         result = self.handshakes[target.text]
         return fail(result) if isinstance(result, Exception) else succeed(result)
 
-    def probe(self, reactor: Any, options: ConsoleOptions, tell: check.Tell) -> Deferred[None]:
+    def probe(self, reactor: Any, options: Mapping[str, Any], tell: Tell) -> Deferred[None]:
         self.probed.append(options)
         return succeed(None)
 
@@ -108,14 +103,14 @@ class CheckCase(SynchronousTestCase):
         options.parseOptions(["check", "--logfile", f"{folder}/log", *words])
         told: list[Finding] = []
         checking = Check(
-            Clock(),
+            MemoryReactor(),
             options,
             self.pidfile,  # type: ignore[arg-type]
             self.commands,
             told.append,
             probe=self.probe,
         )
-        self.successResultOf(checking.run())
+        self.successResultOf(checking.look())
         self.assertEqual(told, checking.findings)
         return {finding.name: finding for finding in told}
 
@@ -169,6 +164,7 @@ class CheckTests(CheckCase):
         self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
         self.patch(check, "port_is_free", lambda port: False)
         found = self.check("--probe")
+        self.assertEqual(found["instance"].cause, "already running as PID 7 (/nowhere/pid)")
         levels = {name: finding.level for name, finding in found.items()}
         self.assertEqual(levels.pop("probe"), Level.WARNING)
         self.assertEqual(set(levels.values()), {Level.OK})
@@ -206,7 +202,9 @@ class TargetTests(CheckCase):
         for why in (ConnectError(), no_tls, TimeoutError(errno.ETIMEDOUT, "no answer")):
             self.handshakes["127.0.0.1:443"] = why
             self.found("fallback", Level.FAILED, "127.0.0.1:443 does not answer TLS: .+; start")
-        self.handshakes["127.0.0.1:443"] = check.OnlyAlert("TLSV1_UNRECOGNIZED_NAME")
+        self.handshakes["127.0.0.1:443"] = TimeoutError(errno.ETIMEDOUT, "no answer within 10 s")
+        self.found("fallback", Level.FAILED, "not answer TLS: no answer within 10 s; start")
+        self.handshakes["127.0.0.1:443"] = OnlyAlert("TLSV1_UNRECOGNIZED_NAME")
         self.found("fallback", Level.OK, "answers TLS, by refusing: TLSV1_UNRECOGNIZED_NAME")
 
     def test_acme_target(self) -> None:
@@ -229,8 +227,14 @@ class RedirectTests(CheckCase):
     def test_iptables(self) -> None:
         """What iptables refuses failed if it was asked for, and is a warning if not."""
         self.commands.failures = {1: (4, "no lock"), 3: (3, "no table")}
-        self.found("iptables", Level.FAILED, "'iptables .* status 4: no lock; see why")
+        self.found(
+            "iptables", Level.FAILED, "'iptables .* status 4: no lock; another program holds"
+        )
         self.commands.calls.clear()
+        self.commands.failures[1] = (4, "no table")
+        self.found("iptables", Level.FAILED, "'iptables .* status 4: no table; see why")
+        self.commands.calls.clear()
+        self.commands.failures[1] = (4, "no lock")
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
 
     def test_iptables_would_not_reach(self) -> None:
@@ -245,7 +249,7 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, "; install iptables, or put its folder")
         self.commands.calls.clear()
         self.commands.failures = {1: (4, "Permission denied")}
-        self.patch(check, "may_administer_network", lambda: False)
+        self.patch(xtables, "may_administer_network", lambda: False)
         self.found("iptables", Level.FAILED, "; run this as root, with CAP_NET_ADMIN where")
 
     def test_auto(self) -> None:
@@ -278,79 +282,6 @@ class RedirectTests(CheckCase):
             pattern = "another instance redirects :443 here.*; stop it first$"
             self.found("leftovers", Level.FAILED, pattern)
             self.found("leftovers", Level.WARNING, pattern, "--redirect", "sk-lookup")
-
-
-class HandshakeTests(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.transport = StringTransport()
-
-    def client(self, *alpn: str) -> Handshake:
-        client = Handshake("site.example", *alpn)
-        client.makeConnection(self.transport)
-        return client
-
-    def serve(self, client: Handshake, *protocols: str) -> None:
-        """Play the server until nobody has anything more to say."""
-        folder = folder_for(self)
-        pair = Authority(folder).issue("site", "site.example")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(pair.certificate, pair.key)
-        context.set_alpn_protocols(protocols)
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        server = context.wrap_bio(incoming, outgoing, server_side=True)
-        while self.transport.value():
-            incoming.write(self.transport.value())
-            self.transport.clear()
-            with contextlib.suppress(ssl.SSLWantReadError):
-                server.do_handshake()
-            client.dataReceived(outgoing.read())
-
-    def test_done(self) -> None:
-        """It ends with the protocol agreed on, and hangs up; its end is then no matter."""
-        client = self.client("acme-tls/1")
-        self.serve(client, "acme-tls/1")
-        self.assertEqual(self.successResultOf(client.done), "acme-tls/1")
-        self.assertTrue(self.transport.disconnected)
-        client.connectionLost()
-
-    def test_no_tls(self) -> None:
-        """Another protocol's answer is an error."""
-        client = self.client()
-        client.dataReceived(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        self.failureResultOf(client.done, ssl.SSLError)
-
-    def test_alert(self) -> None:
-        """An alert is told from what is no TLS."""
-        client = self.client()
-        client.dataReceived(b"\x15\x03\x03\x00\x02\x02\x70")
-        self.failureResultOf(client.done, check.OnlyAlert)
-
-    def test_closed(self) -> None:
-        """A connection that is closed midway is an error."""
-        client = self.client()
-        client.connectionLost()
-        self.failureResultOf(client.done, ConnectionResetError)
-
-    def test_silence(self) -> None:
-        """Who does not answer in time is hung up on."""
-        clock = Clock()
-        client = self.client()
-        transport = self.transport
-
-        class Endpoint:
-            def connect(self, factory: Any) -> Deferred[Any]:
-                protocol = factory.buildProtocol(None)
-                protocol.makeConnection(transport)
-                return succeed(protocol)
-
-        self.patch(type(parse_address("h:1")), "endpoint", lambda *arguments: Endpoint())
-        waiting = check.handshake(clock, parse_address("127.0.0.1:443"), 1.0)
-        self.assertNoResult(waiting)
-        clock.advance(check.HANDSHAKE_DEADLINE)
-        failure = self.failureResultOf(waiting, TimeoutError)
-        self.assertEqual(check._why(failure.value), "no answer within 10 s")
-        self.assertTrue(transport.disconnected)
-        self.assertNoResult(client.done)
 
 
 class HostTests(SynchronousTestCase):
@@ -441,18 +372,18 @@ class RunTests(SynchronousTestCase):
             yield output
 
     def run_check(self, *words: str) -> bool:
-        def run(checking: Check) -> Deferred[None]:
+        def look(checking: Check) -> Deferred[None]:
             checking._tell(Finding("port", self.level, "it is so"))
             return succeed(None)
 
-        self.patch(Check, "run", run)
+        self.patch(Check, "look", look)
         return self.run_on(*words)
 
     def run_on(self, *words: str) -> bool:
         options = ConsoleOptions()
         options.environment = {}
         options.parseOptions(["check", *words])
-        return check.run(options, OwnerFile())  # type: ignore[arg-type]
+        return check.check_this_host(options, OwnerFile())  # type: ignore[arg-type]
 
     def test_lines(self) -> None:
         """A line for each, and whether none failed."""
@@ -479,6 +410,6 @@ class RunTests(SynchronousTestCase):
 
     def test_defect(self) -> None:
         """A defect is not taken for a verdict."""
-        self.patch(Check, "run", lambda checking: fail(ZeroDivisionError()))
+        self.patch(Check, "look", lambda checking: fail(ZeroDivisionError()))
         with self.on(FakeReactor()), self.assertRaises(ZeroDivisionError):
             self.run_on()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import ipaddress
-import os
 import socket
 from types import SimpleNamespace
 from typing import Any
@@ -19,66 +16,16 @@ from twisted.logger import Logger
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.diagnosis import probe
-from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.diagnosis.finding import Finding, Level
-from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.diagnosis.probe import ANSWER, Caller, Dial, judge
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.proxy.routing import Route, Routing
 
 SOURCE = ("169.254.200.2", 40_000)
 SERVER_HELLO = b"\x16\x03\x03\x00\x7a"
 VISITOR = Caller("visitor", 4, (b"hello",))
 VALIDATOR = Caller("validator", 6, (b"he", b"llo"))
-
-
-class SubnetTests(SynchronousTestCase):
-    def test_free(self) -> None:
-        """The network is within 169.254.192.0 to 169.254.253.255, whatever the number."""
-        for number in (0, 1, 0x3DFF, 0x3E00, 1 << 20):
-            subnet = probe.free_subnet("", [number])
-            self.assertEqual((subnet.family, subnet.length), (4, 30))
-            first = ipaddress.IPv4Address("169.254.192.0")
-            last = ipaddress.IPv4Address("169.254.253.255")
-            self.assertTrue(first <= ipaddress.IPv4Address(subnet.host) <= last)
-            network = ipaddress.IPv4Interface(f"{subnet.host}/30").network
-            self.assertIn(ipaddress.IPv4Address(subnet.dialler), network)
-
-    def test_in_use(self) -> None:
-        """What a route is about is not taken, but for routes to half the world."""
-        listing = (
-            "default via 192.0.2.1 dev eth0\n"
-            "169.254.0.0/16 dev eth0 scope link\n"
-            "169.254.192.0/28 dev eth1 scope link\n"
-            "local 169.254.192.17 dev eth1 table local scope host\n"
-        )
-        subnet = probe.free_subnet(listing, [0, 4, 12, 16, 20, 24])
-        self.assertEqual((subnet.host, subnet.dialler), ("169.254.192.21", "169.254.192.22"))
-        with self.assertRaisesRegex(StartError, "; look at: ip route"):
-            probe.free_subnet(listing, [0, 4])
-
-    def test_unique_local(self) -> None:
-        """By IPv6 it is a network by chance of fd00::/8, never the same."""
-        one, other = probe.unique_local_subnet(), probe.unique_local_subnet()
-        self.assertNotEqual(one.host, other.host)
-        self.assertIn(ipaddress.IPv6Address(one.host), ipaddress.IPv6Network("fd00::/8"))
-        self.assertEqual(int(ipaddress.IPv6Address(one.dialler)) & 0xFFFF, 2)
-
-
-class NamespaceTests(SynchronousTestCase):
-    def test_no_ip(self) -> None:
-        """Without iproute2 the remedy is to install it."""
-        self.patch(os, "environ", {"PATH": "/nowhere"})
-        with self.assertRaisesRegex(StartError, "not found on PATH; install ip "):
-            probe.Namespace("aap-test", [4])
-
-    def test_name_taken(self) -> None:
-        """A command that fails is shown with what it says; to be root helps who is not."""
-        self.patch(probe, "_unshare", lambda: os.getpid())
-        for may, remedy in ((True, "see why that"), (False, "run this as root")):
-            self.patch(probe, "may_administer_network", lambda may=may: may)
-            failure = f"'ip link add lo .*status 2: .*; {remedy}"
-            with self.assertRaisesRegex(StartError, failure):
-                probe.Namespace("lo", [4])
 
 
 class DialTests(SynchronousTestCase):
@@ -226,7 +173,7 @@ class ProbeTests(SynchronousTestCase):
         """Should dialling itself go wrong, the proxy lets go in order all the same."""
         stopped: list[str] = []
         port = SimpleNamespace(
-            getHost=lambda: SimpleNamespace(port=40_000),
+            getHost=lambda: IPv4Address("TCP", "127.0.0.1", 40_000),
             stopListening=lambda: stopped.append("responder"),
         )
         proxy = SimpleNamespace(
@@ -268,13 +215,3 @@ class ProbeTests(SynchronousTestCase):
                 Finding("probe", Level.OK, "Steering by sk-lookup"),
             ],
         )
-
-
-class UnshareTests(SynchronousTestCase):
-    def test_not_permitted(self) -> None:
-        """The kernel's word is in the error."""
-        library = SimpleNamespace(unshare=lambda flags: -1)
-        self.patch(ctypes, "CDLL", lambda name, use_errno: library)
-        ctypes.set_errno(errno.EPERM)
-        with self.assertRaisesRegex(StartError, "namespace: Operation not permitted; run this as"):
-            probe._unshare()

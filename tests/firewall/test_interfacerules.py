@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred, succeed
+from zope.interface import implementer
 
-from acme_alpn_proxy.host.processes import Result
 from acme_alpn_proxy.firewall.interfacerules import names_interfaces
+from acme_alpn_proxy.interfaces import ICommands, Result
 
 
+@implementer(ICommands)
 class Listings:
     """Commands that print as told, by iptables' table and of nft."""
 

@@ -6,21 +6,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.host.processes import NOT_FOUND, Result
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.host import facts
+from acme_alpn_proxy.firewall.judgement import (
+    Firewall,
+    drops,
+    exempts_from_tracking,
+    look,
+    sends_elsewhere,
+)
 from acme_alpn_proxy.firewall.nftrules import Table
-from acme_alpn_proxy.firewall.judgement import Firewall, drops, exempts_from_tracking, look, sends_elsewhere
 from acme_alpn_proxy.firewall.verdicts import Caught, Passed, Verdict, Visit
 from acme_alpn_proxy.firewall.xtables import BINARIES
-from acme_alpn_proxy.interfaces import ICommands
+from acme_alpn_proxy.host import facts
+from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, Result
 from acme_alpn_proxy.options import ProxyOptions
 from acme_alpn_proxy.redirects import bpf
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
@@ -39,11 +44,15 @@ USUAL = """
 """
 
 
+Answers: TypeAlias = Mapping[str, str | tuple[int, str]]
+"""Output, or exit status and output, by command line."""
+
+
 @implementer(ICommands)
 class Recorded:
     """Answers with what commands once printed; there are no other programs."""
 
-    def __init__(self, answers: Mapping[str, str | tuple[int, str]]) -> None:
+    def __init__(self, answers: Answers) -> None:
         self.answers = dict(answers)
         self.asked: list[str] = []
 
@@ -476,13 +485,14 @@ class LookTests(HostCase):
     def test_cannot_look(self) -> None:
         """If a command fails, or prints what nobody understands, that is a reason too."""
         locked = (4, "the lock\nis held")
-        for answers, words in (
+        cases: tuple[tuple[Answers, str], ...] = (
             ({NFT: (1, "no permission")}, f"'{NFT}' failed with status 1: no permission"),
             ({"iptables -V": locked}, "'iptables -V' failed with status 4: the lock is held"),
             ({"iptables -V": "nf_tables", FILTER: locked}, f"'{FILTER}' failed with status 4"),
             ({NFT: "surprise"}, "not understood"),
             ({NFT: '{"nftables": [{"table": {}}]}'}, "not understood"),
-        ):
+        )
+        for answers, words in cases:
             self.assertIn(words, self.reason(Recorded(answers)))
 
     def test_untracked(self) -> None:
@@ -589,7 +599,7 @@ class ElsewhereTests(HostCase):
             chain = {"family": "ip", "table": "nat", "name": "PREROUTING"}
             base = {"type": "nat", "hook": "prerouting", "prio": -100, "policy": "accept"}
             rule = {"family": "ip", "table": "nat", "chain": "PREROUTING", "handle": 7}
-            objects = [
+            objects: list[dict[str, Any]] = [
                 {"table": {"family": "ip", "name": "nat"}},
                 {"chain": chain | base},
                 {"rule": rule | {"expr": [statement]}},

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.console import cli
-from acme_alpn_proxy.host import pidfile
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
+from acme_alpn_proxy.host import pidfile
+from acme_alpn_proxy.host.pidfile import NoPIDFile, PIDFile
 from acme_alpn_proxy.interfaces import IPIDFile
 from acme_alpn_proxy.options import ConsoleOptions
-from acme_alpn_proxy.host.pidfile import NoPIDFile, PIDFile
 
 CLAIM = """
 import sys
@@ -165,7 +166,7 @@ class ClaimTests(PIDFileCase):
             self.assertIsNone(self.file.owner())
             environment = {"ACME_ALPN_PROXY_PIDFILE": str(self.path)}
             self.patch(ConsoleOptions, "environment", environment)
-            self.assertEqual(cli.main(["stop", "--redirect", "none"]), 0)
+            self.assertEqual(cli.run_command_line(["stop", "--redirect", "none"]), 0)
             output, _ = other.communicate(b"still here")
             self.assertEqual((output, other.returncode), (b"still here", 0))
 
@@ -246,17 +247,17 @@ class MeanwhileTests(PIDFileCase):
         own; that one is waited for."""
         self.path.write_text("7\n")
         steps: list[Any] = []
-        self.patch(pidfile.time, "sleep", lambda seconds: steps.pop()())
+        self.patch(time, "sleep", lambda seconds: steps.pop()())
         owners: list[int | None] = []
         truncate = os.ftruncate
 
         def look_meanwhile(descriptor: int, size: int) -> None:
-            self.patch(pidfile.os, "ftruncate", truncate)
+            self.patch(os, "ftruncate", truncate)
             steps.append(owner.claim)
             owners.append(self.file.owner())
 
         owner = self.make()
-        self.patch(pidfile.os, "ftruncate", look_meanwhile)
+        self.patch(os, "ftruncate", look_meanwhile)
         owner.claim()
         self.assertEqual(owners, [os.getpid()])
 
@@ -266,7 +267,7 @@ class MeanwhileTests(PIDFileCase):
         owner.claim()
         self.path.write_text("not a PID")
         pauses: list[float] = []
-        self.patch(pidfile.time, "sleep", pauses.append)
+        self.patch(time, "sleep", pauses.append)
         problem = self.assertRaises(StartError, self.file.claim)
         self.assertEqual(
             str(problem),

@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -16,8 +17,8 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.host import processes
-from acme_alpn_proxy.host.processes import BlockingCommands, Result, SpawningCommands, commands_for
-from acme_alpn_proxy.interfaces import ICommands
+from acme_alpn_proxy.host.processes import BlockingCommands, SpawningCommands, commands_for
+from acme_alpn_proxy.interfaces import ICommands, Result
 
 reactor: Any = global_reactor
 
@@ -32,6 +33,11 @@ class ResultTests(SynchronousTestCase):
         self.assertEqual(Result.of(["x"], 1, b"one\n  two\n").one_line, "one two")
         self.assertEqual(Result.of(["x"], 1, b" \n").one_line, "it printed nothing")
 
+    def test_failure(self) -> None:
+        """A failure is told on one line, with the command as a shell would take it."""
+        result = Result.of(["x", "a b"], 4, b"no\nlock\n")
+        self.assertEqual(result.failure, "'x 'a b'' failed with status 4: no lock")
+
 
 class BlockingCommandsTests(SynchronousTestCase):
     def setUp(self) -> None:
@@ -43,7 +49,7 @@ class BlockingCommandsTests(SynchronousTestCase):
     def test_interface(self) -> None:
         """They are commands, and what is used before the reactor runs."""
         verifyObject(ICommands, self.commands)
-        self.assertIsInstance(commands_for(global_reactor), BlockingCommands)
+        self.assertIsInstance(commands_for(reactor), BlockingCommands)
 
     def test_success(self) -> None:
         """A command that ends well has run when the call returns; it gets no input."""
@@ -84,7 +90,7 @@ class BlockingCommandsTests(SynchronousTestCase):
     def test_pause(self) -> None:
         """A pause blocks for the seconds it is given."""
         slept: list[float] = []
-        self.patch(processes.time, "sleep", slept.append)
+        self.patch(time, "sleep", slept.append)
         self.successResultOf(self.commands.pause(0.05))
         self.assertEqual(slept, [0.05])
 
@@ -108,7 +114,7 @@ class SpawningCommandsTests(TestCase):
     timeout = 30
 
     def setUp(self) -> None:
-        self.reactor = ClockedReactor()
+        self.reactor = cast(Any, ClockedReactor())
         self.commands = SpawningCommands(self.reactor)
 
     def test_interface(self) -> None:

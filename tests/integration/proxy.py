@@ -44,7 +44,7 @@ class Proxy:
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run the console script to its end."""
-        command = [*self.wrapper, self.program, *words]
+        command: list[str | Path] = [*self.wrapper, self.program, *words]
         return self.namespace.run(*command, check=check, env=self.env)
 
     def start_words(self, *options: str) -> list[str]:

@@ -331,8 +331,8 @@ def test_interrupted_at_any_moment(
     host: Namespace, site: Website, proxy: Proxy, warm: WarmProxy, redirect: str, number: int
 ) -> None:
     """Whatever signal ends it, and when: nothing is left."""
-    words = ("check", "--probe", "--redirect", redirect, "--logfile", str(proxy.log_file))
-    words = (*words, *AT_ONCE)
+    words = ["check", "--probe", "--redirect", redirect, "--logfile", str(proxy.log_file)]
+    words += AT_ONCE
     whole = min(warm.seconds(*words) for _ in range(4))  # one that was slow would tell too much
     interrupted = 0
     for moment in range(MOMENTS):

@@ -197,7 +197,8 @@ def test_from_nothing_to_a_certificate(
         lego += ["--path", str(tmp_path / "lego"), "--domains", name, "--tls.port"]
         line = f'exec {shlex.join(lego)} "$ACME_ALPN_PROXY_TARGET" run'
         done = proxy.namespace.run(
-            *(proxy.program, *_words(proxy, "--", "sh", "-c", line)),
+            proxy.program,
+            *_words(proxy, "--", "sh", "-c", line),
             env={**proxy.env, "LEGO_CA_CERTIFICATES": str(ca.authority.certificate)},
             timeout=LEGO_SECONDS,
         )

@@ -120,7 +120,7 @@ def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                code = cli.main(words)
+                code = cli.run_command_line(words)
             except SystemExit:
                 pass  # the daemon's
             except BaseException:
@@ -151,8 +151,7 @@ def _wait(command: int) -> int | str:
 
 def main() -> None:
     """Do what standard input says until it ends."""
-    import acme_alpn_proxy.cli
-    import acme_alpn_proxy.console.daemon  # noqa: F401
+    from acme_alpn_proxy.console import cli, daemon  # noqa: F401
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in sys.stdin:

@@ -14,7 +14,13 @@ from twisted.logger import Logger, LogLevel, LogPublisher, capturedLogs
 from twisted.python.failure import Failure
 
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.monitoring.logs import is_journal, make_log_file, observer, open_log_file, reopen
+from acme_alpn_proxy.monitoring.logs import (
+    is_journal,
+    make_log_file,
+    observer,
+    open_log_file,
+    reopen,
+)
 from acme_alpn_proxy.proxy.routing import Route
 
 

@@ -6,23 +6,26 @@ import importlib.util
 from typing import Any
 
 import pytest
-from twisted.application.service import IService
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import CannotListenError
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.test.requesthelper import DummyRequest
+from zope.interface import implementer
 
 from acme_alpn_proxy import tap
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.monitoring.metrics import MetricsService
+from acme_alpn_proxy.monitoring.status import ProxyStatus
 from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
+from acme_alpn_proxy.service import ProxyService
 
+from ..memory import MemoryReactor
 from ..test_options import console, refusal
-from ..proxy.test_statistics import statistics
-from .test_status import describe
+from .descriptions import describe, statistics
 
 
+@implementer(IStreamServerEndpoint)
 class Endpoint:
     """Can be listened at, or not."""
 
@@ -30,11 +33,11 @@ class Endpoint:
         self._problem = problem
         self.story: list[str] = []
 
-    def listen(self, site: Any) -> Deferred[Any]:
+    def listen(self, protocolFactory: Any) -> Deferred[Any]:
         if self._problem is not None:
             return fail(self._problem)
         self.story.append("listen")
-        self.site = site
+        self.site = protocolFactory
         return succeed(self)
 
     def stopListening(self) -> Deferred[None]:
@@ -43,15 +46,15 @@ class Endpoint:
 
 
 class MetricsTests(SynchronousTestCase):
-    def page(self, about: dict[str, Any]) -> list[str]:
+    def page(self, about: ProxyStatus) -> list[str]:
         """What Prometheus reads."""
         endpoint = Endpoint()
-        service = MetricsService(endpoint, "tcp:9", lambda: about)  # type: ignore[arg-type]
+        service = MetricsService(endpoint, "tcp:9", lambda: about)
         service.privilegedStartService()
         request = DummyRequest([b""])
-        page = endpoint.site.resource.render(request)
-        kinds = request.responseHeaders.getRawHeaders("content-type")
-        self.assertIn("text/plain", kinds[0])
+        page: bytes = endpoint.site.resource.render(request)
+        (kind,) = request.responseHeaders.getRawHeaders("content-type") or ()
+        self.assertIn("text/plain", kind)
         endpoint.site.log(request)
         return page.decode().splitlines()
 
@@ -72,25 +75,27 @@ class MetricsTests(SynchronousTestCase):
 
     def test_nothing_yet(self) -> None:
         """Before there is anything to tell it is 0."""
-        lines = self.page(statistics().as_json() | {"undecided": 0})
+        lines = self.page(statistics().status("none", 0))
         self.assertIn("acme_alpn_proxy_running 0.0", lines)
         self.assertIn("acme_alpn_proxy_last_validation_timestamp_seconds 0.0", lines)
 
     def test_life(self) -> None:
         """It listens once, from the start to the stop, and again."""
         endpoint = Endpoint()
-        service = MetricsService(endpoint, "tcp:9", describe)  # type: ignore[arg-type]
+        service = MetricsService(endpoint, "tcp:9", describe)
         self.assertIsNone(service.stopService())
         for _ in range(2):
             service.privilegedStartService()
             service.startService()
-            self.successResultOf(service.stopService())
+            stopped = service.stopService()
+            assert stopped is not None
+            self.successResultOf(stopped)
         self.assertEqual(endpoint.story, ["listen", "stop"] * 2)
 
     def test_port_taken(self) -> None:
         """Where it cannot listen, the proxy does not start, and the option is named."""
         taken = CannotListenError("127.0.0.1", 9, OSError(98, "Address already in use"))
-        service = MetricsService(Endpoint(taken), "tcp:9", describe)  # type: ignore[arg-type]
+        service = MetricsService(Endpoint(taken), "tcp:9", describe)
         with self.assertRaisesRegex(StartError, r"--metrics tcp:9: .*in use.*; choose another"):
             service.privilegedStartService()
 
@@ -120,15 +125,18 @@ def test_bad_option(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_order() -> None:
-    """Metrics start before the proxy, in the program and in an application of one's own."""
+    """Metrics start before the proxy steers, in the program and in an application of one's own."""
     options = ConsoleOptions()
     options.environment = {}
     options.parseOptions(["--redirect=none", "--metrics=9443", "start"])
-    program = tap.make_program(options, MemoryReactorClock())
-    assert [type(service).__name__ for service in program] == ["MetricsService", "ProxyService"]
+    (proxy,) = tap.make_program(options, MemoryReactor())
     library = ProxyOptions()
     library.environment = {}
     library.parseOptions(["--redirect=none", "--metrics=9443"])
-    both: Any = tap.makeService(library)
-    assert IService.providedBy(both)
-    assert [type(service).__name__ for service in both] == ["MetricsService", "ProxyService"]
+    for made in (proxy, tap.makeService(library)):
+        assert isinstance(made, ProxyService)
+        assert [type(service).__name__ for service in made] == [
+            "MetricsService",
+            "ListenerService",
+            "RedirectService",
+        ]

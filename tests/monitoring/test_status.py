@@ -11,24 +11,33 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.testing import MemoryReactor
 from twisted.logger import LogLevel, capturedLogs
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.monitoring import status
 from acme_alpn_proxy import __version__
-from acme_alpn_proxy.proxy.clienthello import ClientHello
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.monitoring.status import SILENT, instances, remove_stale, show, socket_path, sockets
+from acme_alpn_proxy.monitoring import status
+from acme_alpn_proxy.monitoring.status import (
+    SILENT,
+    InstanceStatus,
+    ProxyStatus,
+    SilentInstance,
+    instances,
+    remove_stale,
+    show,
+    socket_path,
+    sockets,
+)
 from acme_alpn_proxy.monitoring.statussocket import StatusService
 
-from ..proxy.test_statistics import statistics
+from ..memory import MemoryReactor
+from .descriptions import describe, statistics
 
 
 @pytest.fixture
@@ -38,15 +47,6 @@ def reactor() -> Iterator[MemoryReactor]:
     yield memory
     for close, words, _ in memory.triggers.get("during", {}).get("shutdown", []):
         close(*words)
-
-
-def describe() -> dict[str, Any]:
-    """A proxy that has seen a visitor and a validation."""
-    numbers = statistics()
-    numbers.enter("running")
-    numbers.ended(numbers.visitor(ClientHello()), 10, 20)
-    numbers.validation("192.0.2.7:50000", "site.example")
-    return numbers.as_json() | {"redirect": "none", "undecided": 2}
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_instances(pidfile: str) -> None:
         with answering(socket_path(pidfile, 3), b""):
             status.ask(socket_path(pidfile, 3))  # and then it is killed
         Path(f"{pidfile}.other.sock").touch()
-        assert instances(pidfile, 20) == [{"pid": 20}]
+        assert instances(pidfile, 20) == [cast(InstanceStatus, {"pid": 20})]
     assert list(sockets(pidfile)) == [3, 20]
     remove_stale(pidfile)
     assert sockets(pidfile) == {}
@@ -171,9 +171,14 @@ def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyP
     assert list(sockets(pidfile)) == [20]
 
 
+def answer_of(about: ProxyStatus) -> InstanceStatus:
+    """What an instance answers of a proxy."""
+    return {"version": 1, "program": __version__, "pid": 7, **about}
+
+
 def test_show() -> None:
     """People read state, targets, numbers, and the last validation."""
-    text = show([describe() | {"pid": 7}], now=1_060.0)
+    text = show([answer_of(describe())], now=1_060.0)
     assert text.startswith("PID 7 running since ")
     assert " (60 s), redirect none\n" in text
     assert (
@@ -190,9 +195,15 @@ def test_show() -> None:
 def test_show_little() -> None:
     """Nothing is told as such: no instance, no answer, no validation, no name."""
     assert show([], now=0) == "not running\n"
-    assert "PID 7 runs but does not answer" in show([{"pid": 7, "state": SILENT}], now=0)
-    numbers = statistics().as_json() | {"pid": 7, "redirect": "none", "undecided": 0}
-    assert "  no validation yet\n" in show([numbers], now=0)
+    silent: SilentInstance = {"version": 1, "pid": 7, "state": SILENT}
+    assert "PID 7 runs but does not answer" in show([silent], now=0)
+    answer = answer_of(statistics().status("none", 0))
+    assert "  no validation yet\n" in show([answer], now=0)
     for name, shown in ((None, "no name"), ("a\x1b[2J", r"a\x1b[2J")):
-        last = {"peer": "p", "server_name": name, "at": 0, "result": "answered"}
-        assert f" for {shown}: answered\n" in show([numbers | {"last_validation": last}], now=0)
+        answer["last_validation"] = {
+            "peer": "p",
+            "server_name": name,
+            "at": 0,
+            "result": "answered",
+        }
+        assert f" for {shown}: answered\n" in show([answer], now=0)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import random
 import sys
 from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from acme_alpn_proxy.proxy.clienthello import MAX_MESSAGE, MAX_WIRE, NEED_MORE, OTHER, ClientHello, ClientHelloParser, NotClientHello, Verdict
+from acme_alpn_proxy.proxy.clienthello import (
+    MAX_MESSAGE,
+    MAX_WIRE,
+    NEED_MORE,
+    OTHER,
+    ClientHello,
+    ClientHelloParser,
+    NotClientHello,
+    Verdict,
+)
 from acme_alpn_proxy.proxy.routing import ACME_TLS_1
 
 from .. import hellos
@@ -208,7 +218,7 @@ def lines_run(data: bytes) -> int:
     """How many lines of the parser run when C{data} comes byte by byte."""
     count = 0
 
-    def trace(frame: FrameType, event: str, argument: object) -> object:
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal count
         count += event == "line"
         return trace

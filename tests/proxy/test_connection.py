@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
 import resource
 import select
 import socket
-import struct
 import tempfile
 import threading
 import time
@@ -20,25 +18,23 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.threads import deferToThread
-from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 from acme_alpn_proxy.addresses import parse_address
-from acme_alpn_proxy.transports.hangup import hangup_watch
 from acme_alpn_proxy.interfaces import INetwork
-from acme_alpn_proxy.transports.network import LeanNetwork, TwistedNetwork
-from acme_alpn_proxy.proxy.protocols import ProxyServerFactory
+from acme_alpn_proxy.proxy.listener import listening_socket
+from acme_alpn_proxy.proxy.protocols import Limits, ProxyServerFactory
 from acme_alpn_proxy.proxy.routing import Route, Routing
-from acme_alpn_proxy.service import listening_socket
+from acme_alpn_proxy.transports.hangup import hangup_watch
+from acme_alpn_proxy.transports.network import LeanNetwork, TwistedNetwork
 
 from .. import hellos
+from ..hellos import ACME_HELLO, WEB_HELLO
+from ..loopback import WAIT, read_exactly, reset, was_reset
+from ..memory import log_of
 
 reactor: Any = global_reactor
-
-ACME_HELLO = hellos.openssl_hello(b"acme-tls/1", server_name=b"site.example")
-WEB_HELLO = hellos.openssl_hello(b"h2", b"http/1.1", server_name=b"site.example")
-WAIT = 10.0
 
 
 def in_thread(test: Callable[[Any], None]) -> Callable[[Any], Deferred[None]]:
@@ -49,30 +45,6 @@ def in_thread(test: Callable[[Any], None]) -> Callable[[Any], Deferred[None]]:
         return deferToThread(test, self)
 
     return run
-
-
-def reset(connection: socket.socket) -> None:
-    """Close by a reset (socket(7), SO_LINGER of 0 seconds)."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def read_exactly(connection: socket.socket, count: int) -> bytes:
-    """That many bytes, or what came before the end-of-file."""
-    data = b""
-    while len(data) < count and (piece := connection.recv(count - len(data))):
-        data += piece
-    return data
-
-
-def was_reset(connection: socket.socket) -> bool:
-    """Whether the peer has reset the connection, or does within the wait."""
-    poll = select.poll()
-    poll.register(connection, select.POLLERR)
-    poll.poll(WAIT * 1000)
-    # Behind a FIN the kernel reports a reset as EPIPE.
-    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    return error in (errno.ECONNRESET, errno.EPIPE)
 
 
 class Target:
@@ -93,6 +65,11 @@ class Target:
         return connection
 
 
+def unreached() -> None:
+    """There are never as many connections as there may be."""
+    raise AssertionError("too many connections")
+
+
 class ConnectionTests(TestCase):
     """One proxy on a loopback port, with a responder and a web server behind it."""
 
@@ -106,9 +83,7 @@ class ConnectionTests(TestCase):
         self.website = Target(socket.create_server(("127.0.0.1", 0), backlog=4_096))
         self.addCleanup(self.responder.listener.close)
         self.addCleanup(self.website.listener.close)
-        self.lines: list[dict[str, Any]] = []
-        globalLogPublisher.addObserver(self.lines.append)
-        self.addCleanup(globalLogPublisher.removeObserver, self.lines.append)
+        self.lines = log_of(self)
 
     def start(self, fallback: str | None = None) -> None:
         """Start the proxy (in the reactor's thread)."""
@@ -125,7 +100,7 @@ class ConnectionTests(TestCase):
             reactor,
             hello_timeout=self.hello_timeout,
         )
-        self.factory.hangups = hangup_watch(reactor)
+        self.factory.open(hangup_watch(reactor), Limits(10_000, 64), unreached, unreached)
         self.listener = listening_socket("127.0.0.1", 0)
         self.port = self.transports.listen(self.listener, self.factory)
         self.addCleanup(self.end)
@@ -140,7 +115,6 @@ class ConnectionTests(TestCase):
         self.assertEqual(self.factory.held, 0)
         self.assertEqual(self.factory.pipes.lent, 0)
         self.factory.close()
-        self.factory.hangups.close()
         self.transports.close()
 
     def visit(self, hello: bytes = b"") -> socket.socket:

@@ -11,34 +11,33 @@ import sys
 import time
 from typing import Any
 
-from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 
-from acme_alpn_proxy.proxy import protocols
-from acme_alpn_proxy.proxy.live import LiveConnections
+from acme_alpn_proxy.interfaces import ITarget
 from acme_alpn_proxy.options import ProxyOptions
+from acme_alpn_proxy.proxy import protocols
 from acme_alpn_proxy.proxy.protocols import IDLE_LOOKS, ProxyServer, ProxyServerFactory
 from acme_alpn_proxy.proxy.routing import Route, Routing
-from acme_alpn_proxy.service import MAX_PIPES, connections_and_pipes
 
-from .test_connection import WEB_HELLO, read_exactly
-from ..test_service import Live, ServiceCase
+from ..hellos import WEB_HELLO
+from ..loopback import read_exactly
+from ..service_case import Live, ServiceCase
 
 WEB = Route("fallback", "web")
 
 
+@implementer(ITarget)
 class Target:
     """Connects transports in memory, at once unless told to wait."""
 
     def __init__(self) -> None:
-        self.factories: list[Any] = []
-        self.transports: list[StringTransport] = []
+        self.transports: list[Any] = []
 
-    def connect(self, factory: Any, first: bytes = b"") -> Any:
-        self.factories.append(factory)
+    def connect(self, factory: Any, first: bytes = b"") -> None:
         transport = StringTransport()
         self.transports.append(transport)
         factory.buildProtocol(None).makeConnection(transport)
@@ -50,9 +49,8 @@ class MemoryCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.target = Target()
-        reactor: IReactorTime = self.clock
         self.factory = ProxyServerFactory(
-            Routing(Route("acme", "acme"), WEB), {WEB: self.target}, reactor
+            Routing(Route("acme", "acme"), WEB), {WEB: self.target}, self.clock
         )
 
     def visit(self) -> ProxyServer:
@@ -116,40 +114,6 @@ class IdleTests(MemoryCase):
         self.assertFalse(visitor.transport.disconnected)
 
 
-class Connections:
-    """Stands for a connection."""
-
-    def abort(self) -> None:
-        pass
-
-    look = abort
-
-
-class LiveConnectionsTests(SynchronousTestCase):
-    def test_bound(self) -> None:
-        """It tells when it is full and when there is room again, each time once."""
-        live = LiveConnections()
-        story: list[str] = []
-        one, two, three = (Connections() for _ in range(3))
-        live.enter(one)
-        live.leave(one)
-        live.bound(2, lambda: story.append("full"), lambda: story.append("room"))
-        live.enter(one)
-        live.enter(two)
-        live.enter(three)
-        self.assertEqual(story, ["full"])
-        live.leave(three)
-        self.assertEqual(story, ["full"])
-        live.leave(two)
-        live.leave(two)
-        self.assertEqual(story, ["full", "room"])
-        self.assertEqual(list(live), [one])
-
-    def test_left_before(self) -> None:
-        """Leaving an empty set is no matter."""
-        LiveConnections().leave(Connections())
-
-
 class OptionsTests(SynchronousTestCase):
     def test_numbers(self) -> None:
         """Both limits take numbers, and are off or automatic by default."""
@@ -165,12 +129,6 @@ class OptionsTests(SynchronousTestCase):
         for word in ("-1", "many", "1.5", ""):
             with self.assertRaisesRegex(UsageError, "--max-connections"):
                 ProxyOptions().parseOptions(["--max-connections", word])
-
-    def test_default(self) -> None:
-        """Two descriptors a visitor, two a pipe, some for the rest."""
-        self.assertEqual(connections_and_pipes(256), (88, 16))
-        self.assertEqual(connections_and_pipes(1_048_576)[1], MAX_PIPES)
-        self.assertEqual(connections_and_pipes(20), (1, 1))
 
 
 class Port:
@@ -190,7 +148,7 @@ class ServiceTests(ServiceCase):
     def test_max_connections(self) -> None:
         """With as many visitors as allowed the listener pauses until one leaves."""
         port = Port()
-        self.proxy.listener._max_connections = 2
+        self.proxy = self.make_proxy(max_connections=2)
         self.proxy.startService()
         self.proxy.listener._ports = [port]
         one, _ = Live(self.factory, self.story), Live(self.factory, self.story)
@@ -201,11 +159,12 @@ class ServiceTests(ServiceCase):
 
     def test_idle_timeout(self) -> None:
         """With an idle timeout it looks at all connections now and then, until it has stopped."""
-        self.proxy._idle_timeout = 40.0
+        self.factory = self.make_factory(idle_timeout=40.0)
+        self.proxy = self.make_proxy()
         self.proxy.startService()
         live = Live(self.factory, self.story)
         looks: list[float] = []
-        live.look = lambda: looks.append(self.reactor.seconds())  # type: ignore[attr-defined]
+        self.patch(live, "look", lambda: looks.append(self.reactor.seconds()))
         for _ in range(4):
             self.reactor.advance(10)
         self.assertEqual(looks, [10, 20, 30, 40])
@@ -220,7 +179,7 @@ PROGRAM = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from twisted.internet import reactor
-from acme_alpn_proxy import options, service, tap
+from acme_alpn_proxy import options, tap
 from acme_alpn_proxy.redirects import none
 none.NoRedirect.hosts = ("127.0.0.1",)
 words = options.ProxyOptions()

@@ -1,4 +1,4 @@
-"""The wait until no connection is live, on a clock of the test's own."""
+"""The set of live connections and its bound; the wait until it is empty, on a test's clock."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class Connection:
 
     def abort(self) -> None:
         self.resets += 1
+
+    def look(self) -> None:
+        """It is never idle."""
 
 
 class LiveConnectionsTests(SynchronousTestCase):
@@ -88,3 +91,21 @@ class LiveConnectionsTests(SynchronousTestCase):
         live.abort_all()
         self.assertEqual([connection.resets for connection in connections], [1, 1, 1])
         self.assertEqual(len(live), 0)
+
+    def test_bound(self) -> None:
+        """It tells when it is full and when there is room again, each time once."""
+        story: list[str] = []
+        self.live.leave(self.enter())
+        self.live.bound(2, lambda: story.append("full"), lambda: story.append("room"))
+        one, two, three = (self.enter() for _ in range(3))
+        self.assertEqual(story, ["full"])
+        self.live.leave(three)
+        self.assertEqual(story, ["full"])
+        self.live.leave(two)
+        self.live.leave(two)
+        self.assertEqual(story, ["full", "room"])
+        self.assertEqual(list(self.live), [one])
+
+    def test_left_before(self) -> None:
+        """Leaving an empty set is no matter."""
+        self.live.leave(Connection())

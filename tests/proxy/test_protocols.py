@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectError
@@ -15,21 +15,23 @@ from twisted.internet.interfaces import (
     IUNIXTransport,
 )
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.internet.testing import MemoryReactorClock, StringTransport
-from twisted.logger import LogLevel, capturedLogs, formatEvent
+from twisted.internet.testing import StringTransport
+from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, implementer
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.proxy import protocols
 from acme_alpn_proxy.addresses import parse_address
-from acme_alpn_proxy.interfaces import IHangupWatch, IRelay
-from acme_alpn_proxy.transports.network import TwistedNetwork
+from acme_alpn_proxy.proxy import protocols
 from acme_alpn_proxy.proxy.protocols import ProxyClient, ProxyServer, ProxyServerFactory
+from acme_alpn_proxy.proxy.relay import IRelay
 from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.transports.interfaces import IHangupWatch
+from acme_alpn_proxy.transports.network import TwistedNetwork
 
 from .. import hellos
+from ..memory import MemoryReactor
 
 ACME_HELLO = hellos.records(hellos.message(hellos.alpn_extension(b"acme-tls/1")))
 WEB_HELLO = hellos.records(hellos.message(hellos.alpn_extension(b"h2")))
@@ -40,6 +42,8 @@ WEB = Route("fallback", "127.0.0.1:443")
 
 class Transport(StringTransport):
     """Takes notes of how it was ended and tuned."""
+
+    producer: Any
 
     def __init__(self, peer: Any = None) -> None:
         super().__init__(peerAddress=peer)
@@ -82,7 +86,7 @@ class ProxyCase(SynchronousTestCase):
     """A factory on a reactor in memory, with one visitor."""
 
     def setUp(self) -> None:
-        self.reactor = MemoryReactorClock()
+        self.reactor = MemoryReactor()
         network = TwistedNetwork(self.reactor)
         self.factory = ProxyServerFactory(
             Routing(ACME, WEB),
@@ -94,7 +98,7 @@ class ProxyCase(SynchronousTestCase):
         self.watch = NotingWatch()
         self.factory.hangups = self.watch
         logs = capturedLogs()
-        self.events: list[Any] = logs.__enter__()
+        self.events = cast(list[LogEvent], logs.__enter__())
         self.addCleanup(logs.__exit__, None, None, None)
         self.server, self.front = self.visit()
 
@@ -115,7 +119,7 @@ class ProxyCase(SynchronousTestCase):
 
     def answer(self, *interfaces: Any) -> tuple[ProxyClient, Transport]:
         """The target accepts the connection."""
-        client = self.reactor.tcpClients[-1][2].buildProtocol(None)
+        client: Any = self.reactor.tcpClients[-1][2].buildProtocol(None)
         transport = Transport()
         directlyProvides(transport, *interfaces)
         client.makeConnection(transport)
@@ -124,7 +128,8 @@ class ProxyCase(SynchronousTestCase):
     def refuse(self) -> None:
         """The target does not."""
         failure = Failure(ConnectError(string="refused"))
-        self.reactor.tcpClients[-1][2].clientConnectionFailed(None, failure)
+        factory: Any = self.reactor.tcpClients[-1][2]
+        factory.clientConnectionFailed(None, failure)
 
     def relay(self) -> tuple[ProxyClient, Transport]:
         """The visitor sends a hello, and the target accepts."""
@@ -290,6 +295,9 @@ class CountTests(ProxyCase):
     def test_reasons(self) -> None:
         """Whoever sends no whole hello counts by what ended the wait for it."""
         reasons = self.factory.statistics.reasons
+        self.assertEqual(
+            list(reasons), ["no_acme_alpn", "not_tls", "deadline", "end_of_file", "crowded"]
+        )
         self.reactor.advance(5)
         self.assertEqual(reasons["deadline"], 1)
         server, _ = self.visit()

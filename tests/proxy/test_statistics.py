@@ -6,16 +6,15 @@ import json
 
 import pytest
 
-from acme_alpn_proxy.proxy.clienthello import OTHER, ClientHello, NotClientHello, Verdict
-from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.proxy.clienthello import (
+    OTHER,
+    ClientHello,
+    NotClientHello,
+    Verdict,
+)
 from acme_alpn_proxy.proxy.statistics import Statistics
 
-ROUTING = Routing(Route("acme", "127.0.0.1:31443"), Route("fallback", "127.0.0.1:443"))
-
-
-def statistics() -> Statistics:
-    """New ones, at 1,000 s since the epoch."""
-    return Statistics(ROUTING, lambda: 1_000.0)
+from ..monitoring.descriptions import DOUBTS, ROUTING, statistics
 
 
 @pytest.mark.parametrize(
@@ -32,10 +31,10 @@ def statistics() -> Statistics:
 def test_visitor(verdict: Verdict, reason: str) -> None:
     """A visitor counts as live until it has ended, and for good under the reason of its route."""
     numbers = statistics()
-    passage = numbers.visitor(verdict)
+    record = numbers.visitor(verdict)
     assert (numbers.fallback.live, numbers.fallback.total) == (1, 1)
-    numbers.ended(passage, 100, 2_000)
-    shown = numbers.as_json()["routes"]["fallback"]
+    numbers.ended(record, 100, 2_000)
+    shown = numbers.status("none", 0)["routes"]["fallback"]
     assert (shown["live"], shown["total"], shown["failures"]) == (0, 1, 0)
     assert (shown["bytes_from_visitors"], shown["bytes_to_visitors"]) == (100, 2_000)
     assert {why: count for why, count in shown["reasons"].items() if count} == {reason: 1}
@@ -45,35 +44,44 @@ def test_visitor(verdict: Verdict, reason: str) -> None:
 def test_unreachable_web_server() -> None:
     """A web server that cannot be reached counts as a failure, and is no validation's result."""
     numbers = statistics()
-    passage = numbers.visitor(ClientHello())
-    numbers.unreachable(passage, "refused")
-    numbers.ended(passage, 0, 0)
+    record = numbers.visitor(ClientHello())
+    numbers.unreachable(record, "refused")
+    numbers.ended(record, 0, 0)
     assert (numbers.fallback.failures, numbers.fallback.live) == (1, 0)
+
+
+def result_of(numbers: Statistics) -> str:
+    """The result of the last validation."""
+    last = numbers.status("none", 0)["last_validation"]
+    assert last is not None
+    return last["result"]
 
 
 def test_validation() -> None:
     """The last validation is told with peer, name, time, and whether the ACME client answered."""
     numbers = statistics()
-    passage = numbers.validation("192.0.2.7:50000", "site.example")
+    record = numbers.validation("192.0.2.7:50000", "site.example")
     shown = {"peer": "192.0.2.7:50000", "server_name": "site.example", "at": 1_000.0}
-    assert numbers.as_json()["last_validation"] == shown | {"result": "under way"}
-    numbers.ended(passage, 300, 900)
-    assert numbers.as_json()["last_validation"] == shown | {"result": "answered"}
+    assert numbers.status("none", 0)["last_validation"] == shown | {"result": "under way"}
+    numbers.ended(record, 300, 900)
+    assert numbers.status("none", 0)["last_validation"] == shown | {"result": "answered"}
     silent = numbers.validation("192.0.2.8:50000", "site.example")
     numbers.ended(silent, 300, 0)
-    assert numbers.as_json()["last_validation"]["result"] == "not answered"
+    assert result_of(numbers) == "not answered"
     nobody = numbers.validation("192.0.2.9:50000", "site.example")
     numbers.unreachable(nobody, "refused")
     numbers.ended(nobody, 0, 0)
-    assert numbers.as_json()["last_validation"]["result"] == "unreachable: refused"
+    assert result_of(numbers) == "unreachable: refused"
     assert (numbers.acme.total, numbers.acme.failures, numbers.acme.live) == (3, 1, 0)
 
 
 def test_state() -> None:
     """The state is told with the time since when; all of it is JSON."""
     times = iter([1.0, 2.0, 3.0])
-    numbers = Statistics(ROUTING, lambda: next(times))
+    numbers = Statistics(ROUTING, DOUBTS, lambda: next(times))
     assert (numbers.state, numbers.since) == ("starting", 1.0)
     numbers.enter("running")
     assert (numbers.state, numbers.since) == ("running", 2.0)
-    assert json.loads(json.dumps(numbers.as_json()))["since"] == 2.0
+    shown = numbers.status("iptables", 3)
+    assert json.loads(json.dumps(shown)) == shown
+    assert (shown["since"], shown["redirect"], shown["undecided"]) == (2.0, "iptables", 3)

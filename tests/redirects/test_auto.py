@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from socket import socket
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import ICommands, IRedirect
 from acme_alpn_proxy.redirects.auto import AutoRedirect
+
+from ..memory import log_of
 
 COMMANDS = BlockingCommands()
 
@@ -55,9 +57,7 @@ class Candidate:
 
 class AutoRedirectTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.events: list[LogEvent] = []
-        globalLogPublisher.addObserver(self.events.append)
-        self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
+        self.events = log_of(self)
 
     def takes(self, redirect: AutoRedirect, taken: Candidate, why: str) -> None:
         """It takes that one, says why in one line to the operator, and leaves all else to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import ICommands
 from acme_alpn_proxy.redirects import guard as guard_module
 from acme_alpn_proxy.redirects.guard import Guard, claim_redirect
@@ -198,7 +199,7 @@ class GuardTests(SynchronousTestCase):
         def refuse(*args: object, **kwargs: object) -> None:
             raise FileNotFoundError(2, "No such file or directory")
 
-        self.patch(guard_module.subprocess, "Popen", refuse)
+        self.patch(subprocess, "Popen", refuse)
         with self.assertRaisesRegex(StartError, "cannot start /bin/sh as the guard.*; see whether"):
             self.new_guard()
         self.assertFalse(self.claimed())

@@ -1,103 +1,26 @@
-"""Steering by iptables, and not steering at all: every rule, in memory."""
+"""Steering by iptables: every rule, in memory."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks, succeed
-from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.logger import LogLevel
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.host.processes import NOT_FOUND
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.firewall import xtables
 from acme_alpn_proxy.host import facts
-from acme_alpn_proxy.interfaces import ICommands, IRedirect
-from acme_alpn_proxy.redirects import iptables as iptables_module
-from acme_alpn_proxy.redirects.iptables import IptablesRedirect, default_rulespec, is_dead_keeper, is_leftover, keeper_comment
-from acme_alpn_proxy.redirects.none import NoRedirect
+from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, IRedirect
+from acme_alpn_proxy.redirects.iptables import IptablesRedirect
+from acme_alpn_proxy.redirects.leftovers import keeper_comment
 
-from ..fake_iptables import LOCKED, FakeGuard, FakeIptables
+from ..fake_iptables import LOCKED, FakeIptables
+from .iptables_case import BOTH, DNAT, PORT, REDIRECT, IptablesCase
 
-PORT = 21443
-BOTH = ("ip6tables", "iptables")
-REDIRECT = (
-    "-p tcp --tcp-flags FIN,SYN,RST,ACK SYN --dport 443 -m addrtype --dst-type LOCAL"
-    f" -j REDIRECT --to-ports {PORT} -m comment --comment acme-alpn-proxy"
-)
-OF_THE_ORIGINAL = (
-    f"-p tcp -m tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports {PORT}"
-)
-DNAT = f"-p tcp --dport 443 -j DNAT --to-destination :{PORT}"
-DEAD_KEEPER = ["-m", "conntrack", "--ctstate", "INVALID", "-m", "comment", "--comment"]
-DEAD_KEEPER += [f"acme-alpn-proxy keeper {os.getpid()} 1"]
-
-
-class IptablesCase(SynchronousTestCase):
-    """A host with both families, connection tracking in use, and every log line noted."""
-
-    def setUp(self) -> None:
-        self.iptables = FakeIptables()
-        self.events: list[LogEvent] = []
-        globalLogPublisher.addObserver(self.events.append)
-        self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
-        self.host(has_ipv6=True, tracked_connections=7)
-        self.patch(facts, "may_administer_network", lambda: True)
-        for name in ("unnumbered_interfaces", "legacy_tables", "visitor_interfaces"):
-            self.patch(facts, name, lambda family: [])
-        self.listeners = [self.listener(socket.AF_INET6)]
-        self.guards: list[FakeGuard] = []
-        self.claims: list[socket.socket] = []
-        self.patch(iptables_module, "Guard", self.new_guard)
-        self.patch(iptables_module, "claim_redirect", self.claim)
-
-    def new_guard(self, claim: socket.socket, *words: Any) -> FakeGuard:
-        self.guards.append(FakeGuard(self.iptables, claim, *words))
-        return self.guards[-1]
-
-    def claim(self, commands: ICommands, seconds: float) -> Deferred[socket.socket]:
-        self.claims.append(self.listener(socket.AF_UNIX))
-        return succeed(self.claims[-1])
-
-    def host(self, **facts: object) -> None:
-        """What the host answers from now on."""
-        for name, answer in facts.items():
-            self.patch(facts, name, lambda answer=answer: answer)
-
-    def listener(self, family: socket.AddressFamily) -> socket.socket:
-        listener = socket.socket(family)
-        self.addCleanup(listener.close)
-        return listener
-
-    @inlineCallbacks
-    def apply(self, redirect: IptablesRedirect) -> Any:
-        self.hosts = yield redirect.prepare(self.iptables)
-        yield redirect.apply(self.iptables, self.listeners)
-
-    def applied(self, redirect: IptablesRedirect | None = None) -> IptablesRedirect:
-        redirect = redirect or IptablesRedirect(PORT)
-        self.successResultOf(self.apply(redirect))
-        return redirect
-
-    def refused(self, attempt: Deferred[None], words: str) -> None:
-        """The attempt fails with one line that has these words."""
-        text = str(self.failureResultOf(attempt, StartError).value)
-        self.assertIn(words, text)
-        self.assertNotIn("\n", text)
-
-    def fail_calls(self, *numbers: int, code: int = 4, output: str = LOCKED) -> None:
-        """These calls from now on, the next one is 1, fail."""
-        so_far = len(self.iptables.calls)
-        self.iptables.failures.update({so_far + number: (code, output) for number in numbers})
-
-    def lines(self, level: LogLevel) -> list[str]:
-        """What was logged at this level since the last look."""
-        lines = [formatEvent(event) for event in self.events if event["log_level"] == level]
-        self.events.clear()
-        return lines
+CUSTOM = "ACME_ALPN_PROXY_RULESPEC is right"
 
 
 class ApplyTests(IptablesCase):
@@ -197,26 +120,29 @@ class RefusalTests(IptablesCase):
 
     def test_remedies(self) -> None:
         """The refusal names command, status, output and what to do about it."""
-        for code, output, custom, remedy, status in (
-            (NOT_FOUND, "not found on PATH", False, "install ip6tables", os.EX_UNAVAILABLE),
-            (4, LOCKED, False, "try again when it has finished", os.EX_TEMPFAIL),
-            (2, "unknown option", True, "ACME_ALPN_PROXY_RULESPEC is right", os.EX_CONFIG),
-            (3, "no\nsuch table\n", False, "'ip6tables -t nat -L' does not", os.EX_OSERR),
+        listing = "-t nat -S PREROUTING"
+        for number, failing, code, output, remedy, status in (
+            (1, listing, NOT_FOUND, "not found on PATH", "install ip6tables", os.EX_UNAVAILABLE),
+            (1, listing, 4, LOCKED, "try again when it has finished", os.EX_TEMPFAIL),
+            (3, "-t nat -C PREROUTING -j X", 2, "unknown option", CUSTOM, os.EX_CONFIG),
+            (7, "-t mangle -I PREROUTING -m", 3, "no match", CUSTOM, os.EX_CONFIG),
+            (9, "-t nat -I PREROUTING -j X", 2, "no target", CUSTOM, os.EX_CONFIG),
+            (1, listing, 3, "no\nsuch table\n", "'ip6tables -t nat -L' does not", os.EX_OSERR),
         ):
-            self.fail_calls(1, code=code, output=output)
-            rulespec = ["-j", "X"] if custom else None
+            self.fail_calls(number, code=code, output=output)
+            rulespec = ["-j", "X"] if remedy == CUSTOM else None
             attempt = self.apply(IptablesRedirect(PORT, rulespec, force=True))
             problem: Any = self.failureResultOf(attempt, StartError).value
-            command = "'ip6tables -w 5 -t nat -S PREROUTING'"
+            self.assertTrue(str(problem).startswith(f"'ip6tables -w 5 {failing}"), problem)
             shown = " ".join(output.split())
-            self.assertIn(f"{command} failed with status {code}: {shown}; ", str(problem))
+            self.assertIn(f"' failed with status {code}: {shown}; ", str(problem))
             self.assertIn(remedy, str(problem))
             self.assertIn("ACME_ALPN_PROXY_DISABLEV6=y", str(problem))
             self.assertEqual(problem.status, status)
 
     def test_not_permitted(self) -> None:
         """Who may not is told to be root, as a root without the capability is, and nothing else."""
-        self.patch(facts, "may_administer_network", lambda: False)
+        self.patch(xtables, "may_administer_network", lambda: False)
         self.fail_calls(1, code=4, output="Permission denied")
         attempt = self.apply(IptablesRedirect(PORT, force=True))
         problem: Any = self.failureResultOf(attempt, StartError).value
@@ -293,122 +219,6 @@ class GuardedTests(IptablesCase):
         self.assertIn("another one takes over", self.lines(LogLevel.warn)[0])
 
 
-class LeftoverTests(IptablesCase):
-    def add(self, binary: str, table: str, *rules: Sequence[str]) -> None:
-        self.iptables.chains[binary, table, "PREROUTING"].extend(map(list, rules))
-
-    def remove(self, redirect: IptablesRedirect) -> int:
-        """How many rules are removed as leftovers; the claim is given back."""
-        count: int = self.successResultOf(redirect.clean_up(self.iptables))
-        self.assertEqual(self.claims[-1].fileno(), -1)
-        return count
-
-    def test_killed_instances(self) -> None:
-        """Redirects of killed instances and of the original program go, and so do dead keepers."""
-        self.add("iptables", "nat", OF_THE_ORIGINAL.split(), REDIRECT.split(), ["-j", "DOCKER"])
-        self.add("iptables", "nat", REDIRECT.split())
-        self.add("iptables", "mangle", DEAD_KEEPER)
-        self.assertEqual(self.remove(IptablesRedirect(PORT)), 4)
-        self.assertEqual(self.iptables.rules("nat"), {"iptables": ["-j DOCKER"]})
-        self.assertEqual(self.iptables.rules("mangle"), {})
-        self.assertEqual(
-            self.lines(LogLevel.warn),
-            ["Removed 4 iptables rules that a killed instance had left"],
-        )
-
-    def test_nothing_left(self) -> None:
-        """Where nothing is left nothing is said."""
-        self.assertEqual(self.remove(IptablesRedirect(PORT)), 0)
-        self.assertEqual(self.lines(LogLevel.warn), [])
-
-    def test_keeper_of_the_living(self) -> None:
-        """The keeper of an instance that still drains stays."""
-        for binary in BOTH:
-            keeper = [*DEAD_KEEPER[:-1], keeper_comment(os.getpid())]
-            self.add(binary, "mangle", keeper)
-        self.assertEqual(self.remove(IptablesRedirect(PORT)), 0)
-        self.assertEqual(set(self.iptables.rules("mangle")), set(BOTH))
-
-    def test_rulespec(self) -> None:
-        """Of a rulespec without our comment every copy goes."""
-        self.add("iptables", "nat", DNAT.split(), ["-j", "DOCKER"], DNAT.split())
-        self.assertEqual(self.remove(IptablesRedirect(PORT, DNAT.split())), 2)
-        self.assertEqual(self.iptables.rules("nat"), {"iptables": ["-j DOCKER"]})
-
-    def test_rulespec_locked(self) -> None:
-        """A copy that cannot be removed for the lock is not taken for one that is not there."""
-        self.add("ip6tables", "nat", DNAT.split())
-        self.fail_calls(3)  # behind the two listings
-        self.refused(self.apply(IptablesRedirect(PORT, DNAT.split())), LOCKED)
-
-    def test_one_family_fails(self) -> None:
-        """Where one family cannot be looked at, the other is cleaned all the same."""
-        for number, cleaned in ((1, "ip6tables"), (4, "iptables")):
-            self.iptables = FakeIptables()
-            for binary in BOTH:
-                self.add(binary, "nat", REDIRECT.split())
-            self.fail_calls(number)
-            self.assertEqual(self.remove(IptablesRedirect(PORT)), 1)
-            self.assertNotIn(cleaned, self.iptables.rules("nat"))
-
-    def test_quotes(self) -> None:
-        """Comments with blanks and quotes, ours and others', are read as they were written."""
-        others = ["-m", "comment", "--comment", 'it\'s "acme-alpn-proxy" keeper 1 \\ 2']
-        self.add("iptables", "nat", others)
-        self.add("iptables", "mangle", others, DEAD_KEEPER)
-        self.assertEqual(self.remove(IptablesRedirect(PORT)), 1)
-        for table in ("nat", "mangle"):
-            self.assertEqual(self.iptables.rules(table), {"iptables": [" ".join(others)]})
-
-    def test_strange_listing(self) -> None:
-        """A comment over several lines, or one cut short by a quote, is no obstacle, and what
-        iptables warns of between the rules is none either."""
-        ours = " ".join(OF_THE_ORIGINAL.split())
-        listing = (
-            "# Warning: that's what iptables says of legacy tables\n"
-            "-P PREROUTING ACCEPT\n"
-            '-A PREROUTING -m comment --comment "two\nlines" -j RETURN\n'
-            '-A PREROUTING -m comment --comment "a\n-A b" -j RETURN\n'
-            f"-A PREROUTING {ours}\n"
-            "# Warning: as above\n"
-        )
-        self.add("iptables", "nat", ours.split())
-        self.fail_calls(1, code=0, output=listing)
-        self.assertEqual(self.remove(IptablesRedirect(PORT)), 1)
-        self.assertEqual(self.iptables.rules("nat"), {})
-
-
-class RecognitionTests(SynchronousTestCase):
-    def test_leftovers(self) -> None:
-        """A leftover has our comment and our port, however its target writes the port."""
-        comment = "-m comment --comment acme-alpn-proxy"
-        for target in (
-            "REDIRECT --to-ports 21443",
-            "REDIRECT --to-port 21443",
-            "DNAT --to-destination :21443",
-            "DNAT --to-destination [2001:db8::1]:21443",
-        ):
-            self.assertTrue(is_leftover(f"{comment} -j {target}".split(), PORT), target)
-        for other in (
-            f"{comment} -j REDIRECT --to-ports 8443",
-            f"{comment} -j REDIRECT",
-            f"{comment} -j DNAT --to-destination 192.0.2.1",
-            "-m comment --comment acme -j REDIRECT --to-ports 21443",
-            "-j REDIRECT --to-ports 21443",
-            "PREROUTING ACCEPT",
-            "-j REDIRECT --to-ports 21443 --comment",
-        ):
-            self.assertFalse(is_leftover(other.split(), PORT), other)
-        self.assertTrue(is_leftover(default_rulespec(PORT), PORT))
-
-    def test_dead_keepers(self) -> None:
-        """A keeper is dead when its process is: the same PID with another start is another."""
-        self.assertFalse(is_dead_keeper(["--comment", keeper_comment(os.getpid())]))
-        self.assertTrue(is_dead_keeper(DEAD_KEEPER))
-        for other in ("acme-alpn-proxy", "acme-alpn-proxy keeper x 1", "other keeper 1 1"):
-            self.assertFalse(is_dead_keeper(["--comment", other]), other)
-
-
 class ConnectionTrackingTests(IptablesCase):
     def warnings(self, **facts: Any) -> list[str]:
         self.host(**facts)
@@ -432,18 +242,3 @@ class ConnectionTrackingTests(IptablesCase):
         for fact in ({"tcp_connections": 500}, {"tracked_connections": 1}):
             self.assertEqual(self.warnings(**(busy | fact)), [], fact)
         self.assertEqual(self.warnings(**(busy | {"max_tracked_connections": None})), [])
-
-
-class NoRedirectTests(SynchronousTestCase):
-    def test_does_nothing(self) -> None:
-        """Without a redirect it listens on every address, and every step is done at once."""
-        redirect = NoRedirect()
-        self.assertEqual(str(redirect), "none")
-        verifyObject(IRedirect, redirect)
-        iptables = FakeIptables()
-        self.assertEqual(self.successResultOf(redirect.prepare(iptables)), ("::",))
-        self.successResultOf(redirect.look_after(iptables))
-        self.successResultOf(redirect.apply(iptables, []))
-        self.successResultOf(redirect.remove(iptables))
-        self.successResultOf(redirect.release(iptables))
-        self.assertEqual(iptables.calls, [])

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import IRedirect
 from acme_alpn_proxy.redirects import bpf, sklookup
 from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect, steering_program
+
+from ..memory import log_of
 
 COMMANDS = BlockingCommands()
 
@@ -90,7 +92,6 @@ class RedirectTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.redirect = SkLookupRedirect()
         self.sockets: list[tuple[int, int]] = []
-        self.lines: list[str] = []
         self.attached: list[int] = []
         self.patch(
             sklookup, "look_whether_sent_elsewhere", lambda commands, families: succeed(None)
@@ -101,8 +102,7 @@ class RedirectTests(SynchronousTestCase):
         self.kernel("put_socket", lambda where, slot, which: self.sockets.append((slot, which)))
         self.kernel("load_sk_lookup", lambda code, name: os.dup(0))
         self.kernel("attach_sk_lookup", self.attach)
-        globalLogPublisher.addObserver(self.observe)
-        self.addCleanup(globalLogPublisher.removeObserver, self.observe)
+        self.events = log_of(self)
 
     def kernel(self, call: str, answer: Callable[..., Any]) -> None:
         self.patch(bpf, call, answer)
@@ -112,8 +112,10 @@ class RedirectTests(SynchronousTestCase):
         self.attached.append(link)
         return link
 
-    def observe(self, event: LogEvent) -> None:
-        self.lines.append(formatEvent(event))
+    @property
+    def lines(self) -> list[str]:
+        """What was logged."""
+        return [formatEvent(event) for event in self.events]
 
     def listen(self, *hosts: str) -> list[socket.socket]:
         listeners = []

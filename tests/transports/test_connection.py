@@ -1,76 +1,30 @@
-"""The lean transports on real loopback sockets, their poller turned by hand."""
+"""The lean connection on real loopback sockets, its poller turned by hand."""
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
-import sys
-from collections.abc import Callable
-from typing import Any
 
-from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, UserError
+from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
-    IConnector,
     IConsumer,
     IHalfCloseableDescriptor,
-    IHalfCloseableProtocol,
-    IListeningPort,
     IPushProducer,
     IReadDescriptor,
     ITCPTransport,
     IWriteDescriptor,
 )
-from twisted.internet.protocol import ClientFactory, Factory, Protocol, ServerFactory
-from twisted.internet.testing import MemoryReactorClock
-from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
-from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.transports import connection
-from acme_alpn_proxy.transports.deadlines import DeadlineQueue, Unanswered
-from acme_alpn_proxy.interfaces import IDescriptorTransport, ITarget
-from acme_alpn_proxy.transports.connection import Connection, Connector, Dialer, Poller, Port, Shortage, twisted_address
+from acme_alpn_proxy.transports.connection import Connection
+from acme_alpn_proxy.transports.interfaces import IDescriptorTransport
+from acme_alpn_proxy.transports.sockets import twisted_address
 
-from ..proxy.test_connection import was_reset
-from .test_hangup import reset
-
-
-class Noting(Protocol):
-    """Takes notes of all it is told."""
-
-    transport: Any
-
-    def __init__(self) -> None:
-        self.data = b""
-        self.story: list[str] = []
-        self.reason: Failure | None = None
-        self.on_data: Callable[[], None] = lambda: None
-
-    def connectionMade(self) -> None:
-        self.story.append("made")
-
-    def dataReceived(self, data: bytes) -> None:
-        self.data += data
-        self.on_data()
-
-    def connectionLost(self, reason: Failure = ...) -> None:  # type: ignore[assignment]
-        self.story.append("lost")
-        self.reason = reason
-
-
-@implementer(IHalfCloseableProtocol)
-class HalfNoting(Noting):
-    """Takes notes of both halves of an end, too."""
-
-    def readConnectionLost(self) -> None:
-        self.story.append("end of file")
-
-    def writeConnectionLost(self) -> None:
-        self.story.append("FIN sent")
+from ..loopback import reset, was_reset
+from .transport_case import HalfNoting, Noting, TransportCase, defect
 
 
 @implementer(IPushProducer)
@@ -90,107 +44,10 @@ class Producer:
         self.story.append("stop")
 
 
-def segments_in(connection: socket.socket) -> int:
-    """C{tcpi_segs_in} of C{struct tcp_info} (<linux/tcp.h>)."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
-    return int.from_bytes(info[140:], sys.byteorder)
-
-
-class Restless:
-    """Is told of the same event again and again."""
-
-    turns = 0
-
-    def ready(self, events: int) -> None:
-        self.turns += 1
-
-    def connectionLost(self, reason: Failure) -> None:
-        pass
-
-
-class TransportCase(SynchronousTestCase):
-    """A listening port whose connections are protocols in C{accepted}."""
-
-    def setUp(self) -> None:
-        self.reactor = MemoryReactorClock()
-        self.poller = Poller(self.reactor)
-        self.poller.open()
-        self.addCleanup(self.poller.close)
-        self.shortage = Shortage(self.reactor)
-        self.addCleanup(self.shortage.close)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(self.listener.close)
-        self.accepted: list[Any] = []
-        self.kind: Callable[[], Any] = HalfNoting
-        self.factory: Factory = ServerFactory()
-        self.factory.buildProtocol = self.build  # type: ignore[method-assign]
-        self.port = Port(self.poller, self.shortage, self.listener, self.factory)
-        self.port.startListening()
-        self.addCleanup(self.port.stopListening)
-        self.lines: list[dict[str, Any]] = []
-        globalLogPublisher.addObserver(self.lines.append)
-        self.addCleanup(globalLogPublisher.removeObserver, self.lines.append)
-
-    def build(self, address: Any) -> Any:
-        protocol = self.kind()
-        if protocol is not None:
-            self.accepted.append(protocol)
-        return protocol
-
-    def is_quiet(self, seconds: float = 0.0) -> bool:
-        """Whether the reactor would have nothing to do."""
-        poll = select.poll()
-        poll.register(self.poller.fileno(), select.POLLIN)
-        return not poll.poll(seconds * 1000)
-
-    def turn(self, done: Callable[[], Any], turns: int = 2_000) -> None:
-        """Turn the poller until C{done()}, as the reactor would."""
-        while not done():
-            self.assertFalse(self.is_quiet(5), "nothing comes")
-            self.poller.doRead()
-            turns -= 1
-            self.assertTrue(turns, "it spins")
-
-    def turn_all(self) -> None:
-        """Turn the poller until it is quiet; that it gets quiet is the proof that nothing spins."""
-        for _ in range(2_000):
-            if self.is_quiet(0.05):
-                return
-            self.poller.doRead()
-        self.fail("it spins")
-
-    def visit(self) -> socket.socket:
-        visitor = socket.create_connection(self.listener.getsockname(), 5)
-        self.addCleanup(visitor.close)
-        return visitor
-
-    def connect(self, kind: Callable[[], Any] = HalfNoting) -> tuple[socket.socket, Any]:
-        """A visitor and the protocol of the connection."""
-        self.kind = kind
-        visitor, count = self.visit(), len(self.accepted)
-        self.turn(lambda: len(self.accepted) > count)
-        protocol = self.accepted[-1]
-        self.addCleanup(lambda: protocol.transport.abortConnection())
-        return visitor, protocol
-
-    def fill_from_here(self, protocol: Any) -> int:
-        """Write until something waits in the transport; how many bytes were written."""
-        written = 0
-        while not protocol.transport.waiting:
-            protocol.transport.write(bytes(65_536))
-            written += 65_536
-        return written
-
-    def read_all(self, visitor: socket.socket, count: int) -> None:
-        """Read that many bytes while the poller turns."""
-        visitor.settimeout(5)
-        while count:
-            count -= len(visitor.recv(count))
-            if not self.is_quiet():
-                self.poller.doRead()
-
-
 class ConnectionTests(TransportCase):
+    def turn_until_lost(self, protocol: Noting) -> None:
+        self.turn(lambda: protocol.reason)
+
     def test_interfaces(self) -> None:
         """It is what Twisted's TCP transport is, as far as protocols can tell."""
         _, protocol = self.connect()
@@ -204,9 +61,6 @@ class ConnectionTests(TransportCase):
             IDescriptorTransport,
         ):
             verifyObject(interface, protocol.transport)
-        verifyObject(IReadDescriptor, self.poller)
-        self.assertEqual(self.poller.logPrefix(), "poller")
-        self.poller.connectionLost(Failure(ConnectionDone()))
         self.assertEqual(protocol.transport.logPrefix(), "connection")
 
     def test_addresses(self) -> None:
@@ -215,7 +69,7 @@ class ConnectionTests(TransportCase):
         peer, host = protocol.transport.getPeer(), protocol.transport.getHost()
         self.assertEqual((peer.host, peer.port), visitor.getsockname())
         self.assertEqual((host.host, host.port), visitor.getpeername())
-        self.assertEqual(connection.twisted_address(("::1", 443, 0, 0)).host, "::1")
+        self.assertEqual(twisted_address(("::1", 443, 0, 0)).host, "::1")
 
     def test_options(self) -> None:
         """It has TCP_NODELAY and SO_KEEPALIVE from the start, and they can be changed."""
@@ -305,7 +159,7 @@ class ConnectionTests(TransportCase):
             prepare(visitor, protocol)
             self.turn_all()
             reset(visitor)
-            self.turn(lambda protocol=protocol: protocol.reason)
+            self.turn_until_lost(protocol)
             protocol.reason.trap(ConnectionLost)
             self.turn_all()
 
@@ -352,7 +206,7 @@ class ConnectionTests(TransportCase):
 
         def broken() -> Noting:
             protocol = Noting()
-            protocol.on_data = lambda: {}["no such key"]
+            protocol.on_data = defect
             return protocol
 
         visitor, protocol = self.connect(broken)
@@ -456,29 +310,6 @@ class ConnectionTests(TransportCase):
             self.accepted[2].transport.abortConnection()
         else:  # the kernel told the other one first
             ours.close()
-
-
-class PollerTests(TransportCase):
-    def test_others_get_their_turn(self) -> None:
-        """One that always has something to do does not keep the reactor from all else."""
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            self.addCleanup(end.close)
-        theirs.send(b"nobody reads this")
-        restless = Restless()
-        self.poller.add(ours.fileno(), restless, select.EPOLLIN)
-        self.poller.doRead()
-        self.assertLess(restless.turns, 100)
-        self.poller.remove(ours.fileno())
-
-    def test_what_follows_is_met_at_once(self) -> None:
-        """What an event leads to, if it is there at once, needs no turn of the reactor."""
-        one, two = self.connect(), self.connect()
-        one[1].on_data = lambda: two[0].sendall(b"x")
-        two[1].on_data = lambda: one[0].sendall(b"x") if len(two[1].data) < 3 else None
-        one[0].sendall(b"x")
-        self.poller.doRead()
-        self.assertEqual((one[1].data, two[1].data), (b"xxx", b"xxx"))
 
 
 class WriteTests(TransportCase):
@@ -592,7 +423,7 @@ class WriteTests(TransportCase):
         def read() -> None:
             story.append("read")
             protocol.transport.read_by(None)
-            protocol.transport.again()
+            protocol.transport.rearm()
 
         def write() -> None:
             story.append("write")
@@ -607,377 +438,3 @@ class WriteTests(TransportCase):
         protocol.transport.read_by(read)
         protocol.transport.write_by(write)
         self.assertEqual(protocol.transport.fileno(), -1)
-
-
-class PortTests(TransportCase):
-    def test_interfaces(self) -> None:
-        """It is a listening port, and a producer of connections."""
-        verifyObject(IListeningPort, self.port)
-        verifyObject(IPushProducer, self.port)
-        host = self.port.getHost()
-        self.assertEqual((host.host, host.port), self.listener.getsockname())  # type: ignore[attr-defined]
-
-    def test_many(self) -> None:
-        """Many who wait are all accepted, in turns."""
-        visitors = [self.visit() for _ in range(100)]
-        self.turn(lambda: len(self.accepted) == 100)
-        self.turn_all()
-        for visitor, protocol in zip(visitors, self.accepted, strict=True):
-            visitor.close()
-            protocol.transport.abortConnection()
-
-    def pausing(self) -> HalfNoting:
-        """A protocol that pauses the port as soon as it is made."""
-        self.port.pauseProducing()
-        return HalfNoting()
-
-    def test_many_beside_others(self) -> None:
-        """When others have come, too, as many as wait are accepted at a time, 33 at most, and none
-        once it is paused by one of them."""
-        for _ in range(40):
-            self.visit()
-        self.poller.alone = False
-        self.port.ready(select.EPOLLIN)
-        self.assertEqual(len(self.accepted), 33)
-        self.kind = self.pausing
-        self.port.ready(select.EPOLLIN)
-        self.assertEqual(len(self.accepted), 34)
-        self.port.ready(select.EPOLLIN)
-        self.assertEqual(len(self.accepted), 34)
-        self.kind = HalfNoting
-        self.port.resumeProducing()
-        self.turn(lambda: len(self.accepted) == 40)
-        for protocol in self.accepted:
-            protocol.transport.abortConnection()
-
-    def test_pause(self) -> None:
-        """Paused, also by one that it accepts, it leaves who comes in the backlog."""
-        visitors = [self.visit() for _ in range(2)]
-        self.kind = self.pausing
-        self.turn_all()
-        self.assertEqual(len(self.accepted), 1)
-        self.port.resumeProducing()
-        self.turn_all()
-        self.assertEqual(len(self.accepted), 2)
-        for visitor, protocol in zip(visitors, self.accepted, strict=True):
-            protocol.transport.abortConnection()
-            visitor.close()
-
-    def test_stop(self) -> None:
-        """Stopped, it leaves the listening socket to its owner; later calls do nothing."""
-        visitor = self.visit()
-        self.successResultOf(self.port.stopListening())
-        self.port.resumeProducing()
-        self.port.stopProducing()
-        self.turn_all()
-        self.assertEqual(self.accepted, [])
-        self.listener.accept()[0].close()
-        visitor.close()
-
-    def test_refused_by_the_factory(self) -> None:
-        """Whom the factory gives no protocol is closed."""
-        self.kind = lambda: None
-        visitor = self.visit()
-        self.turn_all()
-        self.assertEqual(visitor.recv(1), b"")
-
-    def test_error_in_the_factory(self) -> None:
-        """One for whom the factory fails is closed, and the next one is accepted."""
-        self.kind = lambda: 1 // 0
-        visitor = self.visit()
-        self.turn_all()
-        self.assertEqual(visitor.recv(1), b"")
-        self.assertEqual([line["log_level"].name for line in self.lines], ["critical"])
-        self.flushLoggedErrors(ZeroDivisionError)
-        _, protocol = self.connect()
-        protocol.transport.abortConnection()
-
-    def test_stopped_by_the_first(self) -> None:
-        """Stopped by one that it accepts, it asks for no more."""
-        visitor = self.visit()
-        self.kind = lambda: self.port.stopListening() and HalfNoting()
-        self.turn_all()
-        self.assertEqual(len(self.accepted), 1)
-        visitor.close()
-        self.accepted[0].transport.abortConnection()
-
-    def test_addresses(self) -> None:
-        """The factory is told who comes."""
-        told: list[Any] = []
-        self.factory.buildProtocol = lambda address: told.append(address)  # type: ignore
-        visitor = self.visit()
-        self.turn_all()
-        self.assertEqual((told[0].host, told[0].port), visitor.getsockname())
-
-    def test_adopt(self) -> None:
-        """A connection that was accepted elsewhere can be given to it, unless it has gone."""
-        self.port.pauseProducing()
-        visitor = self.visit()
-        connection.adopt(self.poller, self.listener.accept()[0], self.factory)
-        self.assertEqual(self.accepted[0].story, ["made"])
-        self.accepted[0].transport.abortConnection()
-        visitor = self.visit()
-        ours, _ = self.listener.accept()
-        reset(visitor)
-        connection.adopt(self.poller, ours, self.factory)
-        self.assertEqual(len(self.accepted), 1)
-
-    def fail_to_accept(self, problem: int, times: int) -> None:
-        real = self.port._socket
-        left = [problem] * times
-
-        class Failing:
-            family, type = real.family, real.type
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(real, name)
-
-            def _accept(self) -> Any:
-                if left:
-                    number = left.pop()
-                    raise OSError(number, os.strerror(number))
-                return real._accept()  # type: ignore[attr-defined]
-
-        self.port._socket = Failing()  # type: ignore[assignment]
-
-    def test_shortage(self) -> None:
-        """Short of descriptors it pauses without spinning, says so once, and goes on later."""
-        for problem in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            self.fail_to_accept(problem, 2)
-            visitor, count = self.visit(), len(self.accepted)
-            self.turn_all()
-            self.reactor.advance(0.1)
-            self.turn_all()
-            self.assertEqual(len(self.accepted), count)
-            self.reactor.advance(0.1)
-            self.turn_all()
-            self.assertEqual(len(self.accepted), count + 1)
-            self.accepted[-1].transport.abortConnection()
-            (line,) = [e for e in self.lines if "problem" in e]
-            self.assertEqual(line["problem"], os.strerror(problem))
-            self.lines.clear()
-            visitor.close()
-
-    def test_visitor_gone(self) -> None:
-        """A visitor who has left before being accepted keeps nobody waiting."""
-        self.fail_to_accept(errno.ECONNABORTED, 1)
-        visitor = self.visit()
-        self.turn(lambda: self.accepted)
-        self.accepted[-1].transport.abortConnection()
-        visitor.close()
-
-    def test_another_waits(self) -> None:
-        """While somebody who was accepted waits for a descriptor, nobody else is accepted."""
-        story: list[str] = []
-        self.shortage.wait(lambda: story.append(f"{len(self.accepted)} accepted"))
-        visitor = self.visit()
-        self.turn_all()
-        self.reactor.advance(0.1)
-        self.turn_all()
-        self.assertEqual((story, len(self.accepted)), (["0 accepted"], 1))
-        self.accepted[-1].transport.abortConnection()
-        visitor.close()
-
-    def test_shortage_closed(self) -> None:
-        """Closed, it keeps no timer."""
-        self.shortage.wait(lambda: None)
-        self.shortage.close()
-        self.assertEqual(self.reactor.getDelayedCalls(), [])
-
-
-class Client(ClientFactory):
-    """Takes notes of failures."""
-
-    def __init__(self) -> None:
-        self.made: list[Any] = []
-        self.failures: list[Failure] = []
-        self.kind: Callable[[], Any] = HalfNoting
-
-    def buildProtocol(self, address: Any) -> Any:
-        protocol = self.kind()
-        self.made.append(protocol)
-        return protocol
-
-    def clientConnectionFailed(self, connector: Any, reason: Failure) -> None:
-        self.failures.append(reason)
-
-
-class ConnectorTests(TransportCase):
-    def setUp(self) -> None:
-        super().setUp()
-        self.port.pauseProducing()
-        self.deadlines: DeadlineQueue[Connector] = DeadlineQueue(self.reactor, 10, Connector.expire)
-        self.addCleanup(self.deadlines.close)
-        self.client = Client()
-
-    def dial(self, address: Any = None, first: bytes = b"") -> Any:
-        where = address or self.listener.getsockname()
-        dialer = Dialer(self.poller, self.shortage, self.deadlines, socket.AF_INET, where)
-        verifyObject(ITarget, dialer)
-        return dialer.connect(self.client, first)
-
-    def accept(self) -> socket.socket:
-        connection, _ = self.listener.accept()
-        self.addCleanup(connection.close)
-        return connection
-
-    def answerless(self) -> Any:
-        """The address of a listener whose full queue drops SYNs."""
-        full = socket.create_server(("127.0.0.1", 0), backlog=0)
-        self.addCleanup(full.close)
-        for _ in range(3):
-            waiting = socket.socket()
-            self.addCleanup(waiting.close)
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        return full.getsockname()
-
-    def test_at_once(self) -> None:
-        """Over loopback it is connected when the call returns, without a delay of our own or
-        keepalive, which a peer on this host does not need, and there is nothing to be stopped."""
-        self.assertIsNone(self.dial())
-        self.assertEqual(self.client.made[0].story, ["made"])
-        tcp = self.client.made[0].transport
-        self.assertTrue(tcp.getTcpNoDelay())
-        self.assertFalse(tcp.getTcpKeepAlive())
-        self.assertEqual(tcp.getPeer(), twisted_address(self.listener.getsockname()))
-        self.assertEqual(self.reactor.getDelayedCalls(), [])
-        tcp.loseConnection()
-        self.assertEqual(self.client.made[0].story, ["made", "lost"])
-
-    def test_sent_ahead(self) -> None:
-        """What the protocol is going to write first is on its way before there is a protocol."""
-        self.dial(first=b"hello")
-        target = self.accept()
-        self.assertEqual(target.recv(9), b"hello")
-        self.assertEqual(self.client.made[0].transport.sent_ahead, 5)
-        self.client.made[0].transport.abortConnection()
-
-    def test_segments(self) -> None:
-        """The ACK that ends the handshake goes with the first bytes: two segments, not three."""
-        self.dial()
-        self.client.made[0].transport.write(b"x")
-        target = self.accept()
-        self.assertEqual(target.recv(1), b"x")
-        self.assertEqual(segments_in(target), 2)
-        self.client.made[0].transport.abortConnection()
-
-    def test_refused(self) -> None:
-        """A refusal is told at once."""
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            address = closed.getsockname()
-        self.dial(address)
-        self.client.failures[0].trap(ConnectError)
-
-    def test_no_way(self) -> None:
-        """An address that the kernel will not connect to is a failure at once."""
-        self.dial(("255.255.255.255", 1))
-        self.client.failures[0].trap(ConnectError)
-
-    def wait_for_answer(self) -> None:
-        """Make the connector believe that the connection is not there yet."""
-        real = socket.SocketType
-
-        class Slow(real):  # type: ignore[misc,valid-type]
-            def send(self, data: bytes, flags: int = 0) -> int:
-                if not data:
-                    raise BlockingIOError
-                return super().send(data, flags)  # type: ignore[no-any-return]
-
-        self.patch(connection, "SocketType", Slow)
-
-    def test_later(self) -> None:
-        """An answer that takes time is waited for."""
-        self.wait_for_answer()
-        connector = self.dial()
-        verifyObject(IConnector, connector)
-        self.assertEqual(self.client.made, [])
-        self.turn(lambda: self.client.made)
-        self.client.made[0].transport.write(b"x")
-        self.assertEqual(self.accept().recv(1), b"x")
-        self.assertEqual(self.client.made[0].transport.getPeer(), connector.getDestination())
-        self.reactor.advance(10)
-        connector.stopConnecting()
-        connector.disconnect()
-        self.assertEqual(self.client.made[0].story, ["made", "lost"])
-        self.assertEqual(self.client.failures, [])
-
-    def test_refused_later(self) -> None:
-        """So is a refusal."""
-        self.wait_for_answer()
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            address = closed.getsockname()
-        self.dial(address)
-        self.assertEqual(self.client.failures, [])
-        self.turn(lambda: self.client.failures)
-        self.client.failures[0].trap(ConnectError)
-
-    def test_no_answer(self) -> None:
-        """Without an answer it fails when the time is over, whatever events of a closed connection
-        under the same number come meanwhile."""
-        connector = self.dial(self.answerless())
-        self.turn_all()
-        connector.ready(select.EPOLLIN | select.EPOLLHUP)
-        self.assertEqual(self.client.made, [])
-        self.reactor.advance(9.9)
-        self.assertEqual(self.client.failures, [])
-        self.reactor.advance(0.1)
-        self.client.failures[0].trap(Unanswered)
-        self.assertEqual(self.client.failures[0].getErrorMessage(), "no answer within 10 s")
-
-    def test_stopped(self) -> None:
-        """Stopped, it fails; then the end of its time is no matter, nor an event that came."""
-        connector = self.dial(self.answerless())
-        connector.disconnect()
-        self.client.failures[0].trap(UserError)
-        self.reactor.advance(10)
-        connector.ready(select.EPOLLOUT)
-        self.assertEqual(len(self.client.failures), 1)
-
-    def be_short(self, times: int) -> None:
-        """Let no socket be made, that often."""
-        real = socket.SocketType
-        left = [errno.EMFILE] * times
-
-        def make(*arguments: Any) -> Any:
-            if left:
-                raise OSError(left.pop(), "short")
-            return real(*arguments)
-
-        self.patch(connection, "SocketType", make)
-
-    def test_shortage(self) -> None:
-        """Without a descriptor it tries again until it has one; the log says so once."""
-        self.be_short(2)
-        self.dial()
-        self.reactor.advance(0.1)
-        self.assertEqual(self.client.made, [])
-        self.reactor.advance(0.1)
-        self.assertEqual(self.client.made[0].story, ["made"])
-        self.assertEqual(len([e for e in self.lines if "problem" in e]), 1)
-        self.client.made[0].transport.abortConnection()
-
-    def test_shortage_for_long(self) -> None:
-        """If there is none in time it fails, and tries no more."""
-        self.be_short(1_000)
-        self.dial()
-        for _ in range(101):
-            self.reactor.advance(0.1)
-        self.client.failures[0].trap(Unanswered)
-        self.reactor.advance(0.1)
-        self.assertEqual(self.reactor.getDelayedCalls(), [])
-
-    def test_refused_by_the_factory(self) -> None:
-        """Without a protocol the connection is closed."""
-        self.client.kind = lambda: None
-        self.dial()
-        self.assertEqual(self.accept().recv(1), b"")
-
-    def test_error_in_the_factory(self) -> None:
-        """A factory that raises is told that it failed, and the error is logged."""
-        self.wait_for_answer()
-        self.client.kind = lambda: {}["no such key"]
-        self.dial()
-        self.turn_all()
-        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
-        self.client.failures[0].trap(KeyError)

@@ -5,31 +5,20 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
+from typing import Any
 
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.testing import MemoryReactor
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.transports.hangup import EpollHangupWatch, NoHangupWatch, hangup_watch
-from acme_alpn_proxy.interfaces import IHangupWatch
+from acme_alpn_proxy.transports.interfaces import IHangupWatch
 
-
-def connected() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a TCP connection over loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = socket.create_connection(listener.getsockname())
-        other, _ = listener.accept()
-    return one, other
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
+from ..loopback import connected, reset
+from ..memory import MemoryReactor
 
 
 class Transport:
@@ -136,11 +125,8 @@ class HangupWatchTests(SynchronousTestCase):
     def test_other_reactors(self) -> None:
         """On a reactor without descriptors nothing is watched."""
 
-        @implementer()
-        class Other:
-            pass
-
-        watch = hangup_watch(Other())
+        other: Any = Clock()
+        watch = hangup_watch(other)
         self.assertIsInstance(watch, NoHangupWatch)
         verifyObject(IHangupWatch, watch)
         watch.add(None, lambda: None)

@@ -7,44 +7,52 @@ import socket
 import sys
 from typing import Any
 
-from twisted.internet import reactor as global_reactor
+from twisted.internet import reactor as installed
 from twisted.internet.defer import Deferred
 from twisted.internet.error import TimeoutError as ConnectTimeout
-from twisted.internet.protocol import ClientFactory
+from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
 from twisted.internet.task import Clock
-from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.addresses import parse_address
-from acme_alpn_proxy.transports.deadlines import Unanswered
 from acme_alpn_proxy.interfaces import INetwork, ITarget
-from acme_alpn_proxy.transports.network import EndpointTarget, LeanNetwork, TwistedNetwork, network_for
-from acme_alpn_proxy.transports.connection import Dialer
+from acme_alpn_proxy.transports.deadlines import Unanswered
+from acme_alpn_proxy.transports.dialer import Dialer
+from acme_alpn_proxy.transports.network import (
+    EndpointTarget,
+    LeanNetwork,
+    TwistedNetwork,
+    network_for,
+)
 
-from ..test_service import ServiceCase
-from .test_transports import Client
+from ..memory import MemoryReactor
+from ..service_case import ServiceCase
+from .transport_case import Client
 
 
 class ChoiceTests(SynchronousTestCase):
     def test_linux(self) -> None:
         """On Linux, with a reactor that takes descriptors, the lean transports."""
-        network = network_for(MemoryReactorClock())
+        network = network_for(MemoryReactor())
         verifyObject(INetwork, network)
         self.assertIsInstance(network, LeanNetwork)
 
     def test_elsewhere(self) -> None:
         """With any other reactor, or on any other system, Twisted's."""
-        network = network_for(Clock())
+        other: Any = Clock()
+        network = network_for(other)
         verifyObject(INetwork, network)
         self.assertIs(type(network), TwistedNetwork)
         self.patch(sys, "platform", "freebsd14")
-        self.assertIs(type(network_for(MemoryReactorClock())), TwistedNetwork)
+        self.assertIs(type(network_for(MemoryReactor())), TwistedNetwork)
 
     def test_targets(self) -> None:
         """Numeric addresses are dialled; names and endpoint strings are left to Twisted."""
-        network = LeanNetwork(global_reactor)
+        reactor: Any = installed
+        network = LeanNetwork(reactor)
         for text, kind in (
             ("127.0.0.1:443", Dialer),
             ("[::1]:443", Dialer),
@@ -57,6 +65,7 @@ class ChoiceTests(SynchronousTestCase):
             self.assertIsInstance(target, kind, text)
 
 
+@implementer(IStreamClientEndpoint)
 class Endpoint:
     """Connects when the test says so."""
 
@@ -67,14 +76,14 @@ class Endpoint:
     def cancel(self, attempt: Deferred[Any]) -> None:
         self.cancelled = True
 
-    def connect(self, factory: ClientFactory) -> Deferred[Any]:
+    def connect(self, protocolFactory: IProtocolFactory) -> Deferred[Any]:
         return self.attempt
 
 
 class EndpointTargetTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.endpoint: Any = Endpoint()
+        self.endpoint = Endpoint()
         self.client = Client()
         self.connecting = EndpointTarget(self.endpoint, 10, self.clock).connect(self.client)
 

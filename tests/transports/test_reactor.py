@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.protocol import ServerFactory
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.interfaces import IPoller, IPollerHost
+from acme_alpn_proxy.transports.interfaces import IPoller, IPollerHost
+from acme_alpn_proxy.transports.poller import Poller, RetryQueue
+from acme_alpn_proxy.transports.port import Port
 from acme_alpn_proxy.transports.reactor import ProxyReactor
-from acme_alpn_proxy.transports.connection import Poller, Port, Shortage
 
-from .test_transports import Noting, Restless
+from .transport_case import Noting, Restless
 
 
 class ProxyReactorTests(SynchronousTestCase):
     """Not the global one; turned by hand."""
 
     def setUp(self) -> None:
-        self.reactor: Any = ProxyReactor()
+        self.reactor = cast(Any, ProxyReactor())
         self.reactor._handleSignals = lambda: None
         self.addCleanup(self.close)
         self.poller = Poller(self.reactor)
@@ -36,8 +37,13 @@ class ProxyReactorTests(SynchronousTestCase):
         self.addCleanup(listener.close)
         made: list[Noting] = []
         factory = ServerFactory()
-        factory.buildProtocol = lambda address: made.append(Noting()) or made[-1]  # type: ignore
-        port = Port(self.poller, Shortage(self.reactor), listener, factory)
+
+        def build(address: object) -> Noting:
+            made.append(Noting())
+            return made[-1]
+
+        self.patch(factory, "buildProtocol", build)
+        port = Port(self.poller, RetryQueue(self.reactor), listener, factory)
         port.startListening()
         visitor = socket.create_connection(listener.getsockname(), 5)
         self.addCleanup(visitor.close)

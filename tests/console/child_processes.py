@@ -1,0 +1,30 @@
+"""Processes that do not end when they are to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+from twisted.trial.unittest import SynchronousTestCase
+
+
+def stubborn_process(case: SynchronousTestCase) -> subprocess.Popen[bytes]:
+    """One that SIGTERM does not end, and that has been told so by now."""
+    line = "trap '' TERM; echo ready; read line"
+    process = subprocess.Popen(["sh", "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    case.addCleanup(process.stdin.close)
+    case.addCleanup(process.stdout.close)
+    case.addCleanup(process.wait)
+    case.addCleanup(process.kill)
+    process.stdout.readline()
+    return process
+
+
+def assert_was_waited_for(case: SynchronousTestCase, process: subprocess.Popen[bytes]) -> None:
+    """It was killed, and is no more."""
+    process.returncode = -signal.SIGKILL
+    with case.assertRaises(ProcessLookupError):
+        os.kill(process.pid, 0)

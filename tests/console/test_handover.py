@@ -1,0 +1,125 @@
+"""Both ends of the socket between C{start} and the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.console import handover
+from acme_alpn_proxy.console.handover import DaemonDied, await_report
+from acme_alpn_proxy.errors import AlreadyRunning, StartError
+
+from .child_processes import assert_was_waited_for, stubborn_process
+from .report_case import ReportCase
+
+
+class ReportTests(ReportCase):
+    def test_started(self) -> None:
+        """C{start} hears that it went well, and what was warned of; it answers."""
+        self.ours.sendall(b"1")
+        self.report.lines.append("careful")
+        self.assertTrue(self.report.started())
+        self.assertEqual(self.told(), {"error": None, "running": None, "lines": ["careful"]})
+
+    def test_nobody_listens(self) -> None:
+        """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
+        self.ours.close()
+        self.assertFalse(self.report.started())
+        self.report.failed(StartError("no"))
+
+    def test_process_left_behind(self) -> None:
+        """A process that twistd leaves behind when it forks lets go of the socket."""
+        self.after_fork_in_parent()
+        self.assertEqual(self.ours.recv(1), b"")
+
+    def test_forks_of_the_daemon(self) -> None:
+        """Behind twistd's two forks it is the daemon, which forks for commands and keeps it."""
+        self.after_fork_in_child()
+        self.after_fork_in_child()
+        self.after_fork_in_parent()
+        self.report.failed(StartError("no", os.EX_CONFIG))
+        self.assertEqual(self.told(), {"error": ["no", os.EX_CONFIG], "running": None, "lines": []})
+        self.ours.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            self.ours.recv(1)
+
+    def test_keep(self) -> None:
+        """To C{run} the socket stays open, once it has heard."""
+        self.report.keep = True
+        self.ours.sendall(b"1")
+        self.assertTrue(self.report.started())
+        self.told()
+        self.ours.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            self.ours.recv(1)
+
+    def test_keep_for_nobody(self) -> None:
+        """If C{run} was killed meanwhile it is closed."""
+        self.report.keep = True
+        self.ours.close()
+        self.assertFalse(self.report.started())
+        self.assertEqual(self.theirs.fileno(), -1)
+
+
+class AwaitTests(SynchronousTestCase):
+    """C{start}, which waits for the report."""
+
+    def setUp(self) -> None:
+        self.patch(handover, "RUNNER_DEADLINE", 0.1)
+        self.process = stubborn_process(self)
+        self.ours, self.theirs = socket.socketpair()
+        self.addCleanup(self.ours.close)
+        self.addCleanup(self.theirs.close)
+        self.lines: list[str] = []
+
+    def wait(self, patience: float = 30.0) -> None:
+        await_report(self.ours, self.process.pid, patience, self.lines.append)
+
+    def tell(self, **told: object) -> None:
+        """As the daemon does."""
+        line = json.dumps({"error": None, "running": None, "lines": [], **told})
+        self.theirs.sendall(line.encode() + b"\n")
+
+    def test_daemon_tells_nothing(self) -> None:
+        """A daemon that does not tell in time is ended."""
+        with self.assertRaises(DaemonDied):
+            self.wait(0.1)
+        assert_was_waited_for(self, self.process)
+
+    def test_daemon_died(self) -> None:
+        """So is what is left of one that has died before it told."""
+        self.theirs.close()
+        with self.assertRaises(DaemonDied):
+            self.wait()
+        assert_was_waited_for(self, self.process)
+
+    def test_process_in_between_hangs(self) -> None:
+        """Should twistd's parent process wait for ever, C{start} ends it when it has succeeded."""
+        self.tell()
+        self.wait()
+        self.assertEqual(self.theirs.recv(1), b"1")
+        assert_was_waited_for(self, self.process)
+
+    def test_refusal_waits_for_the_end(self) -> None:
+        """A daemon that could not start is let end before its error is told, with its status; and
+        should twistd's parent process wait for ever, nothing is left of that either."""
+        self.tell(error=("no", os.EX_CONFIG), lines=["warning: careful"])
+        threading.Timer(0.1, self.theirs.close).start()
+        with self.assertRaisesRegex(StartError, "no") as refusal:
+            self.wait()
+        self.assertEqual(refusal.exception.status, os.EX_CONFIG)
+        self.assertEqual(self.theirs.fileno(), -1)
+        self.assertEqual(self.lines, ["warning: careful"])
+        assert_was_waited_for(self, self.process)
+
+    def test_already_running(self) -> None:
+        """That an instance runs already is told as such, with its PID and its PID file."""
+        self.tell(error=("already running", 1), running=(7, "/run/pid"))
+        self.theirs.close()
+        with self.assertRaisesRegex(AlreadyRunning, r"^already running as PID 7 \(/run/pid\)$"):
+            self.wait()
+        assert_was_waited_for(self, self.process)

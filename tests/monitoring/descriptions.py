@@ -1,0 +1,26 @@
+"""Proxies, described."""
+
+from __future__ import annotations
+
+from acme_alpn_proxy.monitoring.status import ProxyStatus
+from acme_alpn_proxy.proxy.clienthello import NOT_TLS, ClientHello
+from acme_alpn_proxy.proxy.protocols import END_OF_FILE, NO_HELLO_IN_TIME, TOO_MANY_HELLOS
+from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.proxy.statistics import Statistics
+
+ROUTING = Routing(Route("acme", "127.0.0.1:31443"), Route("fallback", "127.0.0.1:443"))
+DOUBTS = (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
+
+
+def statistics() -> Statistics:
+    """New ones, at 1,000 s since the epoch."""
+    return Statistics(ROUTING, DOUBTS, lambda: 1_000.0)
+
+
+def describe() -> ProxyStatus:
+    """A proxy that has seen a visitor and a validation."""
+    numbers = statistics()
+    numbers.enter("running")
+    numbers.ended(numbers.visitor(ClientHello()), 10, 20)
+    numbers.validation("192.0.2.7:50000", "site.example")
+    return numbers.status("none", 2)

@@ -1,0 +1,98 @@
+"""The service that steers: within the proxy, which starts and stops it."""
+
+from __future__ import annotations
+
+from twisted.internet.defer import fail
+from twisted.logger import formatEvent
+
+from acme_alpn_proxy.errors import StartError
+
+from ..memory import log_of
+from ..service_case import ENDED, LET_GO, ServiceCase
+
+
+class WatchTests(ServiceCase):
+    """While it steers it sees to it that the redirect stays."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy.startService()
+        self.story.clear()
+
+    def test_looks_every_few_seconds(self) -> None:
+        """It looks every three seconds, so that what others wiped is back within five."""
+        self.reactor.advance(2.9)
+        self.told()
+        self.reactor.pump([0.2, 3, 3])
+        self.told("look", "look", "look")
+
+    def test_failure(self) -> None:
+        """If it cannot put it back that is logged, and tried again."""
+        events = log_of(self)
+        self.redirect.problems["look"] = StartError("not root any more")
+        self.reactor.pump([3, 3])
+        self.told("look", "look")
+        (event,) = events
+        self.assertEqual(formatEvent(event), "Cannot steer any more: not root any more")
+        self.assertTrue(event["is_status"])
+
+    def test_defect(self) -> None:
+        """Should a look raise what it must not, the watch ends, and a stop is in order all the
+        same."""
+        self.redirect.problems["look"] = ValueError("unforeseen")
+        self.reactor.pump([3, 3])
+        self.proxy.stopService()
+        self.told("look", *LET_GO)
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
+
+    def test_stop_waits_for_a_look(self) -> None:
+        """A stop lets a look under way come to its end, and is followed by none."""
+        looking = self.redirect.hold("look")
+        self.reactor.advance(3)
+        self.proxy.stopService()
+        self.told("look")
+        looking.callback(None)
+        self.told(*LET_GO)
+        self.reactor.advance(10)
+        self.assertNotIn("look", self.story)
+
+
+class RemovalTests(ServiceCase):
+    """A redirect that cannot be removed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy.startService()
+        self.story.clear()
+
+    def test_redirect_stays(self) -> None:
+        """A redirect that cannot be removed is tried again, and visitors are served meanwhile."""
+        self.reactor.running = True
+        self.redirect.problems["let go"] = StartError("locked")
+        stopped = self.proxy.stopService()
+        self.told("let go")
+        self.reactor.advance(1)
+        self.told(*LET_GO)
+        self.reactor.advance(3)
+        self.successResultOf(stopped)
+
+    def test_redirect_stays_for_good(self) -> None:
+        """While it cannot be removed the PID file stays; a second signal ends the attempts."""
+        self.reactor.running = True
+        self.patch(self.redirect, "remove", lambda commands: fail(StartError("locked")))
+        stopped = self.proxy.stopService()
+        for _ in range(100):
+            self.reactor.advance(1)
+        self.assertNoResult(stopped)
+        self.told()
+        self.proxy.end_wait()
+        self.reactor.advance(30)
+        self.told("release PID file", "close listener", *ENDED)
+        self.successResultOf(stopped)
+
+    def test_keeper_stays(self) -> None:
+        """A keeper that cannot be removed does not keep the process."""
+        self.redirect.problems["release keeper"] = StartError("locked")
+        stopped = self.proxy.stopService()
+        self.reactor.advance(3)
+        self.successResultOf(stopped)

@@ -1,0 +1,169 @@
+"""A proxy service on a reactor in memory, and a redirect that only takes notes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+
+from acme_alpn_proxy.interfaces import ICommands, IPIDFile, IRedirect
+from acme_alpn_proxy.proxy.protocols import ProxyServerFactory
+from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.service import ProxyService
+
+from .memory import MemoryReactor
+
+_P = ParamSpec("_P")
+
+
+class NotingReactor(MemoryReactor):
+    """In memory; what it adopts it remembers, and it never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.story: list[str] = []
+        self.accepted = 0
+
+    def callWhenRunning(
+        self,
+        callable: Callable[_P, object],  # noqa: A002
+        *args: _P.args,
+        **kw: _P.kwargs,
+    ) -> None:
+        if self.running:
+            callable(*args, **kw)
+        else:
+            super().callWhenRunning(callable, *args, **kw)
+
+    def adoptStreamPort(self, descriptor: int, family: int, factory: Any) -> Any:
+        self.story.append("listen")
+        return Port(self.story)
+
+    def adoptStreamConnection(self, descriptor: int, family: int, factory: Any) -> None:
+        self.accepted += 1
+
+
+class Port:
+    """A listening port."""
+
+    def __init__(self, story: list[str]) -> None:
+        self._story = story
+
+    def stopListening(self) -> Deferred[None]:
+        self._story.append("close listener")
+        return succeed(None)
+
+
+@implementer(IRedirect)
+class NotingRedirect:
+    """Takes notes; fails when told to; fires when told to."""
+
+    def __init__(self, story: list[str]) -> None:
+        self._story = story
+        self.hosts: tuple[str, ...] = ("127.0.0.1",)
+        self.problems: dict[str, Exception] = {}
+        self.pending: dict[str, Deferred[None]] = {}
+        self.commands: list[object] = []
+
+    def hold(self, name: str) -> Deferred[None]:
+        """That step fires when what is returned does."""
+        return self.pending.setdefault(name, Deferred())
+
+    def _step(self, name: str, commands: object) -> Deferred[None]:
+        self._story.append(name)
+        self.commands.append(commands)
+        if name in self.problems:
+            return fail(self.problems.pop(name))
+        return self.pending.get(name) or succeed(None)
+
+    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+        if "prepare" in self.problems:
+            return fail(self.problems.pop("prepare"))
+        return succeed(self.hosts)
+
+    def look_after(self, commands: ICommands) -> Deferred[None]:
+        return self._step("look", commands)
+
+    def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
+        assert all(listener.getsockname()[0] in self.hosts for listener in listeners)
+        assert listeners
+        return self._step("steer", commands)
+
+    def remove(self, commands: ICommands) -> Deferred[None]:
+        return self._step("let go", commands)
+
+    def release(self, commands: ICommands) -> Deferred[None]:
+        return self._step("release keeper", commands)
+
+
+@implementer(IPIDFile)
+class NotingPIDFile:
+    def __init__(self, story: list[str]) -> None:
+        self._story = story
+        self.problem: Exception | None = None
+
+    def claim(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+        self._story.append("claim PID file")
+
+    def release(self) -> None:
+        self._story.append("release PID file")
+
+
+class Live:
+    """A live connection."""
+
+    def __init__(self, factory: ProxyServerFactory, story: list[str]) -> None:
+        self._factory = factory
+        self._story = story
+        factory.live.enter(self)
+
+    def abort(self) -> None:
+        self._story.append("reset a connection")
+        self._factory.live.leave(self)
+
+    def look(self) -> None:
+        """It is never idle."""
+
+    def end(self) -> None:
+        self._factory.live.leave(self)
+
+
+STARTED = ["claim PID file", "listen", "steer"]
+LET_GO = ["let go", "release PID file"]
+ENDED = ["release keeper"]
+
+
+class ServiceCase(SynchronousTestCase):
+    """A proxy service whose every step is noted in C{story}."""
+
+    def setUp(self) -> None:
+        self.reactor = NotingReactor()
+        self.story = self.reactor.story
+        self.redirect = NotingRedirect(self.story)
+        self.pidfile = NotingPIDFile(self.story)
+        self.factory = self.make_factory()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.proxy = self.make_proxy()
+
+    def make_factory(self, **options: Any) -> ProxyServerFactory:
+        routing = Routing(Route("acme", ""), Route("fallback", ""))
+        return ProxyServerFactory(routing, {}, self.reactor, **options)
+
+    def make_proxy(self, **options: Any) -> ProxyService:
+        proxy = ProxyService(
+            self.reactor, self.factory, self.redirect, self.pidfile, port=self.port, **options
+        )
+        self.addCleanup(proxy.listener.abandon)
+        return proxy
+
+    def told(self, *steps: str) -> None:
+        """These steps were taken since the last look, in this order."""
+        self.assertEqual(self.story, list(steps))
+        self.story.clear()
