@@ -97,6 +97,16 @@ class AwaitTests(SynchronousTestCase):
             self.wait()
         assert_was_waited_for(self, self.process)
 
+    def test_nothing_is_kept(self) -> None:
+        """Closed afterwards, the socket is closed, whoever still holds the error."""
+        with self.assertRaises(DaemonDied) as died:
+            self.wait(0.1)
+        self.ours.close()
+        self.theirs.settimeout(5)
+        self.assertEqual(self.theirs.recv(1), b"")
+        self.assertIsInstance(died.exception, DaemonDied)
+        assert_was_waited_for(self, self.process)
+
     def test_process_in_between_hangs(self) -> None:
         """Should twistd's parent process wait for ever, C{start} ends it when it has succeeded."""
         self.tell()

@@ -64,28 +64,28 @@ def await_report(
     @param tell: is called with each line for the operator.
     """
     stream.settimeout(patience)
-    reader = stream.makefile("rb")
-    try:
-        line = reader.readline()
-    except TimeoutError:
-        line = b""
-    if not line:
-        os.kill(child, signal.SIGKILL)  # twistd's first process may wait for ever
-        os.waitpid(child, 0)
-        raise DaemonDied
-    told: Told = json.loads(line)
-    for text in told["lines"]:
-        tell(text)
-    if told["running"] is not None or told["error"] is not None:
-        with contextlib.suppress(TimeoutError):
-            reader.read()  # to the end of the daemon, which also ends its listener
+    with stream.makefile("rb") as reader:
+        try:
+            line = reader.readline()
+        except TimeoutError:
+            line = b""
+        if not line:
+            os.kill(child, signal.SIGKILL)  # twistd's first process may wait for ever
+            os.waitpid(child, 0)
+            raise DaemonDied
+        told: Told = json.loads(line)
+        for text in told["lines"]:
+            tell(text)
+        if told["running"] is not None or told["error"] is not None:
+            with contextlib.suppress(TimeoutError):
+                reader.read()  # to the end of the daemon, which also ends its listener
+            _await_runner(child)
+            if told["running"] is not None:
+                raise AlreadyRunning(*told["running"])
+            assert told["error"] is not None
+            raise StartError(*told["error"])
+        stream.sendall(b"1")
         _await_runner(child)
-        if told["running"] is not None:
-            raise AlreadyRunning(*told["running"])
-        assert told["error"] is not None
-        raise StartError(*told["error"])
-    stream.sendall(b"1")
-    _await_runner(child)
 
 
 def _await_runner(child: int) -> None:
