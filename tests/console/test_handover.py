@@ -97,6 +97,14 @@ class AwaitTests(SynchronousTestCase):
             self.wait()
         assert_was_waited_for(self, self.process)
 
+    def test_daemon_died_after_it_told(self) -> None:
+        """One that is killed before C{start} has answered has not started either."""
+        self.tell()
+        self.theirs.close()
+        with self.assertRaises(DaemonDied):
+            self.wait()
+        assert_was_waited_for(self, self.process)
+
     def test_nothing_is_kept(self) -> None:
         """Closed afterwards, the socket is closed, whoever still holds the error."""
         with self.assertRaises(DaemonDied) as died:

@@ -49,7 +49,7 @@ class Told(TypedDict):
 
 
 class DaemonDied(Exception):
-    """The daemon ended before it had told how its start went."""
+    """The daemon ended before it had told how its start went, or before it was answered."""
 
 
 def await_report(
@@ -70,9 +70,7 @@ def await_report(
         except TimeoutError:
             line = b""
         if not line:
-            os.kill(child, signal.SIGKILL)  # twistd's first process may wait for ever
-            os.waitpid(child, 0)
-            raise DaemonDied
+            raise _died(child)
         told: Told = json.loads(line)
         for text in told["lines"]:
             tell(text)
@@ -84,8 +82,18 @@ def await_report(
                 raise AlreadyRunning(*told["running"])
             assert told["error"] is not None
             raise StartError(*told["error"])
-        stream.sendall(b"1")
+        try:
+            stream.sendall(b"1")
+        except BrokenPipeError:  # it was killed as soon as it had told
+            raise _died(child) from None
         _await_runner(child)
+
+
+def _died(child: int) -> DaemonDied:
+    """The daemon has died: end twistd's first process, which may wait for ever."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return DaemonDied()
 
 
 def _await_runner(child: int) -> None:
