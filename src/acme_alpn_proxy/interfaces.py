@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from socket import AddressFamily, socket
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from twisted.internet.interfaces import IReactorTime
 from zope.interface import Interface, implementer
 
 if TYPE_CHECKING:
@@ -19,12 +18,15 @@ if TYPE_CHECKING:
         IListeningPort,
         IProcessProtocol,
         IProtocolFactory,
+        IReactorTime,
         IReadDescriptor,
     )
     from twisted.internet.protocol import Factory
 
     from .addresses import Address
     from .transports.sockets import TargetFactory
+else:
+    IReactorTime = Interface  # C{status} and C{stop} do without twisted.internet
 
 CANNOT_RUN: Final = 126
 NOT_FOUND: Final = 127

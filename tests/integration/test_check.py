@@ -274,7 +274,9 @@ def test_while_an_instance_runs(site: Website, proxy: Proxy, redirect: str) -> N
     rules = proxy.namespace.rules()
     done = check(proxy, "--probe", "--redirect", redirect)
     assert done.returncode == 0, done.stdout
-    assert line_of(done.stdout, "instance") == f"ok      instance: runs already as PID {proxy.pid}"
+    assert line_of(done.stdout, "instance") == (
+        f"ok      instance: already running as PID {proxy.pid} ({proxy.pid_file})"
+    )
     assert line_of(done.stdout, "probe") == (
         f"warning probe: not done: an instance runs as PID {proxy.pid}; stop it first"
     )

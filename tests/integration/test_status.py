@@ -203,7 +203,9 @@ def test_fast(proxy: Proxy) -> None:
 def test_imports(proxy: Proxy) -> None:
     """Neither C{status} nor C{stop} loads a reactor, twistd, or anything of twisted.internet."""
     line = (
-        "import sys; from acme_alpn_proxy import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+        "import sys; from acme_alpn_proxy.console.startup import load_lightly; load_lightly();"
+        " from acme_alpn_proxy.console import cli; cli.run_command_line(sys.argv[1:]);"
+        " print(*sys.modules)"
     )
     for command in ("status", "stop"):
         words = [sys.executable, "-c", line, "--redirect", "none", command]

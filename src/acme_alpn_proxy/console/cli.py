@@ -19,8 +19,8 @@ from twisted.python.usage import UsageError
 
 from ..addresses import parse_address
 from ..errors import AlreadyRunning, StartError, refused_by_system
+from ..host.facts import ended
 from ..host.pidfile import PIDFile
-from ..host.processes import ended
 from ..monitoring.status import SILENT, VERSION, instances, remove_stale, show
 from ..options import PORT, ConsoleOptions, Unusable
 from .child import CannotRun, run_command

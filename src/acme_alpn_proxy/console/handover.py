@@ -19,7 +19,7 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
 from ..errors import AlreadyRunning, StartError
-from ..host.processes import ended
+from ..host.facts import ended
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import select
 import socket
 import struct
 from pathlib import Path
@@ -170,3 +171,10 @@ def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
         return None
     state, *fields = stat.rpartition(")")[2].split()  # the name before may hold blanks and brackets
     return None if state == "Z" else fields[18]
+
+
+def ended(process: int, seconds: float) -> bool:
+    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

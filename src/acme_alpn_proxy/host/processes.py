@@ -6,7 +6,6 @@ Both ways give Deferreds, so what uses them is written once.
 from __future__ import annotations
 
 import os
-import select
 import shutil
 import subprocess
 import time
@@ -133,10 +132,3 @@ class SpawningCommands:
 def commands_for(reactor: Reactor) -> BlockingCommands | SpawningCommands:
     """The way that fits the reactor's state."""
     return SpawningCommands(reactor) if reactor.running else BlockingCommands()
-
-
-def ended(process: int, seconds: float) -> bool:
-    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
