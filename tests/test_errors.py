@@ -60,8 +60,7 @@ def arguments(tree: ast.Module) -> Iterator[list[ast.expr]]:
             calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
             yield from (each.args for each in calls if ast.unparse(each.func) == "super().__init__")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
-            if not isinstance(node.args[0], ast.Starred):
-                yield node.args
+            yield from [node.args] if not isinstance(node.args[0], ast.Starred) else []
 
 
 def made_by(module: str) -> Iterator[tuple[str, str]]:
