@@ -1,5 +1,6 @@
 # make demo   a certificate from a test CA, in throwaway network namespaces, under visitors
 # make test   everything that CI runs
+# make test-trixie   the same on Debian 13, in a root directory made by debootstrap
 # make docs   the documents as HTML, build/docs/index.html
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
@@ -11,13 +12,16 @@ VENV := .venv
 DIST := dist
 PROGRAM := .cache/program
 
-.PHONY: demo test docs wheel pyz deb bench clean
+.PHONY: demo test test-trixie docs wheel pyz deb bench clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
 
 test: $(VENV)/tox
 	$(VENV)/bin/tox run
+
+test-trixie:
+	sh tests/debian-root trixie
 
 docs: $(VENV)/tox
 	$(VENV)/bin/tox run -e docs

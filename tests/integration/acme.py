@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import ssl
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ class Pebble:
         self.tls = ssl.create_default_context(cafile=str(authority.certificate))
 
 
+def _dns_option() -> str:
+    """How this pebble-challtestsrv is told where to answer DNS: from 2.10 on it is -dnsserver."""
+    done = subprocess.run(
+        ["pebble-challtestsrv", "-help"], capture_output=True, text=True, check=False
+    )
+    return "-dnsserver" if "-dnsserver" in done.stderr else "-dns01"
+
+
 @contextmanager
 def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
     """A CA at C{node} that finds every host name at C{host}, by A and by AAAA."""
@@ -74,7 +83,7 @@ def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
     )
     names = node.namespace.popen(
         "pebble-challtestsrv",
-        *("-dns01", DNS, "-management", f"127.0.0.1:{MANAGEMENT_PORT}"),
+        *(_dns_option(), DNS, "-management", f"127.0.0.1:{MANAGEMENT_PORT}"),
         *("-http01", "", "-https01", "", "-tlsalpn01", ""),
         *("-defaultIPv4", host.ipv4, "-defaultIPv6", host.ipv6),
         log=directory / "challtestsrv.log",

@@ -45,6 +45,10 @@ class Ufw:
         for rules in (self._root / "usr/share/ufw").iterdir():  # as its installation does
             if rules.suffix in (".rules", ".init", ".conf"):
                 shutil.copy(rules, self._root / "etc/ufw")
+        # With --rootdir it looks for ufw-init in /lib, which is /usr/lib on an installed Debian;
+        # Debian 13 has moved it in the package, too.
+        if not (self._root / "lib").exists():
+            (self._root / "lib").symlink_to("usr/lib")
 
     def run(self, *arguments: str) -> None:
         """Run a command of ufw's."""

@@ -34,10 +34,10 @@ def install_dependencies(booted: Machine) -> None:
     """What our package depends on and the host does not have."""
     debs = sorted(DEPENDENCIES.glob("*.deb"))
     if debs:
-        booted.run("dpkg", "--install", *debs)
+        booted.run("dpkg", "--install", *map(booted.copied, debs))
 
 
 def install(booted: Machine, dist: Path) -> None:
     """The Debian package."""
     (deb,) = dist.glob("*.deb")
-    booted.run("dpkg", "--install", deb)
+    booted.run("dpkg", "--install", booted.copied(deb))

@@ -1,24 +1,28 @@
 """The console script in forks of one process that has imported it already.
 
-Its commands take a tenth of the time so, and nearly all of that is what they do: a signal can be
-tried at many moments of a start. Its first half talks to the process, its second half is it.
+Its commands take a tenth of the time so, and a signal can be tried at many moments of a start. A
+moment is a number of function calls that the process has made, so that each can be hit for certain,
+however fast the machine is. The first half of this module talks to the process, the second half is
+it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 MOST_SECONDS = 20.0
@@ -32,26 +36,35 @@ class WarmProxy:
         self._process = process
         self.pid = process.pid
 
-    def run(self, *words: str, hit: str = "", number: int = 0, delay: float = 0.0) -> Done:
+    def run(self, *words: str, hit: str = "", number: int = 0, moment: int = 0) -> Done:
         """Run a command to its end.
 
-        @param hit: whom to send the signal C{number} after C{delay} seconds: C{"start"}, the
-            command itself, or C{"daemon"}, what it forks.
+        @param hit: what sends itself the signal C{number} as soon as it has made C{moment} calls:
+            C{"start"}, the command itself, or C{"daemon"}, what it forks.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"words": words, "hit": hit, "number": number, "delay": delay}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
+        answer = self._answer(words=words, hit=hit, number=number, moment=moment)
+        if hit == "start":  # the daemon may get there later, when the command has ended
+            assert answer["calls"] >= moment, f"{words} has made {answer['calls']} calls only"
         return subprocess.CompletedProcess(words, answer["status"], answer["out"], answer["err"])
 
-    def seconds(self, *words: str) -> float:
-        """How long a command takes that nobody interrupts; it has to succeed, without a word."""
-        began = time.monotonic()
-        done = self.run(*words)
-        assert (done.returncode, done.stderr) == (0, ""), done
-        return time.monotonic() - began
+    def moments(self, count: int, *words: str, hit: str) -> list[int]:
+        """So many moments, evenly spread over a command, which is run once without a signal; it has
+        to succeed, without a word on stderr.
+
+        The first is the first call. After the last there is as long to go as between two of them:
+        no run takes exactly as many calls as another.
+        """
+        answer = self._answer(words=words, hit=hit, number=0, moment=0)
+        assert (answer["status"], answer["err"]) == (0, ""), answer
+        return [1 + answer["calls"] * number // count for number in range(count)]
+
+    def _answer(self, **job: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
 
 
 Done = subprocess.CompletedProcess[str]
@@ -78,6 +91,8 @@ def warm_proxy(argv: list[str], env: Mapping[str, str]) -> Iterator[WarmProxy]:
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
+_COUNT = struct.Struct("Q")
+
 
 def _children(pid: int) -> list[int]:
     try:
@@ -86,31 +101,36 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _daemon_of(command: int, before: list[int]) -> int | None:
-    """The daemon, which has become a child of this process, or who is about to fork it."""
-    orphans = [pid for pid in _children(os.getpid()) if pid != command and pid not in before]
-    return next(iter([*orphans, *_children(command)]), None)
+class _Calls:
+    """Counts the calls of one process or of both, forks included: of all that Python sees."""
+
+    def __init__(self, hit: str, number: int, moment: int) -> None:
+        self._hit, self._number, self._moment = hit, number, moment
+        self._made = mmap.mmap(-1, _COUNT.size)  # shared with what is forked
+
+    @property
+    def made(self) -> int:
+        count: int = _COUNT.unpack_from(self._made)[0]
+        return count
+
+    def begin(self) -> None:
+        """In the process that is the command."""
+        self._command = os.getpid()
+        sys.setprofile(self._count)
+
+    def _count(self, frame: FrameType, event: str, argument: Any) -> None:
+        if not event.endswith("call") or (os.getpid() == self._command) != (self._hit == "start"):
+            return
+        made = self.made + 1
+        _COUNT.pack_into(self._made, 0, made)
+        if made == self._moment:
+            os.kill(os.getpid(), self._number)
 
 
-def _hit(command: int, hit: str, number: int, before: list[int]) -> None:
-    """Send the signal; if the daemon is not there yet, as soon as it is."""
-    with_end = select.poll()
-    with_end.register(descriptor := os.pidfd_open(command), select.POLLIN)
-    try:
-        while (pid := command if hit == "start" else _daemon_of(command, before)) is None:
-            if with_end.poll(0):
-                return
-        os.kill(pid, number)  # a child of ours, or of one that has not reaped it: no other's PID
-    except ProcessLookupError:
-        pass  # it was reaped by its parent
-    finally:
-        os.close(descriptor)
-
-
-def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any]:
+def _run(words: list[str], hit: str, number: int, moment: int) -> dict[str, Any]:
     from acme_alpn_proxy.console import cli
 
-    before = _children(os.getpid())
+    calls = _Calls(hit, number, moment)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         command = os.fork()
         if not command:
@@ -120,6 +140,7 @@ def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                calls.begin()
                 code = cli.run_command_line(words)
             except SystemExit:
                 pass  # the daemon's
@@ -127,13 +148,11 @@ def _run(words: list[str], hit: str, number: int, delay: float) -> dict[str, Any
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        if number:
-            time.sleep(delay)
-            _hit(command, hit, number, before)
         status = _wait(command)
         for stream in (out, err):
             stream.seek(0)
-        return {"status": status, "out": out.read().decode(), "err": err.read().decode()}
+        said = {"out": out.read().decode(), "err": err.read().decode()}
+        return {"status": status, "calls": calls.made, **said}
 
 
 def _wait(command: int) -> int | str:
