@@ -1,40 +1,54 @@
-"""What the firewall would do to visitors who are redirected, judged without a kernel."""
+"""Whether visitors would be treated differently if they were steered, judged without a kernel."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import succeed
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.firewall.judgement import (
-    Firewall,
-    drops,
-    exempts_from_tracking,
-    look,
-    sends_elsewhere,
-)
-from acme_alpn_proxy.firewall.nftrules import Table
-from acme_alpn_proxy.firewall.verdicts import Caught, Passed, Verdict, Visit
+from acme_alpn_proxy.firewall import judgement, nfchains
+from acme_alpn_proxy.firewall.judgement import NFTABLES, SK_LOOKUP, Host, Surroundings, iptables
+from acme_alpn_proxy.firewall.nfchains import BaseChain
+from acme_alpn_proxy.firewall.nftrules import Sets, Table
+from acme_alpn_proxy.firewall.packets import Packet
+from acme_alpn_proxy.firewall.reading import CannotLook, Firewall
+from acme_alpn_proxy.firewall.rules import Rule
 from acme_alpn_proxy.firewall.xtables import BINARIES
-from acme_alpn_proxy.host import facts
-from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, Result
+from acme_alpn_proxy.host import facts, routes
+from acme_alpn_proxy.host.routes import Address, Route
+from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands
 from acme_alpn_proxy.options import ProxyOptions
 from acme_alpn_proxy.redirects import bpf
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
 from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
 from acme_alpn_proxy.tap import make_redirect
 
-DATA = Path(__file__).resolve().parents[1] / "data" / "firewalls"
-PORT = 21443
-NFT = "nft -j list ruleset"
+from .hosts import (
+    ACCEPT,
+    DATA,
+    DROP,
+    NET0,
+    NFT,
+    PORT,
+    REDIRECT,
+    Recorded,
+    accept_the_program,
+    arrival,
+    dport,
+    printed,
+    recorded,
+    ruleset,
+    tables,
+    why_not,
+)
+
 FILTER = "iptables-nft -w 5 -t filter -S"
 NAT = "iptables-nft -w 5 -t nat -S"
 USUAL = """
@@ -42,113 +56,155 @@ USUAL = """
 -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A INPUT -p icmp -j ACCEPT
 """
+WEB = "-A INPUT -p tcp -m tcp --dport 443 -j ACCEPT\n"
+BOTH = f"-A INPUT -p tcp -m multiport --dports 443,{PORT} -j ACCEPT\n"
+DNAT = iptables(PORT, keeps_address=True)
+DEFAULT_DROP = f"-P INPUT DROP\n{WEB}"
 
 
-Answers: TypeAlias = Mapping[str, str | tuple[int, str]]
-"""Output, or exit status and output, by command line."""
+def lost(rules: str, policy: str = "ACCEPT", table: str = "filter", **how: Any) -> str:
+    """Why visitors would be lost that are served today, with these rules in INPUT."""
+    return why_not(tables((table, f"-P INPUT {policy}\n{rules}")), **how)
 
 
-@implementer(ICommands)
-class Recorded:
-    """Answers with what commands once printed; there are no other programs."""
-
-    def __init__(self, answers: Answers) -> None:
-        self.answers = dict(answers)
-        self.asked: list[str] = []
-
-    def run(self, argv: Sequence[str]) -> Deferred[Result]:
-        self.asked.append(" ".join(argv))
-        answer = self.answers.get(" ".join(argv), (NOT_FOUND, "not found on PATH"))
-        code, output = answer if isinstance(answer, tuple) else (0, answer)
-        return succeed(Result(tuple(argv), code, output))
-
-    def pause(self, seconds: float) -> Deferred[None]:
-        raise AssertionError("nothing here waits")
+def closed(rules: str) -> bool:
+    """Whether INPUT, dropping by default and letting in 443, with these rules, loses visitors."""
+    return bool(lost(WEB + rules, "DROP"))
 
 
-def accept_the_program(case: SynchronousTestCase) -> None:
-    """The kernel takes the program of sk-lookup."""
-    case.patch(bpf, "make_socket_map", lambda slots: os.dup(0))
-    case.patch(bpf, "load_sk_lookup", lambda code, name: os.dup(0))
+class SameForBothTests(SynchronousTestCase):
+    """What two packets of the same visitor have in common need not be known."""
 
-
-def recorded(name: str) -> Recorded:
-    return Recorded(json.loads((DATA / f"{name}.json").read_text()))
-
-
-def caught_by(listing: str, table: str = "filter", visit: Visit | None = None) -> str:
-    """The rule of one table of iptables that catches visitors, or nothing."""
-    verdict = drops(Firewall(iptables=[(table, listing)]), visit or Visit(4, PORT, "net0"))
-    return verdict.by if isinstance(verdict, Caught) else ""
-
-
-def closed(rules: str, port: int = PORT) -> bool:
-    """Whether INPUT, dropping by default, with these rules, is closed for visitors."""
-    listing = f"-P INPUT DROP\n{rules}"
-    return bool(caught_by(listing, visit=Visit(4, port, "net0")))
-
-
-def dropped(rules: str) -> bool:
-    """Whether INPUT, accepting by default, with these rules, drops visitors."""
-    return bool(caught_by(f"-P INPUT ACCEPT\n{rules}"))
-
-
-def ruleset(chain: Mapping[str, Any], *exprs: Any) -> list[dict[str, Any]]:
-    """A table with one base chain."""
-    of = {"family": "inet", "table": "t", "chain": "c"}
-    base = {"family": "inet", "table": "t", "name": "c", "type": "filter", **chain}
-    rules = [{"rule": {**of, "handle": n, "expr": expr}} for n, expr in enumerate(exprs)]
-    return [{"table": {"family": "inet", "name": "t"}}, {"chain": base}, *rules]
-
-
-class IptablesTests(SynchronousTestCase):
     def test_no_firewall(self) -> None:
         """Without a rule, or with none that drops, visitors get through."""
-        self.assertFalse(dropped(""))
-        self.assertFalse(dropped(USUAL))
+        self.assertEqual(lost(""), "")
+        self.assertEqual(lost(USUAL), "")
+
+    def test_harmless(self) -> None:
+        """A rule before that which lets in both ports treats both alike, whatever it asks for."""
+        for rule in (
+            "-p tcp -m tcp --tcp-flags SYN SYN -m tcpmss --mss 1:500 -j DROP",
+            "-p tcp -m conntrack --ctstate NEW -m tcpmss ! --mss 536:65535 -j DROP",
+            "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m conntrack --ctstate NEW -j DROP",
+            "-p tcp -m tcp --tcp-flags FIN,SYN,RST,PSH,ACK,URG NONE -j DROP",
+            "-p tcp -m connlimit --connlimit-above 80 --connlimit-mask 32 -j REJECT",
+            "-p tcp -m hashlimit --hashlimit-above 9/sec --hashlimit-name h -j DROP",
+            "-m recent --rcheck --seconds 3600 --name bad --mask 255.255.255.255 -j DROP",
+            "-m limit --limit 5/sec -j DROP",
+            "-p tcp -m ttl --ttl-lt 5 -j DROP",
+            "-p tcp -m ttl --ttl-gt 100 -j DROP",
+            "-m length --length 0:39 -j DROP",
+            "-m length --length 1000 -j DROP",
+            "-f -j DROP",
+            "-s 203.0.113.7/32 -j DROP",
+            "! -s 10.0.0.0/8 -j DROP",
+            "-s 10.0.0.1/10.0.0.255 -j DROP",
+            "-m set --match-set banned src -j REJECT --reject-with tcp-reset",
+            "-m set ! --match-set friends src,src -j DROP",
+            "-m iprange --src-range 192.0.2.1-192.0.2.9 -j DROP",
+            "-m geoip ! --source-country DE -j DROP",
+            "-m statistic --mode random --probability 0.01 -j DROP",
+            "-m time --timestart 08:00 --timestop 18:00 -j DROP",
+            "-m mark --mark 0x40000/0x40000 -j DROP",
+            "-m connmark --mark 0x0/0xff -j DROP",
+            "-m dscp --dscp 0x08 -j DROP",
+            "-m policy --dir in --pol ipsec -j DROP",
+            "-m physdev --physdev-in port0 -j DROP",
+            "-m mac --mac-source 00:00:5e:00:53:01 -j DROP",
+            '-m string --string "! -j" --algo bm -j DROP',
+            "-m rt --rt-type 0 -j DROP",
+            "-m addrtype --src-type LOCAL -j DROP",
+            "-m conntrack --ctstate INVALID -j DROP",
+            "-m conntrack --ctstatus CONFIRMED -j DROP",
+            "-m conntrack --ctorigdstport 22 -j DROP",
+            "-p tcp -m tcp --sport 1:1023 -j DROP",
+            "-p tcp -m tcp --sport 5000 -j DROP",
+            "-d 224.0.0.0/4 -j DROP",
+            "-d 192.0.2.1/32 -j DROP",
+            "-p tcp -m tcp --dport 22 -m bpf --bytecode x -j DROP",
+            "-j NFQUEUE --queue-num 1",
+            "-p tcp -m bpf --bytecode x",
+        ):
+            self.assertEqual(lost(f"-A INPUT {rule}\n{BOTH}", "DROP"), "", rule)
+
+    def test_dropped_as_before(self) -> None:
+        """A drop of both packets is no difference; that nobody gets through at all is a reason."""
+        rules = f"{BOTH}-A INPUT -j DROP\n"
+        two = [*NET0[4], arrival("net1", "192.0.2.2")]
+        self.assertEqual(lost(f"-A INPUT -i net1 -j DROP\n{rules}", ways_in=two), "")
+        self.assertIn("-j DROP", lost(f"-A INPUT -j DROP\n{rules}", ways_in=two))
+
+    def test_let_in_alike(self) -> None:
+        """Port 21443 may be let in as 443 is, by a rule of its own with the same conditions."""
+        for match in (
+            "-s 10.0.0.0/8",
+            "-m set --match-set friends src",
+            "-m limit --limit 9/sec --limit-burst 5",
+            "-m conntrack --ctstate NEW",
+            "-m mark --mark 0x1",
+        ):
+            rule = f"-A INPUT {match} -p tcp -m tcp --dport {{}} -j ACCEPT\n"
+            self.assertEqual(lost(USUAL + rule.format(443) + rule.format(PORT), "DROP"), "", match)
+        for one, other in (("-s 10.0.0.0/8", "-s 10.0.0.0/9"), ("", "-s 10.0.0.0/8")):
+            rules = "".join(
+                f"-A INPUT {match} -p tcp -m tcp --dport {port} -j ACCEPT\n"
+                for match, port in ((one, 443), (other, PORT))
+            )
+            self.assertIn("-P INPUT DROP", lost(rules, "DROP"))
+
+    def test_chain_for_each_port(self) -> None:
+        """Nor does it matter that each port has a jump of its own to the same rules."""
+        jumps = "".join(f"-A INPUT -p tcp --dport {port} -j WEB\n" for port in (443, PORT))
+        chain = "-A WEB -s 203.0.113.7/32 -j DROP\n-A WEB -m limit --limit 9/sec -j ACCEPT\n"
+        self.assertEqual(lost(f"-N WEB\n{jumps}{chain}", "DROP"), "")
+        self.assertIn("-A WEB -p tcp", lost(f"-N WEB\n{jumps}-A WEB -p tcp --dport {PORT} -j DROP"))
+
+
+class ToldApartTests(SynchronousTestCase):
+    """Rules that can tell a redirected packet from a direct one."""
 
     def test_default_drop(self) -> None:
         """Where INPUT drops by default, 443 let in is not enough; 21443 is."""
-        web = USUAL + "-A INPUT -p tcp -m tcp --dport 443 -j ACCEPT\n"
-        self.assertTrue(closed(web))
-        self.assertFalse(closed(web, port=443))
-        self.assertFalse(closed(web + "-A INPUT -p tcp -m tcp --dport 21443 -j ACCEPT\n"))
+        self.assertTrue(closed(USUAL))
+        self.assertFalse(closed(f"{USUAL}-A INPUT -p tcp -m tcp --dport {PORT} -j ACCEPT\n"))
 
     def test_named(self) -> None:
         """What would drop is named as the command that would make it."""
-        self.assertEqual(caught_by("-P INPUT DROP\n"), "iptables -t filter -P INPUT DROP")
-        two_lines = '-P INPUT ACCEPT\n-A INPUT -m comment --comment "no\nmore" -j DROP\n'
-        self.assertIn("'no more'", caught_by(two_lines))
-        closing = "-A INPUT -j REJECT --reject-with icmp6-adm-prohibited"
         self.assertEqual(
-            caught_by(f"-P INPUT ACCEPT\n{closing}\n", visit=Visit(6, PORT)),
-            f"ip6tables -t filter {closing}",
+            lost(WEB, "DROP"),
+            f"visitors by IPv4 would be redirected to port {PORT}, where the firewall drops them:"
+            " iptables -t filter -P INPUT DROP",
         )
+        two_lines = f'-A INPUT -p tcp --dport {PORT} -m comment --comment "no\nmore" -j DROP\n'
+        self.assertIn("'no more'", lost(two_lines))
+        closing = "-A INPUT -j REJECT --reject-with icmp6-adm-prohibited"
+        self.assertIn(f"ip6tables -t filter {closing}", lost(WEB + closing, family=6))
 
     def test_surely_let_in(self) -> None:
         """Port 21443 may be let in in many ways."""
         for rule in (
             "-p tcp -m multiport --dports 443,21000:22000 -j ACCEPT",
+            "-p tcp -m multiport --ports 21443 -j ACCEPT",
             "-p tcp -m tcp --dport 1024: -j ACCEPT",
             "-p tcp -m tcp --sport 1024:65535 --dport :65535 -j ACCEPT",
             "-p tcp -m tcp ! --dport 22 -j ACCEPT",
-            "-p 6 -m conntrack --ctstate NEW -j ACCEPT",
-            "-m state --state NEW -j ACCEPT",
-            "-m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT",
-            "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -j ACCEPT",
+            "-p 6 -m conntrack --ctstate NEW,ESTABLISHED -j ACCEPT",
+            "-m state --state NEW,ESTABLISHED -j ACCEPT",
+            "-m conntrack --ctstate DNAT -j ACCEPT",
+            "-m conntrack --ctorigdstport 443 -j ACCEPT",
+            "-m conntrack --ctreplsrcport 21443 -j ACCEPT",
             "-i net0 -j ACCEPT",
             "-i ne+ -j ACCEPT",
             "-i + -j ACCEPT",
             "! -i lo -j ACCEPT",
             "-s 0.0.0.0/0 -j ACCEPT",
+            "-d 198.51.100.2/32 -j ACCEPT",
             "-m addrtype --dst-type LOCAL -m pkttype --pkt-type unicast -j ACCEPT",
             "-m addrtype --src-type UNICAST -j ACCEPT",
             '-m comment --comment "! -s all --of them" -j ACCEPT',
         ):
             self.assertFalse(closed(f"-A INPUT {rule}"), rule)
-        self.assertFalse(
-            caught_by("-P INPUT DROP\n-A INPUT -s 2000::/3 -j ACCEPT", visit=Visit(6, 1))
-        )
+        self.assertEqual(lost(f"{WEB}-A INPUT -s 2000::/3 -j ACCEPT", "DROP", family=6), "")
 
     def test_not_surely_let_in(self) -> None:
         """A rule that accepts some visitors only, or that is not understood, does not count."""
@@ -174,168 +230,173 @@ class IptablesTests(SynchronousTestCase):
         ):
             self.assertTrue(closed(f"-A INPUT {rule}"), rule)
 
-    def test_general_drop(self) -> None:
-        """A drop of everybody, of all but a few, or one that is not understood, is a drop."""
+    def test_drops(self) -> None:
+        """A drop for another port than 443, or one that cannot be evaluated, is one."""
         for rule in (
-            "-j DROP",
-            "-j REJECT --reject-with icmp-port-unreachable",
             "-p tcp -m tcp --dport 1024:65535 -j DROP",
-            "-p tcp -m tcp ! --dport 443 -j DROP",
-            "! -s 10.0.0.0/8 -j DROP",
-            "-m set ! --match-set friends src -j DROP",
-            "-m geoip ! --source-country DE -j DROP",
-            "-i net0 -j DROP",
-            "-d 192.0.2.1/32 -j DROP",
-            "-m mark --mark 0x0/0xff -j DROP",
+            "-p tcp -m tcp ! --dport 443 -j REJECT",
+            "-p tcp -m multiport --dports 8000:9000,21443 -j TARPIT",
+            "-p tcp -m multiport ! --dports 22,443 -j NFQUEUE --queue-num 1",
+            "-m conntrack --ctstate DNAT -j DROP",
+            "-m conntrack --ctreplsrcport 1024:65535 -j DROP",
+            "-m set --match-set ports dst -j DROP",
+            "-m set --match-set bans src,dst -j DROP",
             "-m bpf --bytecode x -j DROP",
-            "-j NFQUEUE --queue-num 1",
-            "-j TARPIT",
+            "-m u32 --u32 x -j DROP",
+            "-m unheard-of -j DROP",
+            "-s 203.0.113.7/32 -p tcp -m tcp --dport 21443 -j DROP",
         ):
-            self.assertTrue(dropped(f"-A INPUT {rule}"), rule)
+            self.assertNotEqual(lost(f"-A INPUT {rule}"), "", rule)
 
-    def test_blacklist(self) -> None:
-        """Who was banned, or comes too often, or sends nonsense, is no visitor who is missed."""
-        for rule in (
-            "-s 203.0.113.7/32 -j DROP",
-            "-p tcp -m multiport --dports 80,443 -m set --match-set banned src -j REJECT",
-            "-p tcp -m multiport --sports 53 -j DROP",
-            "-m conntrack --ctstate INVALID -j DROP",
-            "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m conntrack --ctstate NEW -j DROP",
-            "-p tcp -m tcp --tcp-flags FIN,SYN,RST,PSH,ACK,URG NONE -j DROP",
-            "-p tcp -m tcp --tcp-flags FIN,SYN,RST,PSH,ACK,URG FIN,PSH,URG -j DROP",
-            "-p tcp -m connlimit --connlimit-above 50 --connlimit-mask 32 -j REJECT",
-            "-m hashlimit --hashlimit-above 9/sec --hashlimit-burst 5 --hashlimit-name h -j DROP",
-            "-m recent --rcheck --seconds 60 --hitcount 4 --name x --mask 255.255.255.255 -j DROP",
-            "-m addrtype --dst-type BROADCAST -j DROP",
-            "-m addrtype --src-type LOCAL -j DROP",
-            "-m mac --mac-source 00:00:5e:00:53:01 -j DROP",
-            '-m string --string "! -j" --algo bm -j DROP',
-            "-d 224.0.0.0/4 -j DROP",
-            "-d 255.255.255.255/32 -j DROP",
-            "! -s 127.0.0.0/8 -d 127.0.0.0/8 -j DROP",
-            "-m rt --rt-type 0 -j DROP",
-        ):
-            self.assertFalse(dropped(f"-A INPUT {rule}"), rule)
+    def test_ban_after_the_web_server(self) -> None:
+        """A ban between the rules for the two ports hits only those who are redirected."""
+        rules = f"{WEB}-A INPUT -s 203.0.113.7/32 -j DROP\n{BOTH}"
+        self.assertIn("203.0.113.7", lost(rules))
+        self.assertEqual(lost(f"{WEB}-A INPUT -m ttl --ttl-lt 5 -j DROP\n{BOTH}"), "")
 
-    def test_interface_not_known(self) -> None:
-        """Where nobody knows by which interface visitors come, either may be theirs."""
-        unknown = Visit(4, PORT)
-        self.assertTrue(caught_by("-P INPUT ACCEPT\n-A INPUT -i net0 -j DROP", visit=unknown))
-        self.assertTrue(caught_by("-P INPUT DROP\n-A INPUT -i net0 -j ACCEPT", visit=unknown))
-        self.assertFalse(caught_by("-P INPUT ACCEPT\n-A INPUT -i lo -j DROP", visit=unknown))
+    def test_marks(self) -> None:
+        """What one packet is marked with and the other is not is a difference, too."""
+        mark = "-A INPUT -p tcp --dport {} -j MARK --set-xmark 0x1/0xffffffff\n"
+        check = "-A INPUT -m mark ! --mark 0x1 -j DROP\n"
+        self.assertIn("-m mark", lost(mark.format(443) + check))
+        self.assertEqual(lost(mark.format("1:65535") + check), "")
+
+    def test_address(self) -> None:
+        """REDIRECT leads to the incoming interface's address, which need not be the dialled one."""
+        ways_in = [arrival("net0", "203.0.113.5", "198.51.100.2")]
+        rule = "-A INPUT ! -d 203.0.113.5/32 -j DROP\n"
+        for way, reason in ((REDIRECT, "203.0.113.5"), (DNAT, ""), (SK_LOOKUP, "")):
+            self.assertIn(reason, lost(rule, way=way, ways_in=ways_in))
+            self.assertEqual(bool(lost(rule, way=way, ways_in=ways_in)), bool(reason))
+
+    def test_every_interface(self) -> None:
+        """Visitors may come in by more than one interface, and each is looked at."""
+        rules = f"{WEB}-A INPUT -i net0 -p tcp --dport {PORT} -j ACCEPT\n"
+        self.assertEqual(lost(rules, "DROP"), "")
+        reason = lost(rules, "DROP", ways_in=[*NET0[4], arrival("net1", "192.0.2.2")])
+        self.assertIn("visitors by IPv4 at net1 would", reason)
 
     def test_other_tables(self) -> None:
         """INPUT of other tables is passed too; PREROUTING there comes before the redirect."""
-        rules = "-P PREROUTING ACCEPT\n-P INPUT ACCEPT\n-A {} -j DROP"
+        drop = f"-p tcp --dport {PORT} -j DROP"
+        rules = f"-P {{0}} ACCEPT\n-A {{0}} {drop}"
         for table in ("mangle", "security"):
-            self.assertTrue(caught_by(rules.format("INPUT"), table))
-        self.assertFalse(caught_by("-P OUTPUT DROP"))
-        for table in ("raw", "mangle", "nat"):
-            self.assertFalse(caught_by(rules.format("PREROUTING"), table))
+            self.assertTrue(why_not(tables((table, rules.format("INPUT")))))
+        for table in ("raw", "mangle"):
+            self.assertFalse(why_not(tables((table, rules.format("PREROUTING")))))
+
+    def test_goto_and_return(self) -> None:
+        """A goto does not come back to the rules after it; a return does."""
+        back = f"-N X\n{WEB}-A INPUT -{{}} X\n-A INPUT -j ACCEPT\n-A X {{}}\n"
+        for flag, rule, expected in (
+            ("g", "-j LOG", True),
+            ("j", "-j LOG", False),
+            ("j", "-j RETURN\n-A X -j DROP", False),
+            ("j", "-m bpf --bytecode x -j RETURN\n-A X -j ACCEPT", False),
+            ("j", "-s 192.0.2.1/32 -j ACCEPT", False),
+            ("j", f"-p tcp --dport {PORT} -j DROP", True),
+        ):
+            self.assertEqual(bool(lost(back.format(flag, rule), "DROP")), expected, (flag, rule))
+
+    def test_many_bans(self) -> None:
+        """Thousands of banned addresses are one question."""
+        bans = "".join(f"-A INPUT -s 203.0.{n // 256}.{n % 256}/32 -j DROP\n" for n in range(5000))
+        self.assertEqual(lost(bans + BOTH, "DROP"), "")
+        self.assertIn("or one of the 4999 rules after it", lost(WEB + bans + BOTH, "DROP"))
 
 
-class ChainTests(SynchronousTestCase):
-    def closed(self, first: str, chain: str, policy: str = "DROP") -> bool:
-        """Whether INPUT with a first rule into C{chain}, X, is closed."""
-        rules = "".join(f"-A X {rule}\n" for rule in chain.split("; "))
-        return bool(caught_by(f"-P INPUT {policy}\n-N X\n-A INPUT {first}\n{rules}"))
+class AnswerTests(SynchronousTestCase):
+    """Answers leave from port 21443 until they are translated back."""
 
-    def test_jump(self) -> None:
-        """What a chain accepts is accepted, what it drops is dropped, what it leaves goes on."""
-        self.assertFalse(self.closed("-j X", "-j ACCEPT"))
-        self.assertTrue(self.closed("-j X", "-j DROP", "ACCEPT"))
-        self.assertTrue(self.closed("-j X", "-s 192.0.2.1/32 -j ACCEPT"))
-        self.assertFalse(self.closed("-j X\n-A INPUT -j ACCEPT", "-j RETURN; -j DROP"))
+    def answers_lost(self, rules: str, table: str = "filter", **how: Any) -> str:
+        return why_not(tables((table, f"-P OUTPUT DROP\n-P POSTROUTING ACCEPT\n{rules}")), **how)
 
-    def test_goto(self) -> None:
-        """A goto does not come back to the rules behind it."""
-        self.assertTrue(self.closed("-g X\n-A INPUT -j ACCEPT", "-j LOG"))
-        self.assertFalse(self.closed("-j X\n-A INPUT -j ACCEPT", "-j LOG"))
+    def test_output(self) -> None:
+        """Where OUTPUT lets out port 443 alone answers are lost, by a redirect alone."""
+        rules = "-A OUTPUT -p tcp --sport 443 -m conntrack --ctstate ESTABLISHED -j ACCEPT\n"
+        reason = self.answers_lost(rules)
+        self.assertIn(f"would be answered from port {PORT}; the firewall drops that", reason)
+        self.assertIn("iptables -t filter -P OUTPUT DROP", reason)
+        for way in (SK_LOOKUP, NFTABLES):
+            self.assertEqual(self.answers_lost(rules, way=way), "")
+        both = rules.replace("--sport 443", f"-m multiport --sports 443,{PORT}")
+        self.assertEqual(self.answers_lost(both), "")
 
-    def test_jump_of_some(self) -> None:
-        """Who goes to a chain by a blacklist may be dropped there, others go on."""
-        self.assertFalse(self.closed("-s 203.0.113.7/32 -j X", "-j DROP", "ACCEPT"))
-        self.assertTrue(self.closed("-s 203.0.113.7/32 -j X", "-j ACCEPT"))
-
-    def test_jump_in_doubt(self) -> None:
-        """Where it is not known who goes to a chain, its drop counts and its accept does not."""
-        self.assertTrue(self.closed("-m bpf --bytecode x -j X", "-j DROP", "ACCEPT"))
-        self.assertTrue(self.closed("-m bpf --bytecode x -j X", "-j ACCEPT"))
-
-    def test_who_has_left(self) -> None:
-        """An accept does not count for those who may have left the chain before it."""
-        self.assertTrue(self.closed("-j X", "-m bpf --bytecode x -j RETURN; -j ACCEPT"))
-        self.assertFalse(self.closed("-j X", "-s 192.0.2.1/32 -j RETURN; -j ACCEPT"))
-
-    def test_limit(self) -> None:
-        """A chain that lets visitors go up to a rate, and drops the rest, is no general drop."""
-        self.assertFalse(
-            self.closed(
-                "-j X", "-m limit --limit 9/sec --limit-burst 5 -j RETURN; -j DROP", "ACCEPT"
-            )
+    def test_usual(self) -> None:
+        """What is established may leave; who is blocked by address is so in any case."""
+        rules = (
+            "-A OUTPUT -d 203.0.113.0/24 -j DROP\n-A OUTPUT -m state --state ESTABLISHED -j ACCEPT"
         )
+        self.assertEqual(self.answers_lost(rules), "")
+        rules = "-A OUTPUT -o net0 -s 198.51.100.2/32 -p tcp -j ACCEPT"
+        self.assertEqual(self.answers_lost(rules), "")
+
+    def test_owner(self) -> None:
+        """The answers are this program's, not the web server's, whichever way it steers."""
+        rules = "-A OUTPUT -m owner --uid-owner www-data -j ACCEPT\n"
+        for way in (REDIRECT, SK_LOOKUP, NFTABLES):
+            self.assertIn("-P OUTPUT DROP", self.answers_lost(rules, way=way))
+            self.assertEqual(self.answers_lost(f"{rules}-A OUTPUT -j ACCEPT", way=way), "")
+        ban = "-A OUTPUT -m owner --uid-owner 1005 -j DROP\n-A OUTPUT -j ACCEPT"
+        self.assertEqual(self.answers_lost(ban), "")
+
+    def test_after_it_is_translated_back(self) -> None:
+        """POSTROUTING of mangle comes before that, and that of nat does not see answers."""
+        rule = f"-A POSTROUTING -p tcp --sport {PORT} -j DROP\n-A OUTPUT -j ACCEPT"
+        self.assertIn("POSTROUTING", self.answers_lost(rule, "mangle"))
+        self.assertEqual(self.answers_lost(rule, "nat"), "")
+
+    def test_routes_by_mark(self) -> None:
+        """Where OUTPUT marks the answers from 443, and routes depend on marks, they differ."""
+        rule = (
+            "-A OUTPUT -p tcp --sport 443 -j MARK --set-xmark 0x1/0xffffffff\n-A OUTPUT -j ACCEPT"
+        )
+        self.assertEqual(self.answers_lost(rule), "")
+        self.assertIn("routes depend on marks", self.answers_lost(rule, by_mark=[4]))
+
+    def test_another_route(self) -> None:
+        """Where the real answer would leave by another route than ours the reason is both."""
+
+        def by_source(source: Address, port: int, destination: Address) -> Route | None:
+            name = "tun0" if str(source) == "203.0.113.5" else "eth0"
+            return Route(name, "", (name.encode(),))
+
+        def by_port(source: Address, port: int, destination: Address) -> Route | None:
+            return Route("eth0", "192.0.2.1", (b"",)) if port == 443 else None
+
+        ways_in = [arrival("tun0", "203.0.113.5", "10.9.0.2", "192.0.2.77")]
+        for route, way, words in (
+            (
+                by_source,
+                REDIRECT,
+                "by eth0 instead of by tun0, since they come from 10.9.0.2, port",
+            ),
+            (by_source, DNAT, ""),
+            (by_port, REDIRECT, "nowhere instead of by eth0 via 192.0.2.1"),
+            (by_port, DNAT, "nowhere"),
+            (by_port, SK_LOOKUP, ""),
+        ):
+            reason = why_not(Firewall(), way, ways_in=ways_in, route=route)
+            self.assertIn(words, reason)
+            self.assertEqual(bool(reason), bool(words))
+
+    def test_no_route_today(self) -> None:
+        """A visitor who gets no answer today is no reason."""
+        ways_in = [arrival("net0", "198.51.100.2", "198.51.100.2", "192.0.2.77")]
+        reason = why_not(Firewall(), ways_in=ways_in, route=lambda *packet: None)
+        self.assertEqual(reason, "")
 
 
 class NftTests(SynchronousTestCase):
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (DATA / "nft-rules.jsonl").read_text().splitlines()]
-
-    def caught(self, objects: list[dict[str, Any]]) -> bool:
-        return isinstance(drops(Firewall(objects), Visit(4, PORT, "net0")), Caught)
-
-    def test_rules(self) -> None:
-        """Each kind of rule is read as the visitors that it matches and what it does to them."""
-        sets = {}
-        for line in self.lines():
-            if "rule" not in line:
-                (content,) = line.values()
-                sets[f"@{content['name']}"] = content.get("elem", [])
-                continue
-            rule = {"chain": "c", "handle": 1, "expr": line["expr"]}
-            for family in (4, 6):
-                rules = Table(Visit(family, PORT, "net0"), "inet t", sets).rules(rule)
-                found = max(rules, key=lambda each: each.certainty)
-                read = f"{found.certainty.name.lower()} {found.action.value}"
-                self.assertEqual(read, line[f"ipv{family}"], (line["rule"], family))
-
-    def test_other_printings(self) -> None:
-        """What other releases of nft print in other words, or not at all, is doubt at worst."""
-        table = Table(Visit(4, PORT, "net0"), "inet t", {})
-        flags = {"payload": {"protocol": "tcp", "field": "flags"}}
-        mask = {"|": ["fin", {"|": ["syn", "rst"]}]}
-        port = {"payload": {"protocol": "tcp", "field": "dport"}}
-        for statement, expected in (
-            ({"match": {"op": "==", "left": {"&": [flags, mask]}, "right": "syn"}}, "all"),
-            (
-                {
-                    "match": {
-                        "op": "==",
-                        "left": {"&": [{"meta": {"key": "mark"}}, 255]},
-                        "right": 1,
-                    }
-                },
-                "unknown",
-            ),
-            ({"match": {"op": "==", "left": port, "right": "https"}}, "unknown"),
-            ({"match": {"op": "in", "left": port, "right": {"set": "@ports"}}}, "unknown"),
-            ({"match": {"op": "<", "left": port, "right": "https"}}, "unknown"),
-            ({"match": {"op": "==", "left": {"concat": [port, port]}, "right": "?"}}, "unknown"),
-            ({"xt": {"type": "match", "name": "geoip"}}, "unknown"),
-            ({"xt": None}, "unknown"),
-            ({"unheard of": None}, "all"),
-        ):
-            rule = {"chain": "c", "handle": 1, "expr": [statement, {"accept": None}]}
-            found = table.rules(rule)[-1]
-            self.assertEqual(found.certainty.name.lower(), expected, statement)
-        key = {"payload": {"protocol": "udp", "field": "dport"}}
-        verdicts = {"vmap": {"key": key, "data": {"set": [[PORT, {"drop": None}]]}}}
-        self.assertFalse(self.caught(ruleset({"hook": "input", "prio": 0}, [verdicts])))
-        target = {"xt": {"type": "target", "name": "REJECT"}}
-        self.assertTrue(self.caught(ruleset({"hook": "input", "prio": 0}, [target])))
+    def lost(self, chain: Mapping[str, Any], *exprs: Any, **more: Any) -> str:
+        commands = more.pop("commands", None)
+        way = more.pop("way", REDIRECT)
+        base = {"hook": "input", "prio": 0, "policy": "accept", **chain}
+        return why_not(Firewall(ruleset(base, *exprs, **more)), way, commands=commands)
 
     def test_where(self) -> None:
-        """Input counts, and PREROUTING behind the redirect; what comes before it does not."""
-        drop = [{"drop": None}]
+        """Input counts, and PREROUTING after the redirect; what comes before it does not."""
+        drop = [dport(PORT), DROP]
         for chain, expected in (
             ({"hook": "input", "prio": -300}, True),
             ({"hook": "input", "prio": 0, "type": "nat"}, True),
@@ -344,38 +405,182 @@ class NftTests(SynchronousTestCase):
             ({"hook": "prerouting", "prio": -150}, False),
             ({"hook": "forward", "prio": 0}, False),
         ):
-            self.assertEqual(self.caught(ruleset(chain, drop)), expected, chain)
+            self.assertEqual(bool(self.lost(chain, drop)), expected, chain)
 
     def test_policy(self) -> None:
         """A policy of drop is named with its chain; one of accept lets visitors through."""
-        chain = {"hook": "input", "prio": 0, "policy": "drop"}
-        verdict = drops(Firewall(ruleset(chain)), Visit(6, PORT))
-        self.assertEqual(verdict, Caught("the policy 'drop' of the nftables chain 'inet t c'"))
-        self.assertFalse(self.caught(ruleset({**chain, "policy": "accept"})))
-
-    def test_named_set(self) -> None:
-        """The ports that a named set lets in are those that it holds."""
-        port = {"payload": {"protocol": "tcp", "field": "dport"}}
-        rule = [{"match": {"op": "==", "left": port, "right": "@ports"}}, {"accept": None}]
-        objects = ruleset({"hook": "input", "prio": 0, "policy": "drop"}, rule)
-        for elements, expected in (([22, 443], True), ([22, PORT], False)):
-            ports = {"family": "inet", "table": "t", "name": "ports", "elem": elements}
-            self.assertEqual(self.caught([*objects, {"set": ports}]), expected, elements)
+        web = [dport(443), ACCEPT]
+        reason = self.lost({"policy": "drop"}, web)
+        self.assertIn("the policy 'drop' of the nftables chain 'inet t c'", reason)
+        self.assertEqual(self.lost({}, web), "")
 
     def test_other_family(self) -> None:
         """Rules of the other family are no matter."""
-        objects = ruleset({"hook": "input", "prio": 0}, [{"drop": None}])
-        for each in objects:
-            for content in each.values():
-                content["family"] = "ip6"
-        self.assertFalse(self.caught(objects))
+        drop = [dport(PORT), DROP]
+        self.assertNotEqual(self.lost({"family": "ip"}, drop), "")
+        self.assertEqual(self.lost({"family": "ip6"}, drop), "")
+        self.assertEqual(self.lost({"family": "bridge"}, drop), "")
+
+    def test_ports_in_every_form(self) -> None:
+        """Ports in ranges, sets, maps and concatenations are told apart."""
+        address = {"payload": {"protocol": "ip", "field": "saddr"}}
+        port = {"payload": {"protocol": "tcp", "field": "dport"}}
+        pair = {"concat": [address, port]}
+        masked = {"match": {"op": "==", "left": {"&": [port, 1]}, "right": 1}}
+        verdicts = {"set": [[443, ACCEPT], [{"range": [1024, 65535]}, DROP]]}
+        some = {"prefix": {"addr": "10.0.0.0", "len": 8}}
+        both = [{"concat": [some, each]} for each in (443, PORT)]
+        for rules, expected in (
+            ([[dport({"range": [443, 30000]}), ACCEPT], [DROP]], False),
+            ([[dport({"set": [22, 443]}), ACCEPT], [DROP]], True),
+            ([[dport({"set": [22, 443]}, "!="), DROP]], True),
+            ([[{"vmap": {"key": port, "data": verdicts}}]], True),
+            ([[{"vmap": {"key": port, "data": {"set": [[22, DROP]]}}}]], False),
+            ([[masked, DROP]], True),
+            (
+                [[{"match": {"op": "==", "left": pair, "right": {"set": both}}}, ACCEPT], [DROP]],
+                False,
+            ),
+            (
+                [
+                    [{"match": {"op": "==", "left": pair, "right": {"set": both[:1]}}}, ACCEPT],
+                    [DROP],
+                ],
+                True,
+            ),
+            ([[{"match": {"op": "==", "left": pair, "right": {"set": both[1:]}}}, DROP]], True),
+        ):
+            self.assertEqual(bool(self.lost({}, *rules)), expected, rules)
+
+    def test_named_set(self) -> None:
+        """A set of ports is read, alone, where it decides; one of addresses is not."""
+        rule = [dport("@ports"), ACCEPT]
+        command = "nft -j list set inet t ports"
+        for elements, expected in (([22, 443, PORT], False), ([22, 443], True), (None, True)):
+            ports = {"name": "ports", "type": "inet_service", "elem": elements}
+            shown = {command: printed({"set": {"family": "inet", "table": "t", **ports}})}
+            commands = Recorded(shown if elements else {})
+            terse = {"set": [{"name": "ports", "type": "inet_service"}]}
+            reason = self.lost({"policy": "drop"}, rule, commands=commands, **terse)
+            self.assertEqual(bool(reason), expected, elements)
+            self.assertIn(command, commands.asked)
+        address = {"payload": {"protocol": "ip", "field": "saddr"}}
+        ban = [{"match": {"op": "==", "left": address, "right": "@ban"}}, DROP]
+        commands = Recorded({})
+        terse = {"set": [{"name": "ban", "type": "ipv4_addr"}]}
+        web = [dport({"set": [443, PORT]}), ACCEPT]
+        self.assertEqual(self.lost({"policy": "drop"}, ban, web, commands=commands, **terse), "")
+        self.assertEqual(commands.asked, [])
+
+    def test_named_map(self) -> None:
+        """So is a map of verdicts."""
+        key = {"payload": {"protocol": "tcp", "field": "dport"}}
+        rule = [{"vmap": {"key": key, "data": "@verdicts"}}]
+        terse = {"map": [{"name": "verdicts", "type": "inet_service", "map": "verdict"}]}
+        for port, expected in ((22, False), (PORT, True)):
+            content = {"family": "inet", "table": "t", **terse["map"][0], "elem": [[port, DROP]]}
+            shown = {"nft -j list map inet t verdicts": printed({"map": content})}
+            reason = self.lost({}, rule, commands=Recorded(shown), **terse)
+            self.assertEqual(bool(reason), expected)
+        self.assertNotEqual(self.lost({}, rule, **terse), "")
+
+    def test_harmless(self) -> None:
+        """What both packets have in common, and named objects, are no difference."""
+        web = [dport({"set": [443, PORT]}), ACCEPT]
+        flags = {"payload": {"protocol": "tcp", "field": "flags"}}
+        for match in (
+            [{"limit": "ping"}],
+            [{"quota": "q"}],
+            [{"counter": "c"}, {"limit": {"rate": 9, "per": "second", "inv": True}}],
+            [{"ct count": {"val": 200, "inv": True}}],
+            [{"match": {"op": "==", "left": {"meta": {"key": "mark"}}, "right": 7}}],
+            [{"match": {"op": "==", "left": {"meta": {"key": "hour"}}, "right": "08:00"}}],
+            [{"match": {"op": "==", "left": {"numgen": {"mode": "random", "mod": 2}}, "right": 0}}],
+            [{"match": {"op": "==", "left": {"osf": {"key": "name"}}, "right": "Linux"}}],
+            [{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["invalid"]}}],
+            [{"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "assured"}}],
+            [
+                {"match": {"op": "in", "left": flags, "right": "syn"}},
+                {"meter": {"stmt": {"limit": {}}}},
+            ],
+            [dport(22), {"unheard of": 1}],
+            [{"match": {"op": "==", "left": {"payload": {"base": "ll", "offset": 0}}, "right": 1}}],
+        ):
+            self.assertEqual(self.lost({"policy": "drop"}, [*match, DROP], web), "", match)
+        self.assertEqual(self.lost({}, [{"unheard of": 1}, ACCEPT]), "")
+
+    def test_not_understood(self) -> None:
+        """What is not understood may look at the port: before a drop that is a reason."""
+        for statement in (
+            {"unheard of": 1},
+            {"xt": None},
+            {"xt": {"type": "match", "name": "u32"}},
+            {"match": {"op": "==", "left": {"unheard of": {"key": 1}}, "right": 1}},
+            {"match": {"op": "==", "left": {"payload": {"base": "th", "offset": 0}}, "right": 1}},
+            {"match": {"op": "==", "left": {"socket": {"key": "wildcard"}}, "right": 1}},
+            {"limit": {"map": {"key": dport(1)["match"]["left"], "data": {"set": []}}}},
+            {"match": {"op": "=="}},
+        ):
+            self.assertNotEqual(self.lost({}, [statement, DROP]), "", statement)
+        self.assertEqual(self.lost({}, [{"xt": {"type": "match", "name": "u32"}}, ACCEPT]), "")
+
+    def test_connection_tracking(self) -> None:
+        """That a packet is translated tells it apart, its original port does not."""
+        status = {"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}}
+        negated = {"match": {"op": "!", "left": {"ct": {"key": "status"}}, "right": "dnat"}}
+        original = {"ct": {"key": "proto-dst", "dir": "original"}}
+        reply = {"ct": {"key": "proto-src", "dir": "reply"}}
+        for match, expected in (
+            (status, True),
+            (negated, False),
+            ({"match": {"op": "!=", "left": original, "right": 443}}, False),
+            ({"match": {"op": "==", "left": original, "right": PORT}}, False),
+            ({"match": {"op": "!=", "left": reply, "right": PORT}}, False),
+            ({"match": {"op": "==", "left": reply, "right": PORT}}, True),
+        ):
+            self.assertEqual(bool(self.lost({}, [match, DROP], [ACCEPT])), expected, match)
+        accepted = [[status, ACCEPT], [dport(443), ACCEPT], [DROP]]
+        self.assertEqual(self.lost({}, *accepted), "")
 
 
-class NotrackTests(SynchronousTestCase):
-    def exempt(self, *rules: str) -> bool:
-        listing = "-P PREROUTING ACCEPT\n" + "".join(f"-A PREROUTING {rule}\n" for rule in rules)
-        firewall = Firewall(iptables=[("raw", listing)])
-        return isinstance(exempts_from_tracking(firewall, Visit(4, 443, "net0")), Caught)
+class RuleTests(SynchronousTestCase):
+    def test_corpus(self) -> None:
+        """Each kind of rule is read as the visitors that it matches, what it does to them, and
+        whether it can tell those who are redirected from the others."""
+        sets: dict[str, Any] = {}
+        for text in (DATA / "nft-rules.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            if "rule" not in line:
+                (content,) = line.values()
+                sets[content["name"]] = content.get("elem", [])
+                continue
+            rules = Table("inet t", Sets(sets)).rules({"chain": "c", "handle": 1, **line})
+            apart = False
+            for family, (way_in,) in NET0.items():
+                steered = Packet(
+                    family, "net0", way_in.dialled, PORT, way_in.dialled, True, "proxy"
+                )
+                direct = replace(steered, port=443, translated=False, owner="server")
+                read, questions = self.read(rules, steered)
+                apart = apart or (read, questions) != self.read(rules, direct)
+                self.assertEqual(read, line[f"ipv{family}"], (line["rule"], family))
+            self.assertEqual(apart, line.get("tells_apart", False), line["rule"])
+
+    def read(self, rules: list[Rule], packet: Packet) -> tuple[str, object]:
+        """The rule that matches most surely."""
+        if not rules:
+            return "all continue", []
+        found = [(rule.matches(packet), rule.action.value) for rule in rules]
+        for questions, action in sorted(found, key=lambda each: each[0] is None or len(each[0])):
+            if questions is not None:
+                return f"{'some' if questions else 'all'} {action}", questions
+        return f"none {found[-1][1]}", []
+
+
+class TrackingTests(SynchronousTestCase):
+    def exempt(self, *rules: str, hook: str = "PREROUTING") -> str:
+        listing = f"-P {hook} ACCEPT\n" + "".join(f"-A {hook} {rule}\n" for rule in rules)
+        return why_not(tables(("raw", listing)))
 
     def test_iptables(self) -> None:
         """Where :443 is exempt from tracking nobody is redirected."""
@@ -387,17 +592,149 @@ class NotrackTests(SynchronousTestCase):
         self.assertFalse(self.exempt(f"-s 192.0.2.1/32 {https} -j NOTRACK"))
         self.assertFalse(self.exempt("-j ACCEPT", f"{https} -j NOTRACK"))
 
+    def test_answers(self) -> None:
+        """Answers that are exempt are not translated back; those from 443 are not ours."""
+        self.assertIn("the answers", self.exempt("-p tcp --sport 21443 -j NOTRACK", hook="OUTPUT"))
+        self.assertFalse(self.exempt("-p tcp --sport 443 -j NOTRACK", hook="OUTPUT"))
+
     def test_nft(self) -> None:
         """So it is by nft, in a chain that comes before connection tracking."""
         for priority, expected in ((-300, True), (-150, False)):
             chain = {"hook": "prerouting", "prio": priority}
-            objects = ruleset(chain, [{"notrack": None}])
-            verdict = exempts_from_tracking(Firewall(objects), Visit(4, 443))
-            self.assertEqual(isinstance(verdict, Caught), expected, priority)
+            firewall = Firewall(ruleset(chain, [{"notrack": None}]))
+            self.assertEqual(bool(why_not(firewall)), expected, priority)
+            self.assertEqual(why_not(firewall, SK_LOOKUP), "")
 
     def test_drops_nobody(self) -> None:
         """To go untracked is not to be dropped."""
-        self.assertFalse(caught_by("-P INPUT ACCEPT\n-A INPUT -j NOTRACK"))
+        self.assertEqual(lost("-A INPUT -j NOTRACK"), "")
+
+
+class FirstTests(SynchronousTestCase):
+    """Of several translations the first one decides, across tables."""
+
+    TAKES = (dport(443), {"redirect": {"port": 8443}})
+
+    def chain(self, priority: int, handle: int = 5, *rule: Any) -> list[dict[str, Any]]:
+        base = {"hook": "prerouting", "prio": priority, "type": "nat", "handle": handle}
+        return ruleset(base, list(rule or self.TAKES))
+
+    def own(self, handle: int, *rules: Any) -> list[dict[str, Any]]:
+        base = {"family": "ip", "table": "nat", "hook": "prerouting", "prio": -100, "type": "nat"}
+        objects = ruleset({**base, "handle": handle}, *rules)
+        for each in objects:
+            for content in each.values():
+                for key in ("name", "chain"):
+                    if content.get(key) == "c":
+                        content[key] = "PREROUTING"
+        return objects
+
+    def test_priority(self) -> None:
+        """A chain of lower priority comes before iptables' one; one of higher priority after."""
+        for priority, expected in ((-110, True), (-101, True), (-100, False), (-90, False)):
+            reason = why_not(Firewall(self.chain(priority)))
+            self.assertEqual(bool(reason), expected, priority)
+        self.assertIn(
+            "visitors by IPv4 are sent elsewhere, before this redirect: rule 0 (redirect) of the"
+            " nftables chain 'inet t c'",
+            why_not(Firewall(self.chain(-110))),
+        )
+
+    def test_same_priority(self) -> None:
+        """Of equal priority the one that was made last comes first."""
+        for handle, expected in ((4, True), (6, False)):
+            firewall = Firewall([*self.chain(-100), *self.own(handle)])
+            self.assertEqual(bool(why_not(firewall)), expected, handle)
+
+    def test_legacy(self) -> None:
+        """Between the two variants of iptables nobody knows, once both are there."""
+        rule = "-A PREROUTING -p tcp --dport 443 -j DNAT --to-destination 172.17.0.2:443"
+        legacy = tables(("nat", f"-P PREROUTING ACCEPT\n{rule}\n"), legacy=True)
+        self.assertEqual(why_not(legacy), "")
+        both = Firewall(self.own(4), iptables=legacy.iptables)
+        self.assertIn(rule, why_not(both))
+        self.assertEqual(why_not(legacy, legacy=True), "")
+        foreign = Firewall(self.chain(-100), iptables=[("nat", "-P PREROUTING ACCEPT\n", True)])
+        self.assertIn("'inet t c'", why_not(foreign, legacy=True))
+
+    def test_own_chain(self) -> None:
+        """What is in the chain that ours is put in front of does not come first."""
+        self.assertEqual(why_not(Firewall(self.own(4, list(self.TAKES)))), "")
+
+    def test_harmless(self) -> None:
+        """Other ports, visitors of one network, and no translation at all are no matter."""
+        source = {"payload": {"protocol": "ip", "field": "saddr"}}
+        some = {"match": {"op": "==", "left": source, "right": "10.0.0.9"}}
+        for rule in (
+            (dport(8443), {"redirect": {"port": 1}}),
+            (some, *self.TAKES),
+            (dport(443), ACCEPT),
+            (dport(443), {"masquerade": None}),
+        ):
+            self.assertEqual(why_not(Firewall(self.chain(-110, 5, *rule))), "", rule)
+
+    def test_sk_lookup(self) -> None:
+        """Any translation takes visitors away from sk-lookup, wherever it is."""
+        for priority in (-110, -100, 50):
+            self.assertIn("sent elsewhere: ", why_not(Firewall(self.chain(priority)), SK_LOOKUP))
+
+    def test_nftables(self) -> None:
+        """A table of its own comes right before those of equal priority."""
+        for priority, expected in ((-110, True), (-101, False), (-100, False)):
+            reason = why_not(Firewall(self.chain(priority)), NFTABLES)
+            self.assertEqual(bool(reason), expected, priority)
+
+    def not_first(self, firewall: Firewall) -> str:
+        return Host({4: firewall}, Surroundings(NET0)).not_first(REDIRECT) or ""
+
+    def test_while_steering(self) -> None:
+        """While it steers, a rule that was put before ours is named; ours is none."""
+        ours = [dport(443), {"redirect": {"port": PORT}}]
+        takes = list(self.TAKES)
+        self.assertEqual(self.not_first(Firewall(self.own(4, ours, takes))), "")
+        self.assertIn("rule 0", self.not_first(Firewall(self.own(4, takes, ours))))
+        younger = Firewall([*self.own(4, ours), *self.chain(-100, 5)])
+        self.assertIn("'inet t c'", self.not_first(younger))
+        older = Firewall([*self.own(6, ours), *self.chain(-100, 5)])
+        self.assertEqual(self.not_first(older), "")
+        listing = (
+            "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 443 -j {} --to-ports {}\n"
+            f"-A PREROUTING -p tcp --dport 443 -j REDIRECT --to-ports {PORT}\n"
+        )
+        for port, expected in ((8443, True), (PORT, False)):
+            own = tables(("nat", listing.format("REDIRECT", port)))
+            self.assertEqual(bool(self.not_first(own)), expected)
+
+
+class ElsewhereTests(SynchronousTestCase):
+    """Whether :443 is published by a container engine, so that sk-lookup never sees it."""
+
+    def verdict(self, *nat: str) -> str:
+        listing = "\n".join(["-P PREROUTING ACCEPT", "-N DOCKER", *nat])
+        return why_not(tables(("nat", listing)), SK_LOOKUP)
+
+    def test_published(self) -> None:
+        """A port published in Docker's manner is named, one of the host's addresses alone too."""
+        jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
+        to = "-j DNAT --to-destination 172.17.0.2:443"
+        for rule in (
+            f"-A DOCKER ! -i docker0 -p tcp -m tcp --dport 443 {to}",
+            f"-A DOCKER -d 198.51.100.2/32 ! -i docker0 -p tcp -m tcp --dport 443 {to}",
+        ):
+            named = f"iptables -t nat {rule}".replace("!", "'!'")
+            self.assertTrue(self.verdict(jump, rule).endswith(named))
+
+    def test_not_published(self) -> None:
+        """Other ports, addresses that are not here, and other interfaces are no matter."""
+        jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
+        to = "-j DNAT --to-destination 172.17.0.2:443"
+        for rule in (
+            f"-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8443 {to}",
+            f"-A DOCKER -d 203.0.113.5/32 -p tcp -m tcp --dport 443 {to}",
+            f"-A DOCKER -i docker0 -p tcp -m tcp --dport 443 {to}",
+            "-A DOCKER -i docker0 -j RETURN",
+        ):
+            self.assertEqual(self.verdict(jump, rule), "")
 
 
 class HostCase(SynchronousTestCase):
@@ -405,17 +742,20 @@ class HostCase(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.legacy: list[str] = []
-        self.interfaces: set[str] = set()
+        self.chains: list[BaseChain] = []
         self.patch(facts, "legacy_tables", lambda family: self.legacy)
-        self.patch(facts, "visitor_interfaces", lambda family: self.interfaces)
+        self.patch(facts, "unnumbered_interfaces", lambda family: [])
+        self.patch(nfchains, "base_chains", lambda: self.chains)
+        self.patch(judgement, "arrivals", lambda family: NET0[family])
+        self.patch(routes, "route", lambda *packet: None)
+        self.patch(routes, "routes_by_mark", lambda family: False)
 
 
 class LookTests(HostCase):
     def reason(self, commands: Recorded, *families: int) -> str:
         """Why visitors would not get to the proxy, or nothing."""
-        reason: str | None = self.successResultOf(look(commands, families or (4,), PORT))
-        self.assertNotIn("\n", reason or "")
-        return reason or ""
+        host: Host = self.successResultOf(judgement.look(commands, families or (4,)))
+        return self.successResultOf(host.why_not(REDIRECT, commands)) or ""
 
     def test_interface(self) -> None:
         """The stand-in for the commands is one."""
@@ -434,10 +774,10 @@ class LookTests(HostCase):
 
     def test_ufw_without_nft(self) -> None:
         """The same without the program nft."""
+        self.chains = [BaseChain("ip", "filter", "INPUT", "filter", "input", 0)]
         for name, policy in (("ufw", "iptables -t filter -P INPUT DROP"), ("ufw-with-port", "")):
             commands = recorded(name)
             del commands.answers[NFT]
-            commands.answers["iptables -V"] = "iptables v1.8.9 (nf_tables)"
             self.assertIn(policy, self.reason(commands))
             self.assertEqual(bool(self.reason(commands)), bool(policy))
 
@@ -472,7 +812,7 @@ class LookTests(HostCase):
         """Tables of the legacy iptables are consulted, by either name of the program."""
         self.legacy = ["filter"]
         for binary in ("iptables-legacy", "iptables"):
-            listing = {f"{binary} -w 5 -t filter -S": "-P INPUT DROP\n"}
+            listing = {f"{binary} -w 5 -t filter -S": DEFAULT_DROP}
             self.assertIn("iptables -t filter -P INPUT DROP", self.reason(Recorded(listing)))
 
     def test_legacy_not_seen(self) -> None:
@@ -481,19 +821,6 @@ class LookTests(HostCase):
         warning = "# Warning: iptables-legacy tables present, use iptables-legacy to see them\n"
         commands = Recorded({"iptables -w 5 -t filter -S": f"-P INPUT ACCEPT\n{warning}"})
         self.assertIn("iptables-legacy is missing", self.reason(commands))
-
-    def test_cannot_look(self) -> None:
-        """If a command fails, or prints what nobody understands, that is a reason too."""
-        locked = (4, "the lock\nis held")
-        cases: tuple[tuple[Answers, str], ...] = (
-            ({NFT: (1, "no permission")}, f"'{NFT}' failed with status 1: no permission"),
-            ({"iptables -V": locked}, "'iptables -V' failed with status 4: the lock is held"),
-            ({"iptables -V": "nf_tables", FILTER: locked}, f"'{FILTER}' failed with status 4"),
-            ({NFT: "surprise"}, "not understood"),
-            ({NFT: '{"nftables": [{"table": {}}]}'}, "not understood"),
-        )
-        for answers, words in cases:
-            self.assertIn(words, self.reason(Recorded(answers)))
 
     def test_untracked(self) -> None:
         """That visitors are exempt from tracking is told as such."""
@@ -505,31 +832,164 @@ class LookTests(HostCase):
     def test_both_families(self) -> None:
         """Each family is looked at; that which shows both is asked once."""
         self.legacy = ["filter"]
-        commands = Recorded({NFT: "", "ip6tables-legacy -w 5 -t filter -S": "-P INPUT DROP\n"})
+        commands = Recorded(
+            {
+                NFT: "",
+                "iptables-legacy -w 5 -t filter -S": "-P INPUT ACCEPT\n",
+                "ip6tables-legacy -w 5 -t filter -S": DEFAULT_DROP,
+            }
+        )
         self.assertEqual(self.reason(commands, 4), "")
         self.assertIn("visitors by IPv6 would", self.reason(commands, 6))
         commands.asked.clear()
         self.assertIn("visitors by IPv6 would", self.reason(commands, 4, 6))
         self.assertEqual(commands.asked.count(NFT), 1)
 
-    def test_every_interface(self) -> None:
-        """Visitors may come in by more than one interface, and each is looked at."""
+    def test_set_of_both_families(self) -> None:
+        """A set that decides for both families is read once."""
+        terse = {"set": [{"name": "ports", "type": "inet_service"}]}
+        base = {"hook": "input", "prio": 0, "policy": "drop"}
+        rules = ruleset(base, [dport("@ports"), ACCEPT], **terse)
+        content = {"family": "inet", "table": "t", "name": "ports", "elem": [443, PORT]}
+        shown = "nft -j list set inet t ports"
+        commands = Recorded({NFT: printed(*rules), shown: printed({"set": content})})
+        self.assertEqual(self.reason(commands, 6, 4), "")
+        self.assertEqual(commands.asked.count(shown), 1)
+
+    def test_family_that_nobody_uses(self) -> None:
+        """Where a firewall drops all of one family, visitors of the other are steered."""
         self.legacy = ["filter"]
-        listing = "-P INPUT DROP\n-A INPUT -i net0 -j ACCEPT\n"
-        commands = Recorded({"iptables-legacy -w 5 -t filter -S": listing})
-        self.interfaces = {"net0"}
-        self.assertEqual(self.reason(commands), "")
-        self.interfaces = {"net0", "net1"}
-        self.assertNotEqual(self.reason(commands), "")
+        commands = Recorded(
+            {
+                "iptables-legacy -w 5 -t filter -S": "-P INPUT ACCEPT\n",
+                "ip6tables-legacy -w 5 -t filter -S": "-P INPUT DROP\n",
+            }
+        )
+        self.assertEqual(self.reason(commands, 6, 4), "")
+        self.assertIn("visitors by IPv6 would", self.reason(commands, 6))
+
+
+class ReadingTests(HostCase):
+    """Reading the firewall never fails for a harmless reason."""
+
+    AGENT = BaseChain("inet", "agent", "input", "filter", "input", 0)
+
+    def look(self, answers: Mapping[str, Any], way: judgement.Way = REDIRECT) -> str:
+        self.commands = Recorded(answers)
+        host: Host = self.successResultOf(judgement.look(self.commands, (4,)))
+        return self.successResultOf(host.why_not(way, self.commands)) or ""
+
+    def test_old_nft(self) -> None:
+        """An nft that knows no terse listing is asked for all."""
+        rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
+        answers = {NFT: (1, "invalid option -- 't'"), "nft -j list ruleset": printed(*rules)}
+        self.assertIn("'inet t c'", self.look(answers))
+
+    def test_no_nft(self) -> None:
+        """Rules of nftables that no program shows are there: what they may tell apart is a reason,
+        and no way for which they cannot matter is refused."""
+        self.chains = [self.AGENT]
+        reason = self.look({})
+        self.assertIn("the chain 'inet agent input', whose rules cannot be read: ", reason)
+        self.assertIn(
+            "nft: not found on PATH", self.look({NFT: (NOT_FOUND, "nft: not found on PATH")})
+        )
+        self.assertEqual(self.look({}, SK_LOOKUP), "")
+        self.chains = [BaseChain("inet", "agent", "forward", "filter", "forward", 0)]
+        self.assertEqual(self.look({}), "")
+
+    def test_table_that_cannot_be_read(self) -> None:
+        """A table whose listing is broken is named; the others are read one by one."""
+        other = BaseChain("inet", "t", "c", "filter", "input", 0)
+        self.chains = [self.AGENT, other]
+        rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
+        answers: dict[str, Any] = {
+            NFT: '{"nftables": [{"table": {"fam"',
+            "nft -j -t list table inet t": printed(*rules),
+        }
+        self.assertIn("inet", self.look(answers))
+        answers["nft -j -t list table inet agent"] = printed()
+        self.assertIn("chain 'inet t c'", self.look(answers))
+        answers["nft -j -t list table inet t"] = printed()
+        self.assertEqual(self.look(answers), "")
+        for broken in (
+            "surprise",
+            '{"nftables": [{"table": {}}]}',
+            "[]",
+            (1, "unknown expression"),
+        ):
+            answers["nft -j -t list table inet agent"] = broken
+            self.assertIn("'inet agent input', whose rules cannot be read", self.look(answers))
+        self.chains = []
+        self.assertEqual(self.look({NFT: "surprise"}), "")
+
+    def test_large_table(self) -> None:
+        """A large table that treats all packets of a visitor alike is not listed, others are."""
+        large = replace(self.AGENT, rules=40_000)
+        small = BaseChain("inet", "t", "c", "filter", "input", 0)
+        self.chains = [large, small]
+        rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
+        shown = {NFT: printed(*rules), "nft -j -t list table inet t": printed(*rules)}
+        for apart, hook, asked in (
+            (False, "input", "nft -j -t list table inet t"),
+            (True, "input", NFT),
+            (False, "output", NFT),
+        ):
+            self.chains[0] = replace(large, hook=hook)
+            self.patch(nfchains, "may_tell_apart", lambda chain, apart=apart: apart)
+            self.assertIn("'inet t c'", self.look(shown))
+            self.assertEqual(self.commands.asked[0], asked)
+
+    def test_not_permitted(self) -> None:
+        """If neither nft nor the kernel may be asked, that is told."""
+
+        def refuse() -> list[BaseChain]:
+            raise PermissionError
+
+        self.patch(nfchains, "base_chains", refuse)
+        looked = judgement.look(Recorded({NFT: (1, "no permission")}), (4,))
+        problem = self.failureResultOf(looked, CannotLook).value
+        self.assertIn(f"'{NFT}' failed with status 1: no permission", str(problem))
+        self.assertEqual(self.look({}), "")
+
+    def test_no_netlink(self) -> None:
+        """Where the kernel does not tell the ways in, that is told."""
+
+        def refuse(family: int) -> None:
+            raise OSError(97, "Address family not supported by protocol")
+
+        self.patch(judgement, "arrivals", refuse)
+        problem = self.failureResultOf(judgement.look(Recorded({}), (4,)), CannotLook).value
+        self.assertIn("addresses and routes: Address family not supported", str(problem))
+
+    def test_comment_in_latin_1(self) -> None:
+        """Bytes that are no UTF-8 break nothing, and are escaped where they are shown."""
+        comment = b"B\xfcro".decode("utf-8", "surrogateescape")
+        rule = f'-A INPUT -p tcp --dport {PORT} -m comment --comment "{comment}" -j DROP\n'
+        self.assertIn("B\\xfcro", lost(rule))
+        rules = ruleset({"hook": "input", "prio": 0}, [dport(22), ACCEPT])
+        for each in rules:
+            if "rule" in each:
+                each["rule"]["comment"] = comment
+        text = json.dumps({"nftables": rules}, ensure_ascii=False)
+        self.assertEqual(self.look({NFT: text}), "")
+
+    def test_iptables_that_fails(self) -> None:
+        """A table of iptables that cannot be listed is one whose rules are not known."""
+        self.legacy = ["filter"]
+        locked = {"iptables-legacy -w 5 -t filter -S": (4, "the lock\nis held")}
+        reason = self.look(locked)
+        self.assertIn("-t filter -S' failed with status 4: the lock is held", reason)
+        self.assertEqual(self.look(locked, SK_LOOKUP), "")
+        self.legacy = ["nat"]
+        locked = {"iptables-legacy -w 5 -t nat -S": (4, "the lock\nis held")}
+        self.assertIn("status 4", self.look(locked, SK_LOOKUP))
 
 
 class RefusalTests(HostCase):
-    def setUp(self) -> None:
-        super().setUp()
-        self.patch(facts, "unnumbered_interfaces", lambda family: [])
-
     def test_refused(self) -> None:
         """A start is refused by name of what would drop, with the remedies, and changes nothing."""
+        accept_the_program(self)
         for may, remedy, status in (
             (True, "use --redirect sk-lookup.*--force$", os.EX_CONFIG),
             (False, "run this as root, with CAP_NET_ADMIN", os.EX_NOPERM),
@@ -546,12 +1006,14 @@ class RefusalTests(HostCase):
         accept_the_program(self)
         elsewhere = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp -j DNAT --to-destination :80\n"
         for redirect, table, rules in (
-            (IptablesRedirect(PORT), "filter", "-P INPUT DROP\n"),
+            (IptablesRedirect(PORT), "filter", DEFAULT_DROP),
             (SkLookupRedirect(), "nat", elsewhere),
         ):
             self.legacy = [table]
             for family, binary in BINARIES.items():
-                commands = Recorded({f"{binary}-legacy -w 5 -t {table} -S": rules})
+                each = f"{{}}-legacy -w 5 -t {table} -S"
+                harmless = {each.format(other): "-P INPUT ACCEPT\n" for other in BINARIES.values()}
+                commands = Recorded({**harmless, each.format(binary): rules})
                 problem: Any = self.failureResultOf(redirect.prepare(commands), StartError).value
                 self.assertIn(f"visitors by IPv{family} ", str(problem))
 
@@ -563,59 +1025,52 @@ class RefusalTests(HostCase):
         commands = recorded("ufw")
         self.successResultOf(make_redirect(options).prepare(commands))
 
-
-class ElsewhereTests(HostCase):
-    """Whether :443 is published by a container engine, so that sk-lookup never sees it."""
-
-    def verdict(self, *nat: str, interface: str = "eth0") -> Verdict:
-        listing = "\n".join(["-P PREROUTING ACCEPT", "-N DOCKER", *nat])
-        return sends_elsewhere(Firewall(iptables=[("nat", listing)]), Visit(4, 443, interface))
-
-    def test_published(self) -> None:
-        """A port published in Docker's manner is named, one of the host's addresses alone too."""
-        jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
-        to = "-j DNAT --to-destination 172.17.0.2:443"
-        for rule in (
-            f"-A DOCKER ! -i docker0 -p tcp -m tcp --dport 443 {to}",
-            f"-A DOCKER -d 203.0.113.5/32 ! -i docker0 -p tcp -m tcp --dport 443 {to}",
-        ):
-            named = f"iptables -t nat {rule}".replace("!", "'!'")
-            self.assertEqual(self.verdict(jump, rule), Caught(named))
-
-    def test_not_published(self) -> None:
-        """Other ports, and rules for other interfaces, are no matter."""
-        jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
-        to = "-j DNAT --to-destination 172.17.0.2:443"
-        for rule in (
-            f"-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8443 {to}",
-            f"-A DOCKER -i docker0 -p tcp -m tcp --dport 443 {to}",
-            "-A DOCKER -i docker0 -j RETURN",
-        ):
-            self.assertEqual(self.verdict(jump, rule), Passed())
-
-    def test_nftables(self) -> None:
-        """So it is with a rule of nft's own; source translation is no matter."""
-        for statement, caught in (({"dnat": {"addr": "192.0.2.1"}}, True), ({"snat": {}}, False)):
-            chain = {"family": "ip", "table": "nat", "name": "PREROUTING"}
-            base = {"type": "nat", "hook": "prerouting", "prio": -100, "policy": "accept"}
-            rule = {"family": "ip", "table": "nat", "chain": "PREROUTING", "handle": 7}
-            objects: list[dict[str, Any]] = [
-                {"table": {"family": "ip", "name": "nat"}},
-                {"chain": chain | base},
-                {"rule": rule | {"expr": [statement]}},
-            ]
-            verdict = sends_elsewhere(Firewall(nftables=objects), Visit(4, 443, "eth0"))
-            self.assertEqual(isinstance(verdict, Caught), caught)
-
     def test_sk_lookup_refuses(self) -> None:
-        """sk-lookup refuses such a host and names iptables; with --force it does not look."""
+        """sk-lookup refuses where :443 is sent elsewhere; with --force it does not look."""
         accept_the_program(self)
+        self.chains = [BaseChain("ip", "nat", "PREROUTING", "nat", "prerouting", -100)]
         rule = "-A PREROUTING -p tcp --dport 443 -j REDIRECT --to-ports 8443"
-        commands = Recorded(
-            {"iptables -V": "iptables v1.8.9 (nf_tables)", NAT: f"-P PREROUTING ACCEPT\n{rule}\n"}
-        )
+        commands = Recorded({"iptables -V": "nf_tables", NAT: f"-P PREROUTING ACCEPT\n{rule}\n"})
         redirect = SkLookupRedirect(ipv6=False)
         text = str(self.failureResultOf(redirect.prepare(commands), StartError).value)
         self.assertIn(f"sent elsewhere: iptables -t nat {rule}; use --redirect iptables", text)
         forced = SkLookupRedirect(ipv6=False, force=True)
-        self.assertEqual(self.successResultOf(forced.prepare(commands)), ("127.0.0.1",))
+        self.assertEqual(self.successResultOf(forced.prepare(commands)), ("127.0.0.1:0",))
+
+    def test_no_circular_advice(self) -> None:
+        """A way that does not work here either is not advised."""
+        accept_the_program(self)
+        base = {"hook": "prerouting", "prio": -110, "type": "nat"}
+        takes = printed(*ruleset(base, [dport(443), {"redirect": {"port": 8443}}]))
+        commands = Recorded({NFT: takes, "iptables -V": "nf_tables"})
+        for redirect in (IptablesRedirect(PORT, ipv6=False), SkLookupRedirect(ipv6=False)):
+            text = str(self.failureResultOf(redirect.prepare(commands), StartError).value)
+            self.assertRegex(text, "'inet t c'; steer all the same with --force$")
+
+    def test_no_sk_lookup_here(self) -> None:
+        """Nor is one that the kernel does not have, or whose program is missing."""
+
+        def refuse(slots: int) -> int:
+            raise PermissionError(1, "not permitted")
+
+        self.patch(bpf, "make_socket_map", refuse)
+        attempt = IptablesRedirect(PORT, ipv6=False).prepare(recorded("ufw"))
+        text = str(self.failureResultOf(attempt, StartError).value)
+        self.assertRegex(text, "'ip filter INPUT'; steer all the same with --force$")
+
+    def test_keeping_the_address(self) -> None:
+        """Where only the address of the answers is wrong, the rule that keeps it is advised."""
+        accept_the_program(self)
+        ways_in = [arrival("tun0", "203.0.113.5", "10.9.0.2", "192.0.2.77")]
+
+        def by_source(source: Address, port: int, destination: Address) -> Route:
+            return Route("tun0", "", (str(source).encode(),))
+
+        around = Surroundings({4: ways_in}, route=by_source)
+        host = Host({4: Firewall()}, around)
+        self.patch(judgement, "look", lambda commands, families: succeed(host))
+        attempt = IptablesRedirect(PORT, ipv6=False).prepare(Recorded({}))
+        text = str(self.failureResultOf(attempt, StartError).value)
+        self.assertRegex(
+            text, "; set ACME_ALPN_PROXY_RULESPEC='.*--to-destination :21443.*'.*--force"
+        )

@@ -74,6 +74,26 @@ class IPv6Tests(HostCase):
             self.assertEqual(facts.new_interfaces_have_ipv6(self.proc), have)
 
 
+class ListeningAddressTests(HostCase):
+    def address(self, *lines: str) -> str:
+        self.write("net/if_inet6", "".join(lines))
+        return facts.ipv6_to_listen_on(self.proc)
+
+    def test_loopback(self) -> None:
+        """The loopback's address is taken where it is there, or where nothing else is."""
+        loopback = f"{'1'.rjust(32, '0')} 01 80 10 80       lo\n"
+        self.assertEqual(self.address(address_v6("net0", GLOBAL), loopback), "::1")
+        self.assertEqual(self.address(address_v6("net0", LINK_LOCAL)), "::1")
+        self.assertEqual(facts.ipv6_to_listen_on(self.proc / "none"), "::1")
+
+    def test_off_on_the_loopback(self) -> None:
+        """Where IPv6 is off on the loopback a global address is taken, but none in doubt."""
+        tentative = (
+            address_v6("net1", GLOBAL).replace(" 80 ", " c0 ").replace("2001db80", "2002db80")
+        )
+        self.assertEqual(self.address(tentative, address_v6("net0", GLOBAL)), "2001:db80::")
+
+
 class UnnumberedInterfacesTests(HostCase):
     def ipv4(self, *routes: str) -> list[str]:
         self.write("net/route", ROUTE_HEADER + "".join(routes))

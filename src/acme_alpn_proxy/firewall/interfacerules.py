@@ -5,7 +5,6 @@ Then it may turn away who comes in by an interface made for a trial, and take vi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Final
@@ -13,6 +12,7 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..interfaces import ICommands, Result
+from .reading import CannotLook, read_nftables
 from .xtables import command, listed
 
 _TABLES: Final = ("raw", "mangle", "filter")
@@ -36,10 +36,9 @@ def names_interfaces(commands: ICommands, family: int) -> Generator[Deferred[Any
         shown: Result = yield commands.run(command(family, table, "-S"))
         if _reached(_iptables_rules(shown.output), _HOOKS):
             return True
-    shown = yield commands.run(["nft", "-j", "list", "ruleset"])
     try:
-        objects = json.loads(shown.output)["nftables"]
-    except (KeyError, TypeError, ValueError):
+        objects, _ = yield read_nftables(commands)
+    except CannotLook:
         return False
     return _reached(_nft_rules(objects), _nft_hooks(objects))
 

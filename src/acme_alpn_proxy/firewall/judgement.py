@@ -1,304 +1,420 @@
-"""Whether the firewall would drop the visitors that are redirected to the proxy's port.
+"""Whether visitors would be treated differently if they were steered, and why.
 
-The redirect happens in PREROUTING, so what the firewall sees from there on is a new TCP connection
-to the proxy's port, where it expects one to 443. All that the kernel consults is looked at: the
-rules of nftables, those that iptables makes of it among them, and those of the legacy iptables.
+What the firewall thinks of a visitor at :443 is known: he is served today. So two packets are
+followed through its rules, the one of today and the one that there would be, and only what lets the
+first pass and catches the other one can hurt. What both have in common (the visitor's address, a
+limit, a mark) need not be known. All that the kernel consults is looked at: the rules of nftables,
+those that iptables makes of it among them, and those of the legacy iptables.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..host import facts
+from ..errors import StartError, not_permitted
+from ..host import facts, routes
+from ..host.routes import Address, Route
 from ..interfaces import NOT_FOUND, ICommands, Result
-from .iptablesrules import iptables_chains
-from .nftrules import NFPROTO, Json, Table, is_translated, only
-from .verdicts import Action, Caught, Chain, Passed, Verdict, Visit, judge
-from .xtables import BINARIES, command
+from .choices import PASSED, Choices
+from .iptablesrules import HTTPS
+from .nftrules import Json
+from .packets import Packet
+from .reading import (
+    CannotLook,
+    Firewall,
+    Ruleset,
+    read,
+    read_contents,
+    read_nftables,
+    ruleset,
+)
+from .rules import Action, Base, Course
+from .xtables import BINARIES
 
-HTTPS: Final = 443
+_TRACKING: Final = -200
+_REDIRECT: Final = -100
+_BACK: Final = 100
+"""Where connection tracking and its translations are among the chains of a hook
+(<linux/netfilter_ipv4.h>): to another destination, and to another source for answers."""
 
-_TABLES: Final = ("raw", "mangle", "nat", "filter", "security")
-"""The tables of iptables."""
-
-_NO_SUCH_TABLE: Final = 3
-"""Exit status of iptables where the kernel has no such table."""
-
-_CONNTRACK_PRIORITY: Final = -200
-_DNAT_PRIORITY: Final = -100
-"""Where in PREROUTING connection tracking and the redirect are (<linux/netfilter_ipv4.h>)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Firewall:
-    """What a host's firewall consists of, for one family.
-
-    @ivar nftables: the objects of C{nft -j list ruleset}.
-    @ivar translated: what C{iptables -S} prints of those tables of nftables that are made by
-        iptables with extensions, which nft cannot show; by table.
-    @ivar iptables: the same of tables that nft does not know, those of the legacy iptables; pairs
-        of table and listing.
-    """
-
-    nftables: Sequence[Mapping[str, Json]] = ()
-    translated: Mapping[str, str] = field(default_factory=dict)
-    iptables: Sequence[tuple[str, str]] = ()
+FAR: Final = {
+    4: tuple(map(ip_address, ("192.0.2.1", "203.0.113.77", "1.0.0.1"))),
+    6: tuple(map(ip_address, ("2001:db8:ffff::1", "2a00::1"))),
+}
+"""Visitors from afar, to ask for their routes. Nothing is sent to them."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
-    """A base chain, and where the kernel consults it."""
+class Way:
+    """A way to steer, as far as a firewall and the routes can tell.
 
-    chains: Mapping[str, Chain]
-    name: str
-    hook: str
-    priority: int
-    translates: bool
+    @ivar port: where a redirect leads to; L{None}: the packet stays as it is.
+    @ivar keeps_address: whether the redirect changes the port alone.
+    @ivar priority: from which priority on the translations of others come after this way;
+        L{None}: wherever they are, they take visitors away from it.
+    """
+
+    port: int | None = None
+    keeps_address: bool = True
+    priority: int | None = None
+
+
+def iptables(port: int, *, keeps_address: bool = False) -> Way:
+    """REDIRECT in nat PREROUTING, or DNAT to the same address."""
+    return Way(port, keeps_address, _REDIRECT)
+
+
+SK_LOOKUP: Final = Way()
+NFTABLES: Final = Way(priority=_REDIRECT - 1)
+"""TPROXY in a table of its own, which also keeps visitors from being translated elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How visitors come in.
+
+    @ivar address: of the interface, to which REDIRECT maps what comes in by it; L{None}: it has
+        none.
+    @ivar visitors: some that may come this way.
+    """
+
+    interface: str
+    dialled: Address
+    address: Address | None
+    visitors: tuple[Address, ...] = ()
+
+
+def arrivals(family: int) -> list[Arrival]:
+    """All ways in: to every address by its own interface, and by the one that answers leave by."""
+    found = {each.name: each for each in routes.interfaces(family)}
+    ways: dict[tuple[str, Address], None] = {}
+    for interface in found.values():
+        for dialled in interface.addresses:
+            if not interface.apart:
+                ways[interface.name, dialled] = None
+            for far in FAR[family]:
+                route = routes.route(dialled, HTTPS, far)
+                by = found.get(route.interface) if route else None
+                if by is not None and not by.apart and (by.addresses or interface.apart):
+                    ways[by.name, dialled] = None
+    return [
+        Arrival(
+            name,
+            dialled,
+            next(iter(found[name].addresses), None),
+            (*found[name].neighbours, *FAR[family]),
+        )
+        for name, dialled in ways
+    ]
+
+
+AskRoute: TypeAlias = Callable[[Address, int, Address], Route | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is known of a host beside its firewall.
+
+    @ivar arrivals: by family.
+    @ivar route: as L{routes.route}.
+    @ivar by_mark: the families whose routes may depend on a packet's mark.
+    @ivar legacy: whether iptables is the legacy one; L{None}: there is no iptables.
+    """
+
+    arrivals: Mapping[int, Sequence[Arrival]]
+    route: AskRoute = routes.route
+    by_mark: Sequence[int] = ()
+    legacy: bool | None = False
+
+
+class Host:
+    """What was read of a host, so that each way can be judged."""
+
+    def __init__(self, firewalls: Mapping[int, Firewall], around: Surroundings) -> None:
+        """@param firewalls: by family."""
+        self._firewalls = firewalls
+        self._around = around
+        self._contents: dict[tuple[str, str], Sequence[Json]] = {}
+        self._rulesets = {family: ruleset(each, family) for family, each in firewalls.items()}
 
     @property
-    def sees_proxy_port(self) -> bool:
-        behind = self.hook == "prerouting" and self.priority >= _DNAT_PRIORITY
-        return self.hook == "input" or (behind and not self.translates)
+    def has_iptables(self) -> bool:
+        return self._around.legacy is not None
 
-    @property
-    def before_tracking(self) -> bool:
-        return self.hook == "prerouting" and self.priority < _CONNTRACK_PRIORITY
+    @inlineCallbacks
+    def why_not(self, way: Way, commands: ICommands) -> Generator[Deferred[Any], Any, str | None]:
+        """Why this way hurts visitors here, on one line; L{None}: it does not.
 
-
-_PRIORITIES: Final = {"raw": -300, "mangle": -150, "nat": _DNAT_PRIORITY}
-
-
-def drops(firewall: Firewall, visit: Visit) -> Verdict:
-    """Whether visitors are dropped on their way from the redirect to the proxy's port."""
-    return _first_caught(
-        (base for base in _bases(firewall, visit) if base.sees_proxy_port), Action.DROP
-    )
-
-
-def exempts_from_tracking(firewall: Firewall, visit: Visit) -> Verdict:
-    """Whether visitors are exempt from connection tracking, so that nothing is redirected.
-
-    @param visit: to the port before the redirect, L{HTTPS}.
-    """
-    return _first_caught(
-        (base for base in _bases(firewall, visit) if base.before_tracking), Action.NOTRACK
-    )
-
-
-def sends_elsewhere(firewall: Firewall, visit: Visit) -> Verdict:
-    """Whether visitors are sent elsewhere in PREROUTING, so that no socket here is looked up.
-
-    @param visit: to the port that they dial, L{HTTPS}.
-    """
-    return _first_caught(
-        (base for base in _bases(firewall, visit) if base.hook == "prerouting"), Action.TRANSLATE
-    )
-
-
-def _first_caught(bases: Iterable[_Base], what: Action) -> Verdict:
-    """The verdict of the first of these chains that does C{what} to visitors."""
-    for base in bases:
-        verdict = judge(base.chains, base.name, what)
-        if isinstance(verdict, Caught):
-            return verdict
-    return Passed()
-
-
-def _bases(firewall: Firewall, visit: Visit) -> list[_Base]:
-    found = _nft_bases(firewall, visit)
-    for table, listing in firewall.iptables:
-        chains = iptables_chains(table, listing, visit)
-        for name in ("PREROUTING", "INPUT"):
-            if name in chains:
-                priority = _PRIORITIES.get(table, 0)
-                found.append(_Base(chains, name, name.lower(), priority, table == "nat"))
-    return found
-
-
-def _nft_bases(firewall: Firewall, visit: Visit) -> list[_Base]:
-    objects = [only(each) for each in firewall.nftables]
-    found = []
-    for kind, table in objects:
-        if kind != "table" or table["family"] not in ("inet", NFPROTO[visit.family][1]):
-            continue
-        of_table = [
-            (kind, each)
-            for kind, each in objects
-            if (each.get("family"), each.get("table")) == (table["family"], table["name"])
-        ]
-        chains = _nft_chains(firewall, visit, table, of_table)
-        found += [
-            _Base(chains, each["name"], each["hook"], each["prio"], each["type"] == "nat")
-            for kind, each in of_table
-            if kind == "chain" and "hook" in each
-        ]
-    return found
-
-
-def _nft_chains(
-    firewall: Firewall,
-    visit: Visit,
-    table: Mapping[str, Json],
-    objects: Sequence[tuple[str, Mapping[str, Json]]],
-) -> dict[str, Chain]:
-    name = f"{table['family']} {table['name']}"
-    sets = {
-        f"@{each['name']}": each.get("elem", []) for kind, each in objects if kind in ("set", "map")
-    }
-    reader = Table(visit, name, sets)
-    chains = {}
-    rules: dict[str, list[Mapping[str, Json]]] = {}
-    for kind, each in objects:
-        if kind == "chain":
-            policy = Action(each.get("policy", "accept"))
-            text = f"the policy '{policy.value}' of the nftables chain '{name} {each['name']}'"
-            chains[each["name"]] = Chain(policy, text)
-        elif kind == "rule":
-            rules.setdefault(each["chain"], []).append(each)
-    listing = "" if table["family"] == "inet" else firewall.translated.get(table["name"], "")
-    translated = iptables_chains(table["name"], listing, visit)
-    for chain, here in rules.items():
-        theirs = translated.get(chain, Chain()).rules
-        if len(theirs) != len(here):
-            theirs = []
-        for n, rule in enumerate(here):
-            if theirs and is_translated(rule):
-                chains[chain].rules.append(theirs[n])
-            else:
-                chains[chain].rules += reader.rules(rule)
-    return chains
-
-
-def tables_to_translate(objects: Iterable[Mapping[str, Json]], family: int) -> list[str]:
-    """The tables of nftables that only iptables can show, in part at least."""
-    rules = [each["rule"] for each in objects if "rule" in each]
-    of = NFPROTO[family][1]
-    names = {rule["table"] for rule in rules if rule["family"] == of and is_translated(rule)}
-    return [table for table in _TABLES if table in names]
-
-
-class _CannotLook(Exception):
-    """What the firewall does cannot be seen."""
-
-
-def look(commands: ICommands, families: Iterable[int], port: int) -> Deferred[str | None]:
-    """Why visitors would not reach C{port} by a redirect. Changes nothing.
-
-    @param families: 4, 6 or both.
-    @return: a Deferred of the reason, on one line, or of L{None}. That it cannot be seen is a
-        reason too.
-    """
-
-    def ask(firewall: Firewall, family: int, interface: str) -> str | None:
-        verdict = drops(firewall, Visit(family, port, interface))
-        if isinstance(verdict, Caught):
-            return (
-                f"visitors by IPv{family} would be redirected to port {port}, where the firewall"
-                f" drops them: {verdict.by}"
-            )
-        verdict = exempts_from_tracking(firewall, Visit(family, HTTPS, interface))
-        if isinstance(verdict, Caught):
-            return (
-                f"visitors by IPv{family} are exempt from connection tracking, so that no redirect"
-                f" reaches them: {verdict.by}"
-            )
+        @return: a Deferred, which never fails.
+        """
+        useless: list[str | None] = []
+        for family in self._firewalls:
+            judge = self._judge(family, way)
+            reason = judge.hurts()
+            while reason is not None and (yield self._read_contents(family, commands)):
+                judge = self._judge(family, way)
+                reason = judge.hurts()
+            if reason is not None:
+                return _printable(reason)
+            useless.append(judge.useless)
+        for reason in useless[:1] if all(useless) else ():
+            return _printable(str(reason))
         return None
 
-    return _look(commands, families, ask)
-
-
-def look_whether_sent_elsewhere(
-    commands: ICommands, families: Iterable[int]
-) -> Deferred[str | None]:
-    """Why the port that visitors dial is not one of this host's own; otherwise as L{look}."""
-
-    def ask(firewall: Firewall, family: int, interface: str) -> str | None:
-        verdict = sends_elsewhere(firewall, Visit(family, HTTPS, interface))
-        if isinstance(verdict, Caught):
-            return f"visitors by IPv{family} are sent elsewhere: {verdict.by}"
+    def not_first(self, way: Way) -> str | None:
+        """While this way steers: why visitors are sent elsewhere before; L{None}: they are not."""
+        for family in self._firewalls:
+            judge = self._judge(family, way, applied=True)
+            for arrival in self._around.arrivals[family]:
+                reason = judge.taken_away(arrival)
+                if reason is not None:
+                    return _printable(reason)
         return None
 
-    return _look(commands, families, ask)
+    def _judge(self, family: int, way: Way, *, applied: bool = False) -> _Judge:
+        return _Judge(self._rulesets[family], family, way, self._around, applied=applied)
+
+    @inlineCallbacks
+    def _read_contents(
+        self, family: int, commands: ICommands
+    ) -> Generator[Deferred[Any], Any, bool]:
+        """Read the sets that a packet was compared with; whether any was read."""
+        wanted = [each for each in self._rulesets[family].wanted() if each not in self._contents]
+        contents = yield read_contents(commands, wanted)
+        if contents:
+            self._contents.update(contents)
+            for family, firewall in self._firewalls.items():
+                self._rulesets[family] = ruleset(firewall, family, self._contents)
+        return bool(contents)
 
 
-@inlineCallbacks
-def _look(
-    commands: ICommands,
-    families: Iterable[int],
-    ask: Callable[[Firewall, int, str], str | None],
-) -> Generator[Deferred[Any], Any, str | None]:
-    try:
-        nftables = yield _read_nftables(commands)
-        for family in families:
-            firewall = yield _read(commands, family, nftables)
-            for interface in sorted(facts.visitor_interfaces(family)) or [""]:
-                reason = ask(firewall, family, interface)
+class _Judge:
+    """Judges one way for one family.
+
+    @ivar useless: what catches all visitors, steered or not.
+    """
+
+    useless: str | None = None
+
+    def __init__(
+        self, rules: Ruleset, family: int, way: Way, around: Surroundings, *, applied: bool
+    ) -> None:
+        self._rules = rules
+        self._family = family
+        self._way = way
+        self._around = around
+        self._applied = applied
+        self._own_table = "legacy nat" if around.legacy else f"{'ip' if family == 4 else 'ip6'} nat"
+        self._who = f"visitors by IPv{family}"
+
+    def hurts(self) -> str | None:
+        """The first reason why visitors are treated differently."""
+        ways_in = self._around.arrivals[self._family]
+        several = len({each.interface for each in ways_in}) > 1
+        caught: list[str | None] = []
+        for arrival in ways_in:
+            self._who = f"visitors by IPv{self._family}"
+            if several:
+                self._who += f" at {arrival.interface}"
+            for why_not in (self.taken_away, self._untracked, self._answered_elsewhere):
+                reason = why_not(arrival)
                 if reason is not None:
                     return reason
-    except _CannotLook as problem:
-        return str(problem)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
-        return f"the rules that nft shows are not understood ({problem!r})"
-    return None
-
-
-@inlineCallbacks
-def _read_nftables(
-    commands: ICommands,
-) -> Generator[Deferred[Any], Any, list[Mapping[str, Json]] | None]:
-    """What C{nft} shows, of all families; L{None} if there is no such program."""
-    shown: Result = yield commands.run(["nft", "-j", "list", "ruleset"])
-    if shown.code == NOT_FOUND:
+            reason, all_caught = self._caught(arrival)
+            if reason is not None:
+                return reason
+            caught.append(all_caught)
+        self.useless = caught[0] if all(caught) and caught else None
         return None
-    if shown.code != 0:
-        raise _CannotLook(_failure(shown))
-    return json.loads(shown.output)["nftables"] if shown.output.strip() else []
+
+    def taken_away(self, arrival: Arrival) -> str | None:
+        """Which rule sends visitors elsewhere before this way has them."""
+        choices = Choices()
+        outcome = Course(
+            self._packet(arrival), choices, Action.TRANSLATE, str(self._way.port or "")
+        ).through(self._translating())
+        for end in choices.usual_ends(outcome):
+            if end is not PASSED:
+                before = "" if self._way.priority is None else ", before this redirect"
+                return f"{self._who} are sent elsewhere{before}: {end.by}"
+        return None
+
+    def _translating(self) -> list[Base]:
+        """The chains that may send visitors elsewhere first."""
+        at, before = self._way.priority, []
+        bases = self._hook("prerouting")
+        if at is None:
+            return bases
+        bases = [base for base in bases if base.kind == "nat"]
+        own = next(
+            (each for each in bases if (each.table, each.name) == (self._own_table, "PREROUTING")),
+            None,
+        )
+        for base in bases:
+            earlier = base.priority < at or (base.priority == at and self._is_younger(base, own))
+            if base is not own and earlier:
+                before.append(base)
+        return [*before, own] if own is not None and self._applied else before
+
+    def _is_younger(self, base: Base, own: Base | None) -> bool:
+        """Of equal priority: whether the kernel consults it before ours.
+
+        What was registered last comes first. Ours will be, if it is not there yet.
+        """
+        if own is None or self._way.port is None:
+            return False
+        if base.age is None or own.age is None:  # one of them is the legacy iptables'
+            return not self._applied
+        return base.age > own.age
+
+    def _untracked(self, arrival: Arrival) -> str | None:
+        """Which rule exempts visitors, or the answers to them, from connection tracking."""
+        if self._way.port is None:
+            return None
+        before, after = self._packet(arrival), self._steered(arrival)
+        for hook, packet in (("prerouting", before), ("output", replace(after, reply=True))):
+            choices = Choices()
+            bases = [base for base in self._hook(hook) if base.priority < _TRACKING]
+            outcome = Course(packet, choices, Action.NOTRACK).through(bases)
+            for end in choices.usual_ends(outcome):
+                if end is not PASSED:
+                    what = " (the answers to them)" if packet.reply else ""
+                    return (
+                        f"{self._who}{what} are exempt from connection tracking, so that no"
+                        f" redirect reaches them: {end.by}"
+                    )
+        return None
+
+    def _answered_elsewhere(self, arrival: Arrival) -> str | None:
+        """Why answers would leave by another route: until they are translated back they come from
+        another address and port."""
+        if self._way.port is None:
+            return None
+        packet = self._steered(arrival)
+        for visitor in arrival.visitors:
+            before = self._around.route(arrival.dialled, HTTPS, visitor)
+            after = self._around.route(packet.local, packet.port, visitor)
+            if before is not None and before != after:
+                return (
+                    f"answers to {self._who} who dial {arrival.dialled} would leave"
+                    f" {after or 'nowhere'} instead of {before}, since they come from"
+                    f" {packet.local}, port {packet.port}, until they are translated back"
+                )
+        return None
+
+    def _caught(self, arrival: Arrival) -> tuple[str | None, str | None]:
+        """What catches visitors if they are steered and not otherwise; and what catches them all,
+        steered or not."""
+        before, after = self._packet(arrival), self._steered(arrival)
+        all_caught = None
+        for first in (True, False):
+            for answers, bases in ((False, self._met()), (True, self._answered())):
+                by, by_all = self._compare(
+                    replace(before, first=first, reply=answers),
+                    replace(after, first=first, reply=answers),
+                    bases,
+                )
+                if by is not None:
+                    return self._told(by, answers), None
+                if by_all is not None:
+                    all_caught = all_caught or self._told(by_all, answers)
+        return None, all_caught
+
+    def _compare(
+        self, before: Packet, after: Packet, bases: Sequence[Base]
+    ) -> tuple[str | None, str | None]:
+        choices = Choices()
+        courses = Course(before, choices), Course(after, choices)
+        outcomes = [course.through(bases) for course in courses]
+        if courses[0].marked != courses[1].marked:  # what is asked of marks differs, too
+            if after.reply and self._family in self._around.by_mark:
+                by, _ = min(courses[0].marked ^ courses[1].marked)
+                return f"{by}, and routes depend on marks", None
+            after = replace(after, marks=" of another packet")
+            outcomes[1] = Course(after, choices).through(bases)
+        by_all = None if choices.may_pass(outcomes[1]) else choices.lost(PASSED, outcomes[1])
+        return choices.lost(*outcomes), by_all
+
+    def _told(self, by: str, answers: bool) -> str:
+        port = self._way.port
+        if answers:
+            what = "this program" if port is None else f"port {port}"
+            return f"{self._who} would be answered from {what}; the firewall drops that: {by}"
+        where = "given to this program" if port is None else f"redirected to port {port}"
+        return f"{self._who} would be {where}, where the firewall drops them: {by}"
+
+    def _packet(self, arrival: Arrival) -> Packet:
+        return Packet(self._family, arrival.interface, arrival.dialled, HTTPS, arrival.dialled)
+
+    def _steered(self, arrival: Arrival) -> Packet:
+        packet = replace(self._packet(arrival), owner="proxy")
+        if self._way.port is None:
+            return packet
+        address = arrival.dialled if self._way.keeps_address else arrival.address
+        return replace(
+            packet, port=self._way.port, local=address or arrival.dialled, translated=True
+        )
+
+    def _hook(self, name: str) -> list[Base]:
+        bases = [base for base in self._rules.bases if base.hook == name]
+        return sorted(bases, key=lambda base: base.priority)
+
+    def _met(self) -> list[Base]:
+        """The chains that meet a visitor's packet after the redirect."""
+        after = [
+            base
+            for base in self._hook("prerouting")
+            if base.priority >= _REDIRECT and base.kind != "nat"
+        ]
+        return after + self._hook("input")
+
+    def _answered(self) -> list[Base]:
+        """The chains that meet an answer before it is translated back."""
+        before = [base for base in self._hook("postrouting") if base.priority <= _BACK]
+        return [base for base in self._hook("output") + before if base.kind != "nat"]
+
+
+def _printable(text: str) -> str:
+    """A comment of a rule may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @inlineCallbacks
-def _read(
-    commands: ICommands, family: int, nftables: list[Mapping[str, Json]] | None
-) -> Generator[Deferred[Any], Any, Firewall]:
-    legacy = yield _listings(commands, family, "legacy", facts.legacy_tables(family))
-    if nftables is None:
-        version: Result = yield commands.run([BINARIES[family], "-V"])
-        if version.code not in (0, NOT_FOUND):
-            raise _CannotLook(_failure(version))
-        tables = list(_TABLES) if "nf_tables" in version.output else []
-        listings = yield _listings(commands, family, "nft", tables)
-        return Firewall(iptables=[*listings, *legacy])
-    tables = tables_to_translate(nftables, family)
-    return Firewall(nftables, dict((yield _listings(commands, family, "nft", tables))), legacy)
+def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any], Any, Host]:
+    """Read the firewall and the routes; changes nothing. Fails with L{CannotLook}."""
+    nftables = yield read_nftables(commands)
+    firewalls = {}
+    for family in families:
+        firewalls[family] = yield read(commands, family, nftables)
+    version: Result = yield commands.run([BINARIES[4], "-V"])
+    legacy = None if version.code == NOT_FOUND else "legacy" in version.output
+    try:
+        around = Surroundings(
+            {family: arrivals(family) for family in firewalls},
+            by_mark=[family for family in firewalls if routes.routes_by_mark(family)],
+            legacy=legacy,
+        )
+    except OSError as problem:  # a sandbox without netlink
+        raise CannotLook(
+            f"the kernel does not tell this host's addresses and routes: {problem.strerror}"
+        ) from None
+    return Host(firewalls, around)
 
 
-@inlineCallbacks
-def _listings(
-    commands: ICommands, family: int, variant: str, tables: Iterable[str]
-) -> Generator[Deferred[Any], Any, list[tuple[str, str]]]:
-    """What a variant of iptables, C{nft} or C{legacy}, prints of each of C{tables} that exist."""
-    found = []
-    for table in tables:
-        argv = command(family, table, "-S", variant=f"-{variant}")
-        result: Result = yield commands.run(argv)
-        if result.code == NOT_FOUND:
-            result = yield commands.run(command(family, table, "-S"))
-        if "incompatible" in result.output:  # has rules of nft's own: what nft shows must do
-            continue
-        if result.code not in (0, NOT_FOUND, _NO_SUCH_TABLE):
-            raise _CannotLook(_failure(result))
-        if variant == "legacy" and "legacy tables present" in result.output:
-            raise _CannotLook(
-                f"the {table} table of {argv[0]} cannot be seen: {argv[0]} is missing"
-            )
-        if result.code == 0:
-            found.append((table, result.output))
-    return found
+def refusal(reason: str, remedies: Sequence[str]) -> StartError:
+    """A way is not taken, since it would hurt.
 
-
-def _failure(result: Result) -> str:
-    return f"what the firewall does cannot be seen: {result.failure}"
+    @param remedies: the ways that hurt nobody here.
+    """
+    if not facts.may_administer_network():
+        return not_permitted(reason)
+    if not remedies:
+        return StartError(f"{reason}; steer all the same with --force", os.EX_CONFIG)
+    others = ", or ".join(remedies)
+    return StartError(f"{reason}; {others}, or steer all the same with --force", os.EX_CONFIG)

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from .iptablesrules import target_of
-from .verdicts import LAST_PORT, Action, Certainty, Rule, Visit, sure
+from .iptablesrules import (
+    HTTPS,
+    LENGTH,
+    LENGTH_OF_FIRST,
+    OWN_ID,
+    SEGMENT_SIZE,
+    TTL,
+    between,
+    target_of,
+)
+from .packets import LAST_PORT, Answer, Packet, all_of, any_of
+from .rules import Action, Condition, Reads, Rule, Test, of_destination, of_family, of_source
 
 Json: TypeAlias = Any
 
 NFPROTO: Final = {4: ("ipv4", "ip", "2"), 6: ("ipv6", "ip6", "10")}
+
+_IGNORED: Final = (
+    *("counter", "log", "comment", "last", "flow", "tproxy", "fwd", "dup", "ct helper"),
+    *("ct timeout", "ct expectation", "secmark", "synproxy"),
+)
+"""Statements that neither match nor judge, as far as a visitor notices."""
+
+_RATES: Final = ("limit", "quota", "ct count")
+
+_SHARED_KINDS: Final = (
+    *("exthdr", "rt", "tcp option", "ip option", "sctp chunk", "dccp option", "ipsec", "numgen"),
+    *("symhash", "osf"),
+)
+_CHANGED_META: Final = ("skuid", "skgid", "cgroup", "mark")
+_CHANGED_CT: Final = ("status", "mark", "saddr", "daddr", "src", "dst", "proto-src", "proto-dst")
+"""Of the fields of a packet, or of its entry in connection tracking, those that may differ."""
+
+_SHARED_STATUS: Final = ("expected", "seen-reply", "assured", "confirmed", "dying")
+
+_PARTS: Final = ("&", "|", "^", "<<", ">>", "concat", "set", "range", "prefix", "elem", "jhash")
+"""Expressions that are made of others."""
+
+_ENDS: Final = {
+    "saddr": "source",
+    "daddr": "destination",
+    "sport": "source",
+    "dport": "destination",
+}
 
 
 def only(value: Mapping[str, Json]) -> tuple[str, Json]:
@@ -19,75 +58,127 @@ def only(value: Mapping[str, Json]) -> tuple[str, Json]:
     return name, content
 
 
+class Sets:
+    """The contents of the named sets and maps of a table.
+
+    @ivar wanted: those that a packet was compared with though they are not known.
+    """
+
+    def __init__(self, known: Mapping[str, Sequence[Json] | None]) -> None:
+        """@param known: by name; L{None}: nft has not shown them."""
+        self._known = known
+        self.wanted: set[str] = set()
+
+    def elements(self, right: Json, *, needed: bool) -> Sequence[Json] | None:
+        """The elements of a set or a map, named or not; of a single value, that one.
+
+        @return: L{None} if they are not known.
+        """
+        if isinstance(right, str) and right.startswith("@"):
+            found = self._known.get(right[1:])
+            if found is None and needed:
+                self.wanted.add(right[1:])
+            return found
+        if isinstance(right, dict) and "set" in right:
+            right = right["set"]
+            if isinstance(right, str):
+                return self.elements(right, needed=needed)
+        if isinstance(right, dict) and "|" in right:
+            right = _words(right)
+        return right if isinstance(right, list) else [right]
+
+
 class Table:
     """Reads the rules of one table of nftables."""
 
-    def __init__(self, visit: Visit, name: str, sets: Mapping[str, Json]) -> None:
-        """@param sets: the elements of the sets and maps of this table by C{@name}."""
-        self._visit = visit
+    def __init__(self, name: str, sets: Sets) -> None:
         self._name = name
         self._sets = sets
 
     def rules(self, rule: Mapping[str, Json]) -> list[Rule]:
         """A rule, as one for each verdict that it may come to."""
         where = f"{self._name} {rule['chain']}"
-        certainty = Certainty.ALL
-        found = []
+        conditions: list[Condition] = []
+        found: list[Rule] = []
         for statement in rule.get("expr", []):
-            name, content = only(statement)
-            text = f"rule {rule['handle']} ({name}) of the nftables chain '{where}'"
-            if name == "vmap":
-                for key, verdict in self._elements(content["data"]):
-                    matches = min(certainty, self._equals(content["key"], key))
-                    found.append(Rule(text, matches, *self._verdict(*only(verdict))))
-                continue
-            action, target = self._verdict(name, content)
-            if action is not Action.CONTINUE:
-                found.append(Rule(text, certainty, action, target))
-            certainty = min(certainty, self._condition(name, content))
-        return found or [Rule("", certainty, Action.CONTINUE)]
+            try:
+                name, content = only(statement)
+                text = f"rule {rule['handle']} ({name}) of the nftables chain '{where}'"
+                if name == "vmap":
+                    found += self._verdicts(text, conditions, content)
+                    continue
+                action, target = self._verdict(name, content)
+                if action is not Action.CONTINUE:
+                    found.append(Rule(text, tuple(conditions), action, target))
+                conditions += self._conditions(name, content)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                text = f"a rule of the nftables chain '{where}' that is not understood"
+                conditions.append(_unknown(statement))
+                found.append(Rule(text, tuple(conditions), Action.DROP))
+        return found
+
+    def _verdicts(
+        self, text: str, conditions: Sequence[Condition], content: Json
+    ) -> Iterator[Rule]:
+        elements = self._sets.elements(content["data"], needed=False)
+        if elements is None:
+            # Nobody knows what it says, or for which packets: it may drop any.
+            what = self._asked(content["key"], content["data"])
+            yield Rule(text, (*conditions, Condition(what, usual=None)), Action.DROP)
+        for key, verdict in elements or ():
+            matches = Condition(self._asked(content["key"], {"set": [key]}))
+            yield Rule(text, (*conditions, matches), *self._verdict(*only(verdict)))
 
     def _verdict(self, name: str, content: Json) -> tuple[Action, str]:
         if name in ("jump", "goto"):
             return Action(name), content["target"]
-        if name in ("accept", "return", "notrack"):
+        if name in ("accept", "return", "notrack", "queue"):
             return Action(name), ""
-        if name in ("drop", "reject", "queue", "synproxy"):
+        if name in ("drop", "reject"):
             return Action.DROP, ""
         if name in ("dnat", "redirect", "tproxy"):
-            return Action.TRANSLATE, ""
+            return Action.TRANSLATE, str((content or {}).get("port", ""))
         if name in ("snat", "masquerade"):
             return Action.ACCEPT, ""
+        if name == "mangle" and _is_mark(content["key"]):
+            return Action.MARK, ""
         if name == "xt" and (content or {}).get("type") != "match":  # as nft does not tell
             return target_of(["-j", (content or {}).get("name", "")], ())
         return Action.CONTINUE, ""
 
-    def _condition(self, name: str, content: Json) -> Certainty:
+    def _conditions(self, name: str, content: Json) -> list[Condition]:
         if name == "match":
             return self._match(content["op"], content["left"], content["right"])
-        if name in ("limit", "quota", "ct count"):
-            return Certainty.SOME if content.get("inv") else Certainty.RATED
-        if name in ("set", "meter"):
+        if name in _RATES:
+            over = isinstance(content, dict) and content.get("inv", False)
+            return [Condition(_question({name: content}), usual=not over)]
+        if name in ("set", "map", "meter"):
             nested = content.get("stmt") or []
             statements = nested if isinstance(nested, list) else [nested]
-            return min((self._condition(*only(each)) for each in statements), default=Certainty.ALL)
-        return Certainty.UNKNOWN if name == "xt" else Certainty.ALL
+            return [each for part in statements for each in self._conditions(*only(part))]
+        if name == "xt" and (content or {}).get("type") != "target":
+            if (content or {}).get("name") == "comment":
+                return []
+            return [Condition(_peculiar(json.dumps(content)), usual=None)]
+        return [] if name in _KNOWN else [_unknown({name: content})]
 
-    def _match(self, op: str, left: Json, right: Json) -> Certainty:
-        kind, what = only(left)
-        if kind == "&" and self._is_tcp_flags(what[0]):
-            matches = self._visit.flags(_words(what[1]), _words(right))
-            return matches.negated if op == "!=" else matches
-        if kind == "payload" and self._other_packets(what):
-            return Certainty.NONE
-        if self._is_tcp_flags(left):
-            anything = sure("syn" in _words(right))
-            exactly = self._visit.flags(["all"], _words(right))
-            return {"==": exactly, "!=": exactly.negated, "!": anything.negated}.get(op, anything)
-        if op in ("==", "in"):
-            return self._equals(left, right)
-        if op == "!=":
-            return self._equals(left, right).negated
+    def _match(self, op: str, left: Json, right: Json) -> list[Condition]:
+        negated = op in ("!=", "!")
+        if op == "!":  # none of these flags
+            op = "in"
+        found = []
+        for kind, what in _parts(left):
+            if kind == "payload":
+                protocol = what.get("protocol", "th")
+                if protocol in ("ip", "ip6"):
+                    found.append(Condition(_is_family(protocol), reads=of_family))
+                elif protocol not in ("tcp", "th", "ether", "vlan"):
+                    found.append(Condition(lambda packet: False))
+            # An answer came in by no interface, and a visitor's packet goes out by none.
+            elif kind == "meta" and what["key"] in ("iif", "iifname"):
+                found.append(Condition(lambda packet: not packet.reply))
+            elif kind == "meta" and what["key"] in ("oif", "oifname"):
+                found.append(Condition(lambda packet: packet.reply))
         if isinstance(right, int) and op in ("<", "<=", ">", ">="):
             low, high = {
                 "<": (0, right - 1),
@@ -95,101 +186,261 @@ class Table:
                 ">": (right + 1, LAST_PORT),
                 ">=": (right, LAST_PORT),
             }[op]
-            return self._equals(left, {"range": [low, high]})
-        return Certainty.UNKNOWN
+            right, op = {"range": [low, high]}, "=="
+        elif op not in ("==", "!=", "in"):
+            return [*found, Condition(_question({op: [left, right]}), usual=None)]
+        usual = None if right in (0, False, "0x00000000") else False
+        test = self._asked(left, right, op)
+        return [*found, Condition(test, negated, usual, _reading(left))]
 
-    def _is_tcp_flags(self, left: Json) -> bool:
-        return bool(left == {"payload": {"protocol": "tcp", "field": "flags"}})
-
-    def _other_packets(self, payload: Mapping[str, Json]) -> bool:
-        """Whether the field belongs to packets of another protocol than a visitor's."""
-        ours = ("tcp", "th", "ip" if self._visit.family == 4 else "ip6", "ether")
-        return payload.get("protocol", "tcp") not in ours
-
-    def _elements(self, right: Json) -> list[Json]:
-        """The elements of a set or a map, named or not; of a single value, that one."""
-        if isinstance(right, str) and right.startswith("@"):
-            found = self._sets.get(right, [])
-        elif isinstance(right, dict) and "set" in right:
-            found = right["set"]
-        else:
-            found = right
-        return found if isinstance(found, list) else [found]
-
-    def _equals(self, left: Json, right: Json) -> Certainty:
+    def _asked(self, left: Json, right: Json, op: str = "==") -> Test:
         """Whether it is one of the elements."""
-        kind, what = only(left)
-        if kind == "payload" and self._other_packets(what):
-            return Certainty.NONE
-        return max((self._is(left, each) for each in self._elements(right)), default=Certainty.NONE)
+        wanted = _wanted_flags(left, right, op)
+        if wanted is not None:
+            return lambda packet: any_of(packet.flags(*each) for each in wanted)
 
-    def _is(self, left: Json, right: Json) -> Certainty:
-        kind, what = only(left)
-        if isinstance(right, dict) and "elem" in right:
-            right = right["elem"]["val"]
-        if kind == "concat":
-            parts = right["concat"] if isinstance(right, dict) and "concat" in right else []
-            if len(parts) != len(what):
-                return Certainty.UNKNOWN
-            return min(map(self._is, what, parts))
-        if kind == "payload":
-            return self._payload(what.get("protocol"), what.get("field"), right)
-        text = str(right)
-        if kind == "meta":
-            return self._meta(what["key"], text)
-        if kind == "ct":
-            return self._ct(what["key"], text)
-        if kind == "fib":
-            return self._fib(what["result"], what["flags"], right)
-        if kind == "exthdr":  # a SYN has no extension headers
-            return sure(right is False)
-        return Certainty.UNKNOWN
+        def test(packet: Packet) -> Answer:
+            own = _own(left, packet)
+            elements = self._sets.elements(right, needed=bool(own))
+            if elements is None:
+                return f"{json.dumps([left, right])} {own}"
+            return any_of(_is(packet, left, each, op) for each in elements)
 
-    def _payload(self, protocol: str | None, name: str | None, right: Json) -> Certainty:
-        visit = self._visit
-        if protocol in ("tcp", "th") and name in ("dport", "sport"):
-            low, high = (
-                right["range"] if isinstance(right, dict) and "range" in right else [right] * 2
-            )
-            if not (isinstance(low, int) and isinstance(high, int)):
-                return Certainty.UNKNOWN
-            return (visit.to_port if name == "dport" else visit.from_port)(low, high)
-        if name in ("protocol", "nexthdr"):
-            return visit.protocol(str(right))
-        if name in ("saddr", "daddr") and protocol in ("ip", "ip6"):
-            return (visit.comes_from if name == "saddr" else visit.goes_to)(_address(right))
-        return Certainty.UNKNOWN
+        return test
 
-    def _meta(self, key: str, text: str) -> Certainty:
-        visit = self._visit
-        if key == "l4proto":
-            return visit.protocol(text)
-        if key in ("nfproto", "protocol"):
-            return sure(text in NFPROTO[visit.family])
-        if key in ("iif", "iifname"):
-            return visit.comes_in_by(text)
-        if key == "pkttype":
-            return visit.packet_type(text)
-        return visit.mark(text) if key == "mark" else Certainty.UNKNOWN
 
-    def _ct(self, key: str, text: str) -> Certainty:
-        if key in ("state", "status"):
-            return self._visit.state([text])
-        if key == "direction":
-            return sure(text == "original")
-        return self._visit.mark(text) if key == "mark" else Certainty.UNKNOWN
+_KNOWN: Final = (
+    *("accept", "drop", "reject", "queue", "jump", "goto", "return", "continue", "notrack"),
+    *("dnat", "snat", "redirect", "masquerade", "mangle", "xt", *_IGNORED),
+)
 
-    def _fib(self, result: str, flags: Sequence[str], right: Json) -> Certainty:
-        if result == "type":
-            text = str(right)
-            return (
-                self._visit.destination_type(text)
-                if "daddr" in flags
-                else self._visit.source_type(text)
-            )
-        if right is False:  # no way back: a forged source
-            return Certainty.SOME
-        return Certainty.UNKNOWN
+
+def _question(expression: Json) -> Test:
+    """What nobody can answer beforehand; the same for packets that do not differ in it."""
+    text = json.dumps(expression)
+    return lambda packet: f"{text} {_own(expression, packet)}"
+
+
+_READS: Final = {
+    "saddr": of_source,
+    "daddr": of_destination,
+    "protocol": of_family,
+    "nexthdr": of_family,
+    "l4proto": of_family,
+    "nfproto": of_family,
+}
+"""What is read of a packet for the most common fields and keys."""
+
+
+def _reading(left: Json) -> Reads | None:
+    """What of a packet an expression reads; L{None}: something else."""
+    kind, what = only(left)
+    if kind not in ("payload", "meta"):
+        return None
+    return _READS.get(what.get("field", what.get("key")))
+
+
+def _unknown(statement: Json) -> Condition:
+    return Condition(_peculiar(json.dumps(statement)), usual=None)
+
+
+def _peculiar(text: str) -> Test:
+    """What is not understood may look at anything."""
+    return lambda packet: f"{text} {packet.peculiar}"
+
+
+def _is_family(protocol: str) -> Test:
+    return lambda packet: NFPROTO[packet.family][1] == protocol
+
+
+def _is_mark(key: Json) -> bool:
+    return _reads(key, "meta", "mark") or _reads(key, "ct", "mark")
+
+
+def _reads(expression: Json, kind: str, *keys: str) -> bool:
+    """Whether one of its parts is of this kind and has such a key."""
+    return any(what.get("key") in keys for name, what in _parts(expression) if name == kind)
+
+
+def _payloads(expression: Json) -> list[Mapping[str, Json]]:
+    return [what for name, what in _parts(expression) if name == "payload"]
+
+
+def _parts(expression: Json) -> Iterator[tuple[str, Json]]:
+    """The fields of a packet that an expression is made of, by kind."""
+    if isinstance(expression, list):
+        for each in expression:
+            yield from _parts(each)
+    elif isinstance(expression, dict):
+        for kind, what in expression.items():
+            if (
+                kind in _PARTS
+                or isinstance(what, list)
+                or kind in ("map", "expr", "key", "data", "val", "limit", "left")
+            ):
+                yield from _parts(what)
+            elif isinstance(what, dict):
+                yield kind, what
+
+
+def _own(expression: Json, packet: Packet) -> str:
+    """What of this packet a redirect may have changed, as far as an expression looks at it.
+
+    Nothing if it looks at what two packets of the same visitor share.
+    """
+    return " ".join(filter(None, (_changed(packet, *part) for part in _parts(expression))))
+
+
+def _changed(packet: Packet, kind: str, what: Mapping[str, Json]) -> str:
+    if kind == "payload":
+        name = what.get("field")
+        if name in _ENDS:
+            local = packet.local if name.endswith("addr") else packet.port
+            return str(local) if packet.is_local(_ENDS[name]) else ""
+        if name not in (None, "checksum") or what.get("base") in ("ll", "ih"):
+            return ""
+        return packet.peculiar
+    if kind == "meta":
+        key = what.get("key")
+        if key == "mark":
+            return packet.marks
+        return packet.owner if key in _CHANGED_META else ""
+    if kind == "ct":
+        key = str(what.get("key")).rpartition(" ")[2]
+        if key == "mark":
+            return packet.marks
+        if what.get("dir") == "original" and key != "status":
+            return ""
+        return packet.peculiar if key in _CHANGED_CT else ""
+    if kind == "fib":
+        return str(packet.local) if {"iif", "oif"} & set(what.get("flags", ())) else ""
+    if kind == "socket":
+        return packet.owner
+    return "" if kind in _SHARED_KINDS or kind in _RATES else packet.peculiar
+
+
+def _wanted_flags(left: Json, right: Json, op: str) -> list[tuple[list[str], list[str]]] | None:
+    """Which TCP flags are looked at, and which of these are to be set; any pair will do.
+
+    L{None} if it is not about TCP flags.
+    """
+    flags = {"payload": {"protocol": "tcp", "field": "flags"}}
+    if isinstance(left, dict) and "&" in left and left["&"][0] == flags:
+        return [(_words(left["&"][1:]), _words(right))]
+    if left != flags:
+        return None
+    if op == "in":
+        return [([each], [each]) for each in _words(right)]
+    every = [*("fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr")]
+    if isinstance(right, dict) and "set" in right and isinstance(right["set"], list):
+        return [(every, _words(each)) for each in right["set"]]
+    return [(every, _words(right))]
+
+
+def _is(packet: Packet, left: Json, right: Json, op: str) -> Answer:
+    """Whether an expression has this value."""
+    if isinstance(right, dict) and "elem" in right:
+        right = right["elem"]["val"]
+    kind, what = only(left)
+    answer: Answer | None = None
+    if kind == "concat":
+        parts = right.get("concat", []) if isinstance(right, dict) else []
+        if len(parts) == len(what):
+            return all_of(_is(packet, *pair, op) for pair in zip(what, parts, strict=True))
+    elif kind == "payload":
+        answer = _payload(packet, what.get("protocol"), what.get("field"), right)
+    elif kind == "meta":
+        answer = _meta(packet, what["key"], right)
+    elif kind == "ct":
+        answer = _ct(packet, what, right, op)
+    elif kind == "fib":
+        answer = _fib(packet, what["result"], what["flags"], right)
+    elif kind in ("exthdr", "rt"):  # nobody sends extension headers
+        answer = right is False if kind == "exthdr" else False
+    elif kind == "tcp option" and what.get("field") == "size":
+        answer = packet.first and _number(right, *SEGMENT_SIZE)
+    elif kind == "&" and _payloads(what[0]) == [{"protocol": "ip", "field": "frag-off"}]:
+        answer = right == 0  # fragments are put together before
+    if answer is None:
+        return f"{json.dumps([left, right])} {_own(left, packet)}"
+    return answer
+
+
+def _payload(packet: Packet, protocol: str | None, name: str | None, right: Json) -> Answer | None:
+    if protocol in ("tcp", "th") and name in ("dport", "sport"):
+        low, high = right["range"] if isinstance(right, dict) and "range" in right else [right] * 2
+        if isinstance(low, int) and isinstance(high, int):
+            return packet.port_within(_ENDS[name], low, high)
+    elif protocol in ("ip", "ip6") and name in ("saddr", "daddr"):
+        return packet.address_within(_ENDS[name], _address(right))
+    elif name in ("protocol", "nexthdr"):
+        return packet.protocol(str(right))
+    elif name in ("ttl", "hoplimit"):
+        return _number(right, *TTL)
+    elif name == "length" and protocol == "ip":
+        return _number(right, *(LENGTH_OF_FIRST if packet.first else LENGTH))
+    elif name == "window":
+        return _number(right, 1, LAST_PORT)
+    elif name == "doff":
+        return _number(right, 5, 15)
+    return None
+
+
+def _number(right: Json, low: int, high: int) -> Answer | None:
+    """Whether a number that is from C{low} to C{high} in an ordinary packet is this."""
+    least, most = right["range"] if isinstance(right, dict) and "range" in right else [right] * 2
+    if isinstance(least, int) and isinstance(most, int):
+        return between(least, most, low, high, f"number {least}-{most} {low}")
+    return None
+
+
+def _meta(packet: Packet, key: str, right: Json) -> Answer | None:
+    text = str(right)
+    if key == "l4proto":
+        return packet.protocol(text)
+    if key in ("nfproto", "protocol"):
+        return text in NFPROTO[packet.family]
+    if key in ("iif", "iifname"):
+        return packet.by_interface(text, inward=True)
+    if key in ("oif", "oifname"):
+        return packet.by_interface(text, inward=False)
+    if key == "pkttype":
+        return text in ("unicast", "host")
+    if key in ("skuid", "skgid", "cgroup") and packet.owner == "proxy":
+        return text in OWN_ID
+    if key == "length":
+        return _number(right, *(LENGTH_OF_FIRST if packet.first else LENGTH))
+    return None
+
+
+def _ct(packet: Packet, what: Mapping[str, Json], right: Json, op: str) -> Answer | None:
+    key, text = what["key"], str(right)
+    if key == "state":
+        return packet.state([text])
+    if key == "status" and text in ("dnat", "snat"):
+        # With "==" it would be this bit and no other, which never is.
+        return op == "in" and text == "dnat" and packet.translated
+    if key == "status" and op == "in" and text in _SHARED_STATUS:
+        return f"ct status {text}"
+    if key == "direction":
+        return (text == "reply") is packet.reply
+    end, direction = key.rpartition(" ")[2], what.get("dir")
+    port = {"original proto-dst": HTTPS, "reply proto-src": packet.port}.get(f"{direction} {end}")
+    if port is not None:
+        low, high = right["range"] if isinstance(right, dict) else [right] * 2
+        return bool(low <= port <= high)
+    address = {"original daddr": packet.dialled, "reply saddr": packet.local}.get(
+        f"{direction} {end}"
+    )
+    if address is not None:
+        return packet.has_address(address, key, _address(right))
+    return None
+
+
+def _fib(packet: Packet, result: str, flags: Sequence[str], right: Json) -> Answer | None:
+    if result == "type" and not {"iif", "oif"} & set(flags):
+        return packet.address_type("destination" if "daddr" in flags else "source", str(right))
+    return None
 
 
 def _words(value: Json) -> list[str]:
@@ -211,4 +462,7 @@ def _address(value: Json) -> str:
 
 def is_translated(rule: Mapping[str, Json]) -> bool:
     """Whether a rule is made by iptables with an extension, which nft cannot show."""
-    return any("xt" in statement for statement in rule.get("expr", []))
+    return any(
+        "xt" in statement and (statement["xt"] or {}).get("name") != "comment"
+        for statement in rule.get("expr", [])
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from typing import Final
 
 from ..errors import AS_ADMINISTRATOR, StartError
@@ -13,11 +14,17 @@ from ..interfaces import NOT_FOUND, Result
 
 BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
+_VARIANTS: Final = {"xtables-nft-multi": "-nft", "xtables-legacy-multi": "-legacy"}
+"""The programs behind the links, and what the names of theirs end in."""
+
 LOCK_WAIT: Final = "5"
 """Seconds that iptables waits for its lock (C{-w})."""
 
 NO_SUCH_RULE: Final = 1
 """Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
+
+NO_SUCH_TABLE: Final = 3
+"""Exit status where the kernel has no such table, or not this family."""
 
 
 def command(family: int, table: str, *words: str, variant: str = "") -> list[str]:
@@ -28,6 +35,20 @@ def command(family: int, table: str, *words: str, variant: str = "") -> list[str
     @param variant: C{-nft} or C{-legacy}; nothing: the one that the host has chosen.
     """
     return [f"{BINARIES[family]}{variant}", "-w", LOCK_WAIT, "-t", table, *words]
+
+
+def pinned(family: int) -> str:
+    """The program that a rule of this family is made with now, by the name that stays the same.
+
+    C{iptables} is C{iptables-nft} or C{iptables-legacy}, as the host chooses
+    (update-alternatives(1)), and may become the other one while a rule stands.
+    """
+    name = BINARIES[family]
+    path = shutil.which(name)
+    variant = _VARIANTS.get(os.path.basename(os.path.realpath(path))) if path else None
+    if variant is not None and shutil.which(f"{name}{variant}"):
+        return f"{name}{variant}"
+    return name
 
 
 def failed(result: Result, *, custom_rule: bool = False) -> StartError:
@@ -41,7 +62,10 @@ def failed(result: Result, *, custom_rule: bool = False) -> StartError:
         remedy = f"install {binary}, or put its folder (often /usr/sbin) on PATH"
     elif not may_administer_network():
         status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
-    elif "lock" in result.output:
+    elif "open lock file" in result.one_line:
+        status = os.EX_CONFIG
+        remedy = "make the folder of that file writable, or use --redirect sk-lookup"
+    elif "lock" in result.one_line:
         status = os.EX_TEMPFAIL
         remedy = "another program holds the lock of iptables: try again when it has finished"
     elif custom_rule:
@@ -49,7 +73,7 @@ def failed(result: Result, *, custom_rule: bool = False) -> StartError:
         remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
     else:
         status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
-    if binary == BINARIES[6] and status != os.EX_NOPERM:
+    if binary.startswith(BINARIES[6]) and status != os.EX_NOPERM:
         remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
     return StartError(f"{result.failure}; {remedy}", status)
 

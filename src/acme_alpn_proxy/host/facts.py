@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import select
 import socket
 import struct
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,13 @@ _SIOCGIFADDR: Final = 0x8915
 _IPV6_GLOBAL: Final = 0x00
 """The scope of a global address in /proc/net/if_inet6."""
 
+_NOT_USABLE: Final = 0x48
+"""IFA_F_DADFAILED and IFA_F_TENTATIVE of linux/if_addr.h."""
+
 _CAP_NET_ADMIN: Final = 12
+
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
+"""Its inode, PROC_PID_INIT_INO of linux/proc_ns.h."""
 
 _ROUTE_UP: Final = 0x0001
 _ROUTE_REJECT: Final = 0x0200
@@ -29,6 +35,25 @@ def has_ipv6(proc: Path = PROC) -> bool:
         return bool((proc / "net/if_inet6").read_text().strip())
     except OSError:  # no IPv6 in this kernel
         return False
+
+
+def ipv6_to_listen_on(proc: Path = PROC) -> str:
+    """The loopback address; where IPv6 is off on C{lo}, one of the host's global addresses."""
+    addresses = []
+    for line in _lines(proc / "net/if_inet6"):
+        digits, _, _, scope, flags, _ = line.split()
+        if digits == f"{1:032x}":
+            return "::1"
+        if int(scope, 16) == _IPV6_GLOBAL and not int(flags, 16) & _NOT_USABLE:
+            addresses.append(str(IPv6Address(int(digits, 16))))
+    return addresses[0] if addresses else "::1"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # no such family in this kernel
+        return []
 
 
 def _default_route_interfaces_v4(proc: Path) -> set[str]:
@@ -173,8 +198,14 @@ def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
     return None if state == "Z" else fields[18]
 
 
-def ended(process: int, seconds: float) -> bool:
-    """Whether the process of this pidfd ends within that time (pidfd_open(2))."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+def pid_namespace(proc: Path = PROC) -> int:
+    """Names this process's PID namespace (the inode of namespaces(7)); 0 if unknown."""
+    try:
+        return (proc / "self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def in_first_pid_namespace(proc: Path = PROC) -> bool:
+    """Whether this is the PID namespace that the kernel started with; a container has another."""
+    return pid_namespace(proc) in (0, _FIRST_PID_NAMESPACE)

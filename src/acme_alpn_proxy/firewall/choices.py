@@ -1,0 +1,142 @@
+"""What becomes of a packet, depending on questions that nobody can answer beforehand.
+
+An outcome is an end, or a choice between two outcomes by the answer to a question. Equal outcomes
+are one object (a reduced, ordered binary decision diagram), so two packets to which the same
+happens have the same outcome, and the outcomes of two others differ where their answers decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
+    """The packet passes, or it is caught.
+
+    @ivar by: names the rule or the policy that catches it; nothing if it passes.
+    """
+
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """@ivar question: its number; those of the outcomes below are smaller."""
+
+    question: int
+    yes: Outcome
+    no: Outcome
+
+
+Outcome: TypeAlias = End | Choice
+
+PASSED = End()
+
+
+class Choices:
+    """Makes outcomes that can be compared with each other."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, End] = {"": PASSED}
+        self._numbers: dict[Hashable, int] = {}
+        self._usual: list[bool | None] = []
+        self._made: dict[tuple[int, int, int], Choice] = {}
+        self._chosen: dict[tuple[int, int, int], Outcome] = {}
+        self._kept: list[Outcome] = []
+
+    def caught(self, by: str) -> End:
+        return self._ends.setdefault(by, End(by))
+
+    def question(self, text: Hashable, usual: bool | None) -> int:
+        """The number of a question.
+
+        @param usual: the answer for an ordinary visitor; L{None} if nobody can say.
+        """
+        number = self._numbers.setdefault(text, len(self._numbers))
+        if number == len(self._usual):
+            self._usual.append(usual)
+        return number
+
+    def choose(self, question: int, yes: Outcome, no: Outcome) -> Outcome:
+        """C{yes} where the answer to the question is yes, else C{no}."""
+        if yes is no:
+            return yes
+        key = question, id(yes), id(no)
+        found = self._chosen.get(key)
+        if found is None:
+            top = max(question, _question(yes), _question(no))
+            if top == question:
+                found = self._choice(question, _below(yes, top, True), _below(no, top, False))
+            else:
+                found = self._choice(
+                    top,
+                    self.choose(question, _below(yes, top, True), _below(no, top, True)),
+                    self.choose(question, _below(yes, top, False), _below(no, top, False)),
+                )
+            self._chosen[key] = found
+            self._kept += yes, no  # their identities are not used again
+        return found
+
+    def _choice(self, question: int, yes: Outcome, no: Outcome) -> Outcome:
+        if yes is no:
+            return yes
+        return self._made.setdefault((question, id(yes), id(no)), Choice(question, yes, no))
+
+    def lost(self, before: Outcome, after: Outcome) -> str | None:
+        """What catches C{after} though C{before} passes, for any answers; L{None}: nothing."""
+        to_do, done = [(before, after)], set()
+        while to_do:
+            before, after = pair = to_do.pop()
+            if before is after or (id(before), id(after)) in done:
+                continue
+            done.add((id(before), id(after)))
+            if isinstance(before, End) and isinstance(after, End):
+                if before is PASSED:
+                    return after.by
+                continue
+            top = max(map(_question, pair))
+            unusual = not self._usual[top]
+            to_do += [  # what is added last is looked at first
+                (_below(before, top, answer), _below(after, top, answer))
+                for answer in (unusual, not unusual)
+            ]
+        return None
+
+    def usual_ends(self, outcome: Outcome) -> Iterator[End]:
+        """What may become of ordinary visitors."""
+        to_do, done = [outcome], set()
+        while to_do:
+            outcome = to_do.pop()
+            if isinstance(outcome, End):
+                yield outcome
+            elif id(outcome) not in done:
+                done.add(id(outcome))
+                usual = self._usual[outcome.question]
+                to_do += [outcome.no] if usual is not True else []
+                to_do += [outcome.yes] if usual is not False else []
+
+    def may_pass(self, outcome: Outcome) -> bool:
+        """Whether it passes for some answers."""
+        to_do, done = [outcome], set()
+        while to_do:
+            outcome = to_do.pop()
+            if outcome is PASSED:
+                return True
+            if isinstance(outcome, Choice) and id(outcome) not in done:
+                done.add(id(outcome))
+                to_do += outcome.no, outcome.yes
+        return False
+
+
+def _question(outcome: Outcome) -> int:
+    return -1 if isinstance(outcome, End) else outcome.question
+
+
+def _below(outcome: Outcome, question: int, answer: bool) -> Outcome:
+    """What is left of it with that answer."""
+    if isinstance(outcome, End) or outcome.question != question:
+        return outcome
+    return outcome.yes if answer else outcome.no
