@@ -106,6 +106,22 @@ def test_reopen(tmp_path: Path) -> None:
     assert [event["log_level"] for event in events] == [LogLevel.error]
 
 
+def test_bound_where_it_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user who may not move it aside a full log begins anew: it takes no more than ten."""
+    path = tmp_path / "log"
+    file = open_log_file(str(path))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != str(tmp_path))
+    line = "x" * 99_999 + "\n"
+    sizes = set()
+    for _ in range(150):
+        file.write(line)
+        sizes.add(path.stat().st_size)
+    file.close()
+    assert max(sizes) == 100 * len(line)
+    assert path.stat().st_size == 50 * len(line)
+    assert os.listdir(tmp_path) == ["log"]
+
+
 def test_not_a_file(tmp_path: Path) -> None:
     """A FIFO keeps nobody waiting: it is refused, as a folder is, and one that is not there."""
     fifo = tmp_path / "fifo"

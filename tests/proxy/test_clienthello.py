@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from types import FrameType
@@ -64,11 +65,10 @@ def test_corpus() -> None:
     mismatches = []
     assert len(hellos.corpus()) >= 1_200
     for case in hellos.corpus():
-        bytewise = [case.data[at : at + 1] for at in range(len(case.data))]
         whole = parse(case.data)
         if answer(whole) not in case.accept:
             mismatches.append((case.id, whole))
-        assert parse(*bytewise) == whole, case.id
+        assert parse(*bytewise(case.data)) == whole, case.id
         for _ in range(3):
             assert parse(*cut(case.data, rng)) == whole, case.id
     assert mismatches == []
@@ -185,6 +185,15 @@ def test_server_name_is_never_raw() -> None:
     assert parse(hellos.records(hello)) == ClientHello((), r"caf\xe9\r\n\x1b[31m\x7f")
 
 
+def test_server_name_ends() -> None:
+    """Of a server name 255 bytes are kept, the most that a name can have: it goes to the log."""
+    for size in (255, 256, 60_000):
+        name = hellos.extension(0, hellos.vector(2, b"\0" + hellos.vector(2, bytes(size))))
+        assert parse(hellos.records(hellos.message(name))) == ClientHello((), r"\x00" * 255)
+    name = hellos.extension(0, hellos.vector(2, b"\0" + hellos.vector(2, b"a" * 254)))
+    assert parse(hellos.records(hellos.message(name))) == ClientHello((), "a" * 254)
+
+
 def test_largest_message() -> None:
     """A message of 65,536 bytes is taken, in whole records and in records of six bytes."""
     handshake = hellos.padded_message(MAX_MESSAGE, hellos.alpn_extension(ACME_TLS_1))
@@ -214,8 +223,8 @@ def test_hello_that_ends_at_the_cap() -> None:
     assert parse(data) == NotClientHello("no whole message in 131072 bytes")
 
 
-def lines_run(data: bytes) -> int:
-    """How many lines of the parser run when C{data} comes byte by byte."""
+def lines_run(*pieces: bytes) -> int:
+    """How many lines of the parser run when these pieces come."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -227,19 +236,40 @@ def lines_run(data: bytes) -> int:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        for at in range(len(data)):
-            parser.feed(data[at : at + 1])
+        for piece in pieces:
+            parser.feed(piece)
     finally:
         sys.settrace(before)
     assert parser.verdict == ClientHello()
     return count
 
 
+def bytewise(data: bytes) -> list[bytes]:
+    """C{data} byte by byte."""
+    return [data[at : at + 1] for at in range(len(data))]
+
+
 def test_work_is_linear() -> None:
     """Twice the bytes are twice the work: nothing is gone through again for each byte."""
-    once = lines_run(hellos.records(hellos.padded_message(2_000), 8))
-    twice = lines_run(hellos.records(hellos.padded_message(4_000), 8))
+    once = lines_run(*bytewise(hellos.records(hellos.padded_message(2_000), 8)))
+    twice = lines_run(*bytewise(hellos.records(hellos.padded_message(4_000), 8)))
     assert 1.9 < twice / once < 2.1
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 2), (5, 1, 32)])
+def test_tiny_records_cost_little(sizes: tuple[int, ...]) -> None:
+    """A hello in thousands of tiny records costs a visitor's neighbours next to nothing: they are
+    taken many at a time, not one by one."""
+    handshake = hellos.padded_message(20_000)
+    rest, wire = handshake, b""
+    for size in itertools.cycle(sizes):
+        wire += hellos.records(rest[:size])
+        rest = rest[size:]
+        if not rest:
+            break
+    halves = wire[: len(wire) // 2], wire[len(wire) // 2 :]
+    assert lines_run(*halves) < 200
+    assert parse(*halves) == ClientHello()
 
 
 @given(st.binary(max_size=2_000), st.randoms(use_true_random=False))

@@ -43,6 +43,17 @@ _PLAIN: Final = (str, int, float, type(None))
 _log = Logger()
 
 
+class _BoundedLogFile(LogFile):
+    """Begins anew where full files cannot be moved aside, as nobody in a folder of root's."""
+
+    def rotate(self) -> None:
+        super().rotate()
+        if self.size >= (ROTATED_FILES + 1) * self.rotateLength:
+            self._file.seek(0)
+            self._file.truncate()
+            self.size = 0
+
+
 def make_log_file(path: str) -> None:
     """See to it that there is one which can be written; raises L{StartError}."""
     try:
@@ -54,7 +65,7 @@ def make_log_file(path: str) -> None:
 def open_log_file(path: str) -> LogFile:
     """Opens it to be added to; full ones are moved aside. Raises L{StartError}."""
     try:
-        file: LogFile = LogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
+        file: LogFile = _BoundedLogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
     except OSError as problem:
         raise _refusal(path, problem) from None
     return file
