@@ -6,16 +6,21 @@ import importlib.util
 from typing import Any
 
 import pytest
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.test.requesthelper import DummyRequest
 from zope.interface import implementer
 
 from acme_alpn_proxy import tap
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.monitoring.metrics import MetricsService
+from acme_alpn_proxy.monitoring.metrics import DEADLINE, MOST_CONNECTIONS, MetricsService
 from acme_alpn_proxy.monitoring.status import ProxyStatus
 from acme_alpn_proxy.options import ConsoleOptions, ProxyOptions
 from acme_alpn_proxy.service import ProxyService
@@ -49,13 +54,14 @@ class MetricsTests(SynchronousTestCase):
     def page(self, about: ProxyStatus) -> list[str]:
         """What Prometheus reads."""
         endpoint = Endpoint()
-        service = MetricsService(endpoint, "tcp:9", lambda: about)
+        service = MetricsService(Clock(), endpoint, "tcp:9", lambda: about)
         service.privilegedStartService()
         request = DummyRequest([b""])
-        page: bytes = endpoint.site.resource.render(request)
+        site = endpoint.site.wrappedFactory
+        page: bytes = site.resource.render(request)
         (kind,) = request.responseHeaders.getRawHeaders("content-type") or ()
         self.assertIn("text/plain", kind)
-        endpoint.site.log(request)
+        site.log(request)
         return page.decode().splitlines()
 
     def test_numbers(self) -> None:
@@ -79,10 +85,53 @@ class MetricsTests(SynchronousTestCase):
         self.assertIn("acme_alpn_proxy_running 0.0", lines)
         self.assertIn("acme_alpn_proxy_last_validation_timestamp_seconds 0.0", lines)
 
+    def serve(self) -> tuple[Any, Clock]:
+        """The factory that listens, and its clock."""
+        endpoint, clock = Endpoint(), Clock()
+        MetricsService(clock, endpoint, "tcp:9", describe).privilegedStartService()
+        return endpoint.site, clock
+
+    def connect(self, factory: Any) -> tuple[Any, StringTransport] | None:
+        protocol = factory.buildProtocol(IPv4Address("TCP", "127.0.0.1", 1))
+        if protocol is None:
+            return None
+        transport = StringTransport()
+        protocol.makeConnection(transport)
+        return protocol, transport
+
+    def test_bodies(self) -> None:
+        """A request with a body is refused before any of that is read; one without is answered."""
+        factory, _ = self.serve()
+        for head in (b"Content-Length: 300000000", b"Transfer-Encoding: chunked"):
+            connected = self.connect(factory)
+            assert connected is not None
+            protocol, transport = connected
+            protocol.dataReceived(b"POST / HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+            self.assertTrue(transport.value().startswith(b"HTTP/1.1 413 "))
+            self.assertTrue(transport.disconnecting)
+        connected = self.connect(factory)
+        assert connected is not None
+        protocol, transport = connected
+        protocol.dataReceived(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(b" 200 ", transport.value().partition(b"\r\n")[0])
+
+    def test_idle_connections(self) -> None:
+        """There are eight at a time, and each one ends after ten seconds, whatever it does."""
+        factory, clock = self.serve()
+        connected = [self.connect(factory) for _ in range(MOST_CONNECTIONS)]
+        self.assertIsNone(self.connect(factory))
+        clock.advance(DEADLINE)
+        for each in connected:
+            assert each is not None
+            protocol, transport = each
+            self.assertTrue(transport.disconnected)
+            protocol.connectionLost(Failure(CONNECTION_DONE))
+        self.assertIsNotNone(self.connect(factory))
+
     def test_life(self) -> None:
         """It listens once, from the start to the stop, and again."""
         endpoint = Endpoint()
-        service = MetricsService(endpoint, "tcp:9", describe)
+        service = MetricsService(Clock(), endpoint, "tcp:9", describe)
         self.assertIsNone(service.stopService())
         for _ in range(2):
             service.privilegedStartService()
@@ -95,7 +144,7 @@ class MetricsTests(SynchronousTestCase):
     def test_port_taken(self) -> None:
         """Where it cannot listen, the proxy does not start, and the option is named."""
         taken = CannotListenError("127.0.0.1", 9, OSError(98, "Address already in use"))
-        service = MetricsService(Endpoint(taken), "tcp:9", describe)
+        service = MetricsService(Clock(), Endpoint(taken), "tcp:9", describe)
         with self.assertRaisesRegex(StartError, r"--metrics tcp:9: .*in use.*; choose another"):
             service.privilegedStartService()
 

@@ -9,6 +9,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -30,11 +31,12 @@ from acme_alpn_proxy.monitoring.status import (
     SilentInstance,
     instances,
     remove_stale,
+    request,
     show,
     socket_path,
     sockets,
 )
-from acme_alpn_proxy.monitoring.statussocket import StatusService
+from acme_alpn_proxy.monitoring.statussocket import Holders, StatusService
 
 from ..memory import MemoryReactor
 from .descriptions import describe, statistics
@@ -75,10 +77,15 @@ def answering(path: str, line: bytes) -> Iterator[None]:
         thread.join()
 
 
+def answer_of(about: ProxyStatus) -> InstanceStatus:
+    """What an instance answers of a proxy."""
+    return {"version": 1, "program": __version__, "pid": 7, "holders": 0, **about}
+
+
 def test_service(pidfile: str, reactor: MemoryReactor) -> None:
     """From start to shutdown there is a socket for its owner alone, beside the PID file; who
     connects gets one line of JSON with the proxy's numbers."""
-    service = StatusService(reactor, pidfile, describe)
+    service = StatusService(reactor, pidfile, describe, Holders(lambda: None))
     service.privilegedStartService()
     assert verifyObject(IReadDescriptor, service)
     assert reactor.getReaders() == [service]
@@ -91,10 +98,12 @@ def test_service(pidfile: str, reactor: MemoryReactor) -> None:
         assert select.select([service], [], [], 0)[0] == [service]
         service.doRead()
         service.doRead()  # nobody else is there
-        answer = asking.makefile("rb").read()
-    assert answer.count(b"\n") == 1
-    about = {"version": 1, "program": __version__, "pid": os.getpid()}
-    assert json.loads(answer) == about | describe()
+        answer = asking.makefile("rb").readline()
+        about = {"version": 1, "program": __version__, "pid": os.getpid(), "holders": 0}
+        assert json.loads(answer) == about | describe()
+        (client,) = set(reactor.getReaders()) - {service}
+    cast(IReadDescriptor, client).doRead()  # it has left
+    assert reactor.getReaders() == [service]
     service.connectionLost(Failure(CONNECTION_DONE))
     assert service.logPrefix() == "status socket"
     service.close()
@@ -107,7 +116,8 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
     (tmp_path / f"proxy.{os.getpid()}.sock" / "not empty").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "no"):
         with capturedLogs() as events:
-            StatusService(reactor, str(folder / "proxy.pid"), describe).privilegedStartService()
+            path = str(folder / "proxy.pid")
+            StatusService(reactor, path, describe, Holders(lambda: None)).privilegedStartService()
         assert [event["log_level"] for event in events] == [LogLevel.warn]
     assert reactor.getReaders() == []
 
@@ -115,23 +125,47 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
 def test_left_half_made(pidfile: str, reactor: MemoryReactor) -> None:
     """What a start that was killed has left half made is no hindrance."""
     Path(f"{socket_path(pidfile, os.getpid())}.new").touch()
-    StatusService(reactor, pidfile, describe).privilegedStartService()
+    StatusService(reactor, pidfile, describe, Holders(lambda: None)).privilegedStartService()
     assert list(sockets(pidfile)) == [os.getpid()]
 
 
 def test_instances(pidfile: str) -> None:
     """All that live are found, by PID; what killed ones have left is not, and can be removed."""
-    with answering(socket_path(pidfile, 20), b'{"pid": 20}\n'):
+    about = answer_of(describe())
+    with answering(socket_path(pidfile, 20), json.dumps(about).encode() + b"\n"):
         with answering(socket_path(pidfile, 3), b""):
             status.ask(socket_path(pidfile, 3))  # and then it is killed
         Path(f"{pidfile}.other.sock").touch()
-        assert instances(pidfile, 20) == [cast(InstanceStatus, {"pid": 20})]
+        assert instances(pidfile, 20) == [about]
     assert list(sockets(pidfile)) == [3, 20]
     remove_stale(pidfile)
     assert sockets(pidfile) == {}
 
 
-@pytest.mark.parametrize("line", [b"", b"nonsense\n"])
+def without(name: str) -> bytes:
+    """An answer that lacks something."""
+    about = dict(answer_of(describe()))
+    del about[name]
+    return json.dumps(about).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"nonsense\n",
+        b"[]\n",
+        b"null\n",
+        b'{"pid": 20}\n',
+        b'{"routes": 1}\n',
+        without("since"),
+        without("routes"),
+        json.dumps(answer_of(describe()) | {"since": "now"}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"last_validation": "x"}).encode() + b"\n",
+        json.dumps(answer_of(describe())).encode()[:-1] + b"\n",
+        b'{"a": "' + b"x" * 100_000 + b'"}\n',
+    ],
+)
 def test_silent(pidfile: str, line: bytes) -> None:
     """One that runs but does not answer is told of; one that does not answer and runs no more is
     not."""
@@ -171,11 +205,6 @@ def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyP
     assert list(sockets(pidfile)) == [20]
 
 
-def answer_of(about: ProxyStatus) -> InstanceStatus:
-    """What an instance answers of a proxy."""
-    return {"version": 1, "program": __version__, "pid": 7, **about}
-
-
 def test_show() -> None:
     """People read state, targets, numbers, and the last validation."""
     text = show([answer_of(describe())], now=1_060.0)
@@ -207,3 +236,55 @@ def test_show_little() -> None:
             "result": "answered",
         }
         assert f" for {shown}: answered\n" in show([answer], now=0)
+
+
+def test_holders() -> None:
+    """Told to leave, an instance stops when the last one that holds it is gone; unless it is told
+    to keep on meanwhile."""
+    story: list[str] = []
+    holders = Holders(lambda: story.append("stop"))
+    holders.hold("one")
+    holders.hold("two")
+    holders.leave()
+    holders.release("one")
+    assert (len(holders), story) == (1, [])
+    holders.release("two")
+    assert story == ["stop"]
+    holders.hold("three")
+    holders.leave()
+    holders.keep()
+    holders.release("three")
+    holders.release("three")
+    assert story == ["stop"]
+    holders.leave()
+    assert story == ["stop", "stop"]
+
+
+def test_requests(pidfile: str, reactor: MemoryReactor) -> None:
+    """A connection holds the instance from the word on until it is closed; a stranger's word is
+    answered by the end of the connection."""
+    holders = Holders(lambda: None)
+    service = StatusService(reactor, pidfile, describe, holders)
+    service.privilegedStartService()
+
+    def turn() -> None:
+        for reader in list(reactor.getReaders()):
+            if select.select([reader], [], [], 0)[0]:
+                reader.doRead()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(request, pidfile, os.getpid(), "hold")
+        while not asked.done():
+            turn()
+        held = asked.result()
+        assert held is not None
+        assert len(holders) == 1
+        held.close()
+        turn()
+        assert len(holders) == 0
+        asked = pool.submit(request, pidfile, os.getpid(), "sing" * 100)
+        while not asked.done():
+            turn()
+        assert asked.result() is None
+    assert reactor.getReaders() == [service]
+    assert request(pidfile, 1, "hold") is None

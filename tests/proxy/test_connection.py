@@ -100,7 +100,7 @@ class ConnectionTests(TestCase):
             reactor,
             hello_timeout=self.hello_timeout,
         )
-        self.factory.open(hangup_watch(reactor), Limits(10_000, 64), unreached, unreached)
+        self.factory.open(hangup_watch(reactor), Limits(10_000, 10_000, 64), unreached, unreached)
         self.listener = listening_socket("127.0.0.1", 0)
         self.port = self.transports.listen(self.listener, self.factory)
         self.addCleanup(self.end)

@@ -11,8 +11,11 @@ import sys
 import time
 from typing import Any
 
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import formatEvent
+from twisted.python.failure import Failure
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -20,11 +23,20 @@ from zope.interface import implementer
 from acme_alpn_proxy.interfaces import ITarget
 from acme_alpn_proxy.options import ProxyOptions
 from acme_alpn_proxy.proxy import protocols
-from acme_alpn_proxy.proxy.protocols import IDLE_LOOKS, ProxyServer, ProxyServerFactory
+from acme_alpn_proxy.proxy.protocols import (
+    IDLE_LOOKS,
+    MAX_VALIDATIONS,
+    VALIDATION_DEADLINE,
+    Limits,
+    ProxyServer,
+    ProxyServerFactory,
+)
 from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.transports.hangup import NoHangupWatch
 
-from ..hellos import WEB_HELLO
+from ..hellos import ACME_HELLO, WEB_HELLO
 from ..loopback import read_exactly
+from ..memory import log_of
 from ..service_case import Live, ServiceCase
 
 WEB = Route("fallback", "web")
@@ -114,6 +126,76 @@ class IdleTests(MemoryCase):
         self.assertFalse(visitor.transport.disconnected)
 
 
+class RoomTests(MemoryCase):
+    """More visitors than there is room for."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.acme = Target()
+        acme = Route("acme", "acme")
+        self.factory = ProxyServerFactory(
+            Routing(acme, WEB), {WEB: self.target, acme: self.acme}, self.clock
+        )
+        self.factory.open(NoHangupWatch(), Limits(100, 2, 1), lambda: None, lambda: None)
+        self.events = log_of(self)
+
+    def arrive(self, count: int, hello: bytes = WEB_HELLO) -> list[ProxyServer]:
+        servers = [self.visit() for _ in range(count)]
+        for server in servers:
+            server.dataReceived(hello)
+        return servers
+
+    def leave(self, server: ProxyServer) -> None:
+        server.connectionLost(Failure(CONNECTION_DONE))
+        if server._parser is None:  # then its target's end goes, too
+            server.end_lost(server.relay.back)
+
+    def test_visitors_wait(self) -> None:
+        """Those over the limit wait with their hello, and come in, one by one, as others leave."""
+        one, two, three, four, five = self.arrive(5)
+        self.assertEqual(len(self.target.transports), 2)
+        self.assertEqual(list(self.factory.waiting), [three, four, five])
+        (event,) = self.events
+        self.assertTrue(formatEvent(event).startswith("2 visitors are here, and more wait"))
+        self.leave(four)  # who has lost patience
+        self.leave(one)
+        self.assertEqual(len(self.target.transports), 3)
+        self.assertEqual(self.target.transports[2].value(), WEB_HELLO)
+        self.assertEqual(list(self.factory.waiting), [five])
+        for server in (two, three, five):
+            self.leave(server)
+        self.assertEqual(len(self.target.transports), 4)
+        self.assertEqual(len(self.factory.live), 0)
+        self.arrive(3)
+        self.assertEqual(len(self.events), 2, "it is told again when it was over")
+
+    def test_validations_do_not_wait(self) -> None:
+        """A validation has its target at once, however many visitors wait."""
+        self.arrive(20)
+        self.arrive(1, ACME_HELLO)
+        self.assertEqual(len(self.acme.transports), 1)
+
+    def test_all_are_reset(self) -> None:
+        """At the end of a drain those that wait are reset, too."""
+        servers = self.arrive(4)
+        self.factory.live.abort_all()
+        self.assertTrue(all(server.transport.disconnecting for server in servers[2:]))
+
+    def test_validations_bounded(self) -> None:
+        """There are 64 validations at a time, more are turned away, and each has a minute."""
+        servers = self.arrive(MAX_VALIDATIONS + 1, ACME_HELLO)
+        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS)
+        self.assertTrue(servers[-1].transport.disconnecting)
+        self.assertIn("Does the ACME client answer", formatEvent(self.events[-1]))
+        self.clock.advance(VALIDATION_DEADLINE)
+        self.assertTrue(all(server.transport.disconnecting for server in servers))
+        for server in servers:
+            self.leave(server)
+        self.assertEqual(self.factory.statistics.acme.live, 0)
+        self.arrive(1, ACME_HELLO)
+        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS + 1)
+
+
 class OptionsTests(SynchronousTestCase):
     def test_numbers(self) -> None:
         """Both limits take numbers, and are off or automatic by default."""
@@ -146,12 +228,15 @@ class Port:
 
 class ServiceTests(ServiceCase):
     def test_max_connections(self) -> None:
-        """With as many visitors as allowed the listener pauses until one leaves."""
+        """With three times as many connections as visitors are allowed, two thirds of which wait or
+        have not said what they want, the listener pauses until one leaves."""
         port = Port()
         self.proxy = self.make_proxy(max_connections=2)
         self.proxy.startService()
         self.proxy.listener._ports = [port]
-        one, _ = Live(self.factory, self.story), Live(self.factory, self.story)
+        one, *_ = [Live(self.factory, self.story) for _ in range(5)]
+        self.assertFalse(port.paused)
+        Live(self.factory, self.story)
         self.assertTrue(port.paused)
         one.end()
         self.assertFalse(port.paused)
@@ -170,7 +255,7 @@ class ServiceTests(ServiceCase):
         self.assertEqual(looks, [10, 20, 30, 40])
         live.end()
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.successResultOf(stopped)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
@@ -186,6 +271,7 @@ words = options.ProxyOptions()
 words.environment = {}
 words.parseOptions(sys.argv[2:])
 tap.PORT = 0
+tap.require_web_server = lambda *words: None
 proxy = tap.make_proxy(words, reactor)
 proxy.startService()
 print(proxy.listener.sockets[0].getsockname()[1], flush=True)

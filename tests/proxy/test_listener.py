@@ -11,7 +11,9 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host import tcpsockets
 from acme_alpn_proxy.host.processes import BlockingCommands
+from acme_alpn_proxy.host.tcpsockets import ESTABLISHED, LISTENING, TCPSocket
 from acme_alpn_proxy.proxy import listener
 from acme_alpn_proxy.proxy.listener import (
     BACKLOG,
@@ -72,8 +74,39 @@ class PortTests(ServiceCase):
             self.assertRaisesRegex(StartError, f"port {self.port} is taken.*ss -ltnp"),
         ):
             self.proxy.startService()
-        self.assertTrue(4.9 < sum(pauses) < 5.1)
+        self.assertTrue(16.9 < sum(pauses) < 17.1)
         self.told("claim PID file", "release PID file")
+
+    def test_port_of_another_user(self) -> None:
+        """A port that another user's program has is not waited for: that is no instance."""
+        pauses: list[float] = []
+
+        class Commands(BlockingCommands):
+            def pause(self, seconds: float) -> Deferred[None]:
+                pauses.append(seconds)
+                return succeed(None)
+
+        here, nowhere = ("0.0.0.0", self.port), ("0.0.0.0", 0)
+        found = TCPSocket(socket.AF_INET, LISTENING, here, nowhere, 61_001, 7)
+        self.patch(tcpsockets, "tcp_sockets", lambda *states: [found])
+        self.patch(listener, "commands_for", lambda reactor: Commands())
+        with (
+            listening_socket("127.0.0.1", self.port),
+            self.assertRaisesRegex(StartError, f"port {self.port} is taken"),
+        ):
+            self.proxy.startService()
+        self.assertEqual(pauses, [])
+
+    def test_port_of_a_connection(self) -> None:
+        """A port that an outgoing connection has is told as such, with how to keep it free."""
+        found = TCPSocket(socket.AF_INET, 1, ("192.0.2.1", 7), ("192.0.2.9", 443), 0, 7)
+        sockets = {LISTENING: [], ESTABLISHED: [found]}
+        self.patch(tcpsockets, "tcp_sockets", lambda *states: sockets[states[0]])
+        self.assertEqual(
+            str(listener.port_taken(7)),
+            "port 7 is used by a connection with 192.0.2.9:443; wait until that has ended, and keep"
+            " the port free from now on: sysctl net.ipv4.ip_local_reserved_ports=7",
+        )
 
     def test_port_becomes_free(self) -> None:
         """A port that its last owner gives up meanwhile is taken, and only then is it steered."""
@@ -106,7 +139,7 @@ class PortTests(ServiceCase):
         waiting = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(3)]
         stopped = self.proxy.stopService()
         self.assertEqual(self.reactor.accepted, 0)
-        self.reactor.advance(3)
+        self.linger()
         self.assertEqual(self.reactor.accepted, 3)
         self.successResultOf(stopped)
         for connection in waiting:
@@ -115,10 +148,11 @@ class PortTests(ServiceCase):
 
 class LimitsTests(SynchronousTestCase):
     def test_of_open_files(self) -> None:
-        """Two descriptors a visitor, two a pipe, some for the rest."""
-        self.assertEqual(limits_of(256), Limits(connections=88, pipes=16))
+        """Of the open files that are left, a quarter are visitors' and as many their targets'; half
+        are for connections that wait, or have not said what they want."""
+        self.assertEqual(limits_of(256), Limits(connections=156, visitors=52, pipes=4))
         self.assertEqual(limits_of(1_048_576).pipes, MAX_PIPES)
-        self.assertEqual(limits_of(20), Limits(connections=1, pipes=1))
+        self.assertEqual(limits_of(20), Limits(connections=2, visitors=1, pipes=1))
 
     def test_highest(self) -> None:
         """The limit on open files is raised as far as it goes; the operator's number of connections
@@ -128,4 +162,6 @@ class LimitsTests(SynchronousTestCase):
         self.patch(resource, "setrlimit", limits.__setitem__)
         self.assertEqual(highest_limits(0), limits_of(1_024))
         self.assertEqual(limits, {resource.RLIMIT_NOFILE: (1_024, 1_024)})
-        self.assertEqual(highest_limits(7), Limits(7, limits_of(1_024).pipes))
+        self.assertEqual(highest_limits(7), Limits(21, 7, limits_of(1_024).pipes))
+        most = limits_of(1_024).connections
+        self.assertEqual(highest_limits(10_000), Limits(most, 10_000, limits_of(1_024).pipes))

@@ -17,6 +17,9 @@ class Connection:
     def abort(self) -> None:
         self.resets += 1
 
+    def dialled(self) -> None:
+        """It has no target."""
+
     def look(self) -> None:
         """It is never idle."""
 

@@ -121,7 +121,7 @@ class LeanServiceTests(ServiceCase):
         self.proxy.startService()
         waiting = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(3)]
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.assertEqual(len(self.factory.live), 3)
         self.assertNoResult(stopped)
         self.proxy.end_wait()

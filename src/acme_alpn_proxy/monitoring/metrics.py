@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.internet.interfaces import IAddress, IReactorTime, IStreamServerEndpoint
+from twisted.internet.protocol import connectionDone
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
 from ..errors import StartError
 from .status import ProxyStatus, RouteStatus
+
+MOST_CONNECTIONS: Final = 8
+"""At a time; the proxy has so many descriptors for them that visitors cannot have."""
+
+DEADLINE: Final = 10.0
+"""Seconds for a connection."""
+
+_TOO_LARGE: Final = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\n"
 
 
 class Collector:
@@ -90,6 +100,20 @@ class _Page(Resource):
         return page
 
 
+class _Request(Request):
+    """A request without a body: one with a body is refused before any of that is kept."""
+
+    def gotLength(self, length: int | None) -> None:
+        super().gotLength(0)
+        if length != 0:
+            channel: Any = self.channel
+            channel.transport.write(_TOO_LARGE)
+            channel.loseConnection()
+
+    def handleContentChunk(self, data: bytes) -> None:
+        """Keep nothing."""
+
+
 class _Site(Site):
     noisy = False
 
@@ -97,11 +121,44 @@ class _Site(Site):
         """Not a line for each time that it is asked."""
 
 
+class _Deadline(ProtocolWrapper):
+    """Ends a connection after L{DEADLINE}, whatever it does."""
+
+    def makeConnection(self, transport: Any) -> None:
+        self._end = self.factory.clock.callLater(DEADLINE, transport.abortConnection)
+        super().makeConnection(transport)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._end.active():
+            self._end.cancel()
+        super().connectionLost(reason)
+
+
+class _Bounded(WrappingFactory):
+    """Takes L{MOST_CONNECTIONS} at a time; one more is closed at once."""
+
+    noisy = False
+    protocol = _Deadline
+
+    def __init__(self, site: Site, clock: IReactorTime) -> None:
+        super().__init__(site)
+        self.clock = clock
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        if len(self.protocols) >= MOST_CONNECTIONS:
+            return None
+        return super().buildProtocol(addr)
+
+
 class MetricsService(Service):
     """Listens while the proxy steers: its successor may want the same port."""
 
     def __init__(
-        self, endpoint: IStreamServerEndpoint, text: str, describe: Callable[[], ProxyStatus]
+        self,
+        clock: IReactorTime,
+        endpoint: IStreamServerEndpoint,
+        text: str,
+        describe: Callable[[], ProxyStatus],
     ) -> None:
         """
         @param text: the endpoint as a string.
@@ -109,7 +166,7 @@ class MetricsService(Service):
         """
         registry = CollectorRegistry()
         registry.register(Collector(describe))
-        self._site = _Site(_Page(registry))
+        self._site = _Bounded(_Site(_Page(registry), requestFactory=_Request), clock)
         self._endpoint = endpoint
         self._text = text
         self._listening: Deferred[Any] | None = None

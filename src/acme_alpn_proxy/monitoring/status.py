@@ -2,7 +2,7 @@
 
 An instance listens on a Unix socket beside its PID file that only root, or who started it, may
 connect to. The name has its PID, so that one that drains is found beside its successor. To whoever
-connects it writes one line, a JSON object, and closes. docs/operations.md describes it.
+connects it writes one line, a JSON object. docs/operations.md describes it.
 """
 
 from __future__ import annotations
@@ -71,11 +71,15 @@ class ProxyStatus(TypedDict):
 
 
 class InstanceStatus(ProxyStatus):
-    """The answer of an instance."""
+    """The answer of an instance.
+
+    @ivar holders: how many commands of C{run --shared} it serves.
+    """
 
     version: int
     program: str
     pid: int
+    holders: int
 
 
 class SilentInstance(TypedDict):
@@ -90,6 +94,9 @@ Answer: TypeAlias = InstanceStatus | SilentInstance
 
 SILENT: Final = "silent"
 """The state of an instance that runs and does not answer."""
+
+_COUNTS: Final = ("live", "total", "failures", "bytes_from_visitors", "bytes_to_visitors")
+_LONGEST_ANSWER: Final = 65_536
 
 _PATIENCE: Final = 2.0
 """Seconds for an answer; it takes a millisecond."""
@@ -138,7 +145,8 @@ def short(path: str) -> Iterator[str]:
 
 
 def ask(path: str) -> InstanceStatus | None:
-    """The answer of the instance at that socket, L{None} if it is just ending; raises L{OSError}.
+    """The answer of the instance at that socket; L{None} if it is just ending, or the answer makes
+    no sense. Raises L{OSError}.
 
     C{ConnectionRefusedError}: its process has ended.
     """
@@ -147,9 +155,50 @@ def ask(path: str) -> InstanceStatus | None:
         stream.connect(name)
         credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         if struct.unpack("iii", credentials)[1] not in (0, os.geteuid()):
-            raise PermissionError(f"{path} is somebody else's")  # in a folder that all may write to
-        answer: InstanceStatus | None = json.loads(stream.makefile("rb").readline() or b"null")
-        return answer
+            raise PermissionError(f"{path} is another user's")  # in a folder that all may write to
+        return _checked(stream.makefile("rb").readline(_LONGEST_ANSWER))
+
+
+def request(pidfile: str, pid: int, word: str) -> socket.socket | None:
+    """Send a request to the instance C{pid}: C{hold}, C{leave} or C{keep}; see
+    L{acme_alpn_proxy.monitoring.statussocket}.
+
+    @return: the connection, which holds the instance until it is closed; L{None} if there is none.
+    """
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with short(socket_path(pidfile, pid)) as name:
+            stream.settimeout(_PATIENCE)
+            stream.connect(name)
+            stream.sendall(f"{word}\n".encode())
+            reader = stream.makefile("rb")
+            reader.readline(_LONGEST_ANSWER)  # its status, which every connection gets
+            done = reader.readline(_LONGEST_ANSWER) == b"OK\n"
+    except OSError:
+        done = False
+    if not done:
+        stream.close()
+        return None
+    return stream
+
+
+def _checked(line: bytes) -> InstanceStatus | None:
+    """The answer, if it has all that one has: another release may run, or another program."""
+    try:
+        answer: InstanceStatus = json.loads(line)
+        acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
+        counts = [value for route in (acme, fallback) for value in map(route.get, _COUNTS)]
+        last = answer["last_validation"]
+        answer.setdefault("holders", 0)  # older releases have none
+        numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
+        numbers += [] if last is None else [last["at"]]
+        texts = [answer["state"], answer["redirect"], acme["target"], fallback["target"]]
+        reasons = fallback["reasons"].items()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    whole = all(isinstance(number, int | float) for number in numbers)
+    whole &= all(isinstance(text, str) for text in [*texts, *(key for key, _ in reasons)])
+    return answer if whole else None
 
 
 def instances(pidfile: str, owner: int | None) -> list[Answer]:

@@ -1,4 +1,13 @@
-"""The socket by which C{status} asks; see L{acme_alpn_proxy.monitoring.status}."""
+"""The socket by which C{status} asks, and other commands hold an instance.
+
+Every connection gets the status, one line. It may then send a word on a line, answered by C{OK}:
+
+  - C{hold}: go on until this connection is closed, even if C{leave} comes meanwhile;
+  - C{leave}: stop when nothing holds the instance;
+  - C{keep}: forget an earlier C{leave}.
+
+L{acme_alpn_proxy.monitoring.status} is the other end.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from typing import Final
 
 from twisted.application.service import Service
 from twisted.logger import Logger
@@ -14,6 +24,80 @@ from .. import __version__
 from ..host.descriptors import ReadDescriptor
 from ..interfaces import Reactor
 from .status import VERSION, InstanceStatus, ProxyStatus, remove_stale, short, socket_path
+
+_LONGEST_REQUEST: Final = 64
+
+
+class Holders:
+    """What holds an instance, and whether it is to stop when nothing does."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        """
+        @param stop: is called then.
+        """
+        self._stop = stop
+        self._holders: set[object] = set()
+        self._leaving = False
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def hold(self, holder: object) -> None:
+        """Hold it until C{holder} is released."""
+        self._holders.add(holder)
+
+    def release(self, holder: object) -> None:
+        """C{holder} needs it no longer; it need not have held it."""
+        self._holders.discard(holder)
+        self._look()
+
+    def leave(self) -> None:
+        """Stop when nothing holds the instance; perhaps that is now."""
+        self._leaving = True
+        self._look()
+
+    def keep(self) -> None:
+        """Forget an earlier C{leave}."""
+        self._leaving = False
+
+    def _look(self) -> None:
+        if self._leaving and not self._holders:
+            self._leaving = False
+            self._stop()
+
+
+class _Client(ReadDescriptor):
+    """A connection."""
+
+    log_prefix = "status client"
+
+    def __init__(self, reactor: Reactor, stream: socket.socket, holders: Holders) -> None:
+        self._reactor = reactor
+        self._stream = stream
+        self._holders = holders
+        self._wishes: dict[bytes, Callable[[], None]] = {
+            b"hold": lambda: holders.hold(self),
+            b"leave": holders.leave,
+            b"keep": holders.keep,
+        }
+        reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def doRead(self) -> None:
+        try:
+            data = self._stream.recv(_LONGEST_REQUEST)
+            wish = self._wishes.get(data.rstrip(b"\n"))
+            if wish is not None:
+                self._stream.send(b"OK\n")
+                wish()
+                return
+        except OSError:
+            pass
+        self._reactor.removeReader(self)
+        self._stream.close()
+        self._holders.release(self)
 
 
 class StatusService(Service, ReadDescriptor):
@@ -26,7 +110,13 @@ class StatusService(Service, ReadDescriptor):
     _log = Logger()
     _listener: socket.socket
 
-    def __init__(self, reactor: Reactor, pidfile: str, describe: Callable[[], ProxyStatus]) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        pidfile: str,
+        describe: Callable[[], ProxyStatus],
+        holders: Holders,
+    ) -> None:
         """
         @param pidfile: its path; the socket goes beside it.
         @param describe: gives the numbers.
@@ -34,6 +124,7 @@ class StatusService(Service, ReadDescriptor):
         self._reactor = reactor
         self._pidfile = pidfile
         self._describe = describe
+        self._holders = holders
         self._path = ""
 
     def privilegedStartService(self) -> None:
@@ -58,15 +149,20 @@ class StatusService(Service, ReadDescriptor):
             "version": VERSION,
             "program": __version__,
             "pid": os.getpid(),
+            "holders": len(self._holders),
             **self._describe(),
         }
-        line = json.dumps(answer).encode() + b"\n"
         try:
-            with self._listener.accept()[0] as asking:
-                asking.setblocking(False)
-                asking.send(line)  # it is a few hundred bytes: the kernel takes it whole
+            stream, _ = self._listener.accept()
         except OSError:
-            pass  # the client has gone
+            return
+        try:
+            stream.setblocking(False)
+            stream.sendall(json.dumps(answer).encode() + b"\n")  # far less than its buffer takes
+        except OSError:  # the client has gone
+            stream.close()
+        else:
+            _Client(self._reactor, stream, self._holders)
 
     def close(self) -> None:
         self._reactor.removeReader(self)

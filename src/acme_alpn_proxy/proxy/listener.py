@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import socket
+import struct
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -17,6 +18,7 @@ from twisted.internet.protocol import Factory
 
 from ..errors import StartError
 from ..host.processes import commands_for
+from ..host.tcpsockets import connections_from, listeners, taken_by_another_user
 from ..interfaces import ICommands, INetwork, Reactor
 from .protocols import Limits
 
@@ -27,8 +29,10 @@ this number since Linux 5.4."""
 MAX_PIPES: Final = 64
 """Of 1 MiB each."""
 
-_RESERVE: Final = 48
+_RESERVE: Final = 40
 """Descriptors for all but connections and pipes: the log, commands and the reactor take a dozen."""
+
+_INFO_BYTES: Final = 28
 
 _BIND_RETRY: Final = 0.05
 
@@ -71,19 +75,57 @@ def _descriptor_limit() -> int:
 
 
 def limits_of(descriptors: int) -> Limits:
-    """The limits that so many open files allow."""
-    pipes = min(MAX_PIPES, descriptors // 16)
-    return Limits(max(1, (descriptors - _RESERVE) // 2 - pipes), pipes)
+    """The limits that so many open files allow.
+
+    A visitor takes two of them. A quarter of them are visitors' own and a quarter their targets';
+    half are for connections that have not said yet what they want, or wait.
+    """
+    pipes = min(MAX_PIPES, max(1, descriptors // 64))
+    free = descriptors - _RESERVE - 2 * pipes
+    visitors = max(1, free // 4)
+    return Limits(max(2, visitors + free // 2), visitors, pipes)
 
 
 def highest_limits(max_connections: int) -> Limits:
     """Raise the limit on open files, and give the limits that it allows.
 
-    @param max_connections: how many connections to allow; 0: as many as the open files allow.
+    @param max_connections: how many visitors to allow; 0: as many as the open files allow.
     """
     _raise_descriptor_limit()
     allowed = limits_of(_descriptor_limit())
-    return replace(allowed, connections=max_connections) if max_connections else allowed
+    if not max_connections:
+        return allowed
+    connections = min(3 * max_connections, allowed.connections)
+    return replace(allowed, connections=connections, visitors=max_connections)
+
+
+def _waiting(listener: socket.socket) -> int:
+    """How many connections wait to be accepted: tcpi_unacked of a listening socket's TCP_INFO."""
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    waiting: int = struct.unpack_from("=I", info, _INFO_BYTES - 4)[0]
+    return waiting
+
+
+def _host_and_port(text: str, port: int) -> tuple[str, int]:
+    """Where to listen; see L{acme_alpn_proxy.interfaces.IRedirect.prepare}."""
+    bare = text.removesuffix(":0")
+    if bare != text and ("." in bare or bare.startswith("[")):
+        return bare.strip("[]"), 0
+    return text, port
+
+
+def port_taken(port: int) -> StartError:
+    """The proxy cannot listen on its port: who has it."""
+    if not listeners(port) and (peers := connections_from(port)):
+        return StartError(
+            f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"
+            f" keep the port free from now on: sysctl net.ipv4.ip_local_reserved_ports={port}",
+            os.EX_UNAVAILABLE,
+        )
+    return StartError(
+        f"port {port} is taken by another program; stop that one (see: ss -ltnp 'sport = :{port}')",
+        os.EX_UNAVAILABLE,
+    )
 
 
 class ListenerService(Service):
@@ -111,7 +153,7 @@ class ListenerService(Service):
         self._reactor = reactor
         self._factory = factory
         self._network = network
-        self._port = port
+        self.port = port
         self._patience = patience
         self._ports: list[Any] = []
         self.hosts: Sequence[str] = ()
@@ -125,12 +167,8 @@ class ListenerService(Service):
     def _open(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
         waited = 0.0
         while not self._try_to_open():
-            if waited >= self._patience:
-                raise StartError(
-                    f"port {self._port} is taken by another program; stop that one (see: ss -ltnp "
-                    f"'sport = :{self._port}')",
-                    os.EX_UNAVAILABLE,
-                )
+            if waited >= self._patience or taken_by_another_user(self.port):
+                raise port_taken(self.port)
             yield commands.pause(_BIND_RETRY)
             waited += _BIND_RETRY
         for listener in self.sockets:
@@ -146,12 +184,17 @@ class ListenerService(Service):
         for port in self._ports:
             port.resumeProducing()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether connections wait to be accepted."""
+        return any(_waiting(listener) for listener in self.sockets)
+
     def _try_to_open(self) -> bool:
         """Whether it listens; C{False} while the port is taken."""
         missing = None
         for host in self.hosts:
             try:
-                self.sockets.append(listening_socket(host, self._port))
+                self.sockets.append(listening_socket(*_host_and_port(host, self.port)))
             except OSError as problem:
                 if problem.errno == errno.EADDRINUSE:
                     self._close_sockets()
@@ -159,7 +202,7 @@ class ListenerService(Service):
                 missing = problem
         if missing is not None and not self.sockets:
             raise StartError(
-                f"cannot listen on port {self._port}: {missing.strerror}; see whether lo is up"
+                f"cannot listen on port {self.port}: {missing.strerror}; see whether lo is up"
                 " (ip address show lo), and how many files may be open (ulimit -n)",
                 os.EX_OSERR,
             )

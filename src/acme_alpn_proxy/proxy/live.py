@@ -16,6 +16,9 @@ class Abortable(Protocol):
     def abort(self) -> None:
         """End at once, by a reset on every side."""
 
+    def dialled(self) -> tuple[tuple[str, int], tuple[str, int]] | None:
+        """See L{acme_alpn_proxy.proxy.protocols.ProxyServer.dialled}."""
+
     def look(self) -> None:
         """See L{acme_alpn_proxy.proxy.protocols.ProxyServerFactory.look_for_idle}."""
 
@@ -25,9 +28,13 @@ def _no_limit() -> None:
 
 
 class LiveConnections:
-    """Connections that were accepted and have not ended."""
+    """Connections that were accepted and have not ended.
+
+    @ivar entered: how many have been accepted so far.
+    """
 
     def __init__(self) -> None:
+        self.entered = 0
         self._limit: float = math.inf
         self._full: Callable[[], None] = _no_limit
         self._room: Callable[[], None] = _no_limit
@@ -48,6 +55,7 @@ class LiveConnections:
     def enter(self, connection: Abortable) -> None:
         """C{connection} was accepted."""
         self._live.add(connection)
+        self.entered += 1
         if len(self._live) == self._limit:
             self._full()
 

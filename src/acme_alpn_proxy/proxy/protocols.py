@@ -5,9 +5,10 @@ L{ProxyServer} is the visitor's side, L{ProxyClient} the target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IReactorTime
 from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
@@ -16,11 +17,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ..host.routes import own_addresses
 from ..interfaces import ITarget
 from ..transports.deadlines import DeadlineQueue
 from ..transports.hangup import NoHangupWatch
 from ..transports.interfaces import IHangupWatch
-from ..transports.sockets import TargetFactory
+from ..transports.sockets import TargetFactory, original_destination
 from .clienthello import NEED_MORE, NOT_TLS, ClientHelloParser, NotClientHello, Verdict
 from .live import LiveConnections
 from .relay import Relay
@@ -37,15 +39,28 @@ MAX_HELD: Final = 67_108_864
 """Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
 visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
 
+MAX_VALIDATIONS: Final = 64
+"""Validations at a time. A CA makes about a dozen for a name; a stranger may make any number."""
+
+VALIDATION_DEADLINE: Final = 60.0
+"""Seconds for a validation. A CA gives one ten seconds."""
+
 IDLE_LOOKS: Final = 4
 """How often an established connection is looked at within its idle timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections there may be at a time, and pipes to move their bytes."""
+    """How much there may be at a time.
+
+    @ivar connections: all of them; more wait in the backlog.
+    @ivar visitors: those that have the fallback as their target. Those above wait with their hello,
+        so that the ones after them can still say that they are validations.
+    @ivar pipes: for moving bytes.
+    """
 
     connections: int
+    visitors: int
     pipes: int
 
 
@@ -53,6 +68,17 @@ def _show(peer: Any) -> str:
     """C{host:port}; a visitor by IPv4 to the dual-stack listener is shown as IPv4."""
     host = peer.host.removeprefix("::ffff:")
     return f"[{host}]:{peer.port}" if ":" in host else f"{host}:{peer.port}"
+
+
+def _own_addresses() -> frozenset[str]:
+    """This host's addresses; none if the kernel does not tell."""
+    try:
+        return frozenset(str(address) for address in own_addresses())
+    except OSError:
+        return frozenset()
+
+
+Dial: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
 
 
 @implementer(IHalfCloseableProtocol)
@@ -105,6 +131,7 @@ class ProxyServer(Protocol):
     the relay has it. It is in the live set until the ends on both sides are gone.
 
     @ivar relay: only when the target is connected.
+    @ivar may_be: connections to targets that this one may be, if it comes from this host.
     """
 
     factory: ProxyServerFactory
@@ -112,13 +139,21 @@ class ProxyServer(Protocol):
     relay: Relay
     _parser: ClientHelloParser | None
     _connecting = False
+    _held_back = False
     _connector: Any = None
+    _route: Route
     _record: ConnectionRecord | None = None
     _held = 0
     _ends = 0
+    may_be: Sequence[Dial] = ()
 
     def connectionMade(self) -> None:
         self._ends = 1
+        if self.may_be and self._came_back():
+            self._parser = ClientHelloParser()
+            self.factory.report_loop()
+            self.transport.abortConnection()
+            return
         self._parser = ClientHelloParser(ACME_TLS_1)
         self.factory.live.enter(self)
         self.factory.hellos.add(self)
@@ -155,6 +190,14 @@ class ProxyServer(Protocol):
             connector.stopConnecting()
         self.end_lost(self.transport)
 
+    def _came_back(self) -> bool:
+        """Whether this is the proxy's own connection to a target, which would go round for ever. A
+        client of this host may have the same port, but then it has dialled another address."""
+        here = self.transport.getHost()
+        dialled: set[tuple[str, int] | None] = {(here.host.removeprefix("::ffff:"), here.port)}
+        dialled.add(original_destination(self.transport.fileno(), here.host))
+        return any(there in dialled for _, there in self.may_be)
+
     def end_lost(self, transport: object) -> None:
         """One of the two ends is gone."""
         if self._parser is None:
@@ -164,7 +207,7 @@ class ProxyServer(Protocol):
             if self._record is not None:
                 moved = self.relay.moved if self._parser is None else (0, 0)
                 self.factory.statistics.ended(self._record, *moved)
-            self.factory.live.leave(self)
+            self.factory.left(self)
 
     def abort(self) -> None:
         """Reset both ends."""
@@ -201,25 +244,51 @@ class ProxyServer(Protocol):
             self.factory.unreachable(self._record, route, failure)
             self.abort()
 
+    def dialled(self) -> Dial | None:
+        """Both ends of the connection to the target, if there is one: here, and there."""
+        if self._parser is not None or not self.relay.back.connected:
+            return None
+        here, there = self.relay.back.getHost(), self.relay.back.getPeer()
+        return ((here.host, here.port), (there.host, there.port)) if hasattr(here, "port") else None
+
+    def connect_target(self) -> None:
+        """There is room: connect the route's target."""
+        assert self._parser is not None
+        connector = self.factory.connect(self._route, self, bytes(self._parser.received))
+        if self._connecting:  # still
+            self._connector = connector
+            self._hold_back()
+
     def _decide(self, verdict: Verdict) -> None:
         self._leave_hellos()
         factory = self.factory
-        route = factory.routing.route(verdict)
-        self._record = factory.decided(self.transport, route, verdict)
+        self._route = factory.routing.route(verdict)
+        if self._route is factory.routing.acme and not factory.takes_validation(self):
+            self.abort()
+            return
+        self._record = factory.decided(self.transport, self._route, verdict)
         self._connecting = True
-        assert self._parser is not None
-        connector = factory.connect(route, self, bytes(self._parser.received))
-        if self._connecting:  # still
-            self._connector = connector
+        if factory.has_room(self._route):
+            self.connect_target()
+        else:
+            factory.wait(self)
+            self._hold_back()
+
+    def _hold_back(self) -> None:
+        """Do not read from the visitor while it has no target, but notice its reset."""
+        if not self._held_back:
+            self._held_back = True
             self.transport.pauseProducing()
-            factory.hangups.add(self.transport, self.abort)
+            self.factory.hangups.add(self.transport, self.abort)
 
     def _end_wait(self) -> Any:
         """The wait for the target has ended, well or badly; gives the connector, if any."""
         self._connecting = False
-        connector, self._connector = self._connector, None
-        if connector is not None:
+        if self._held_back:
+            self._held_back = False
             self.factory.hangups.discard(self.transport)
+            self.factory.waiting.pop(self, None)
+        connector, self._connector = self._connector, None
         return connector
 
     def _leave_hellos(self) -> None:
@@ -234,6 +303,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar live: the connections that have not ended.
     @ivar hellos: those among them that have not sent a whole hello.
     @ivar held: bytes of memory that their half hellos take.
+    @ivar waiting: visitors whose turn for a target has not come, the first one first.
     @ivar pipes: for relays.
     @ivar statistics: the numbers of all connections.
     @ivar log_visitors: whether a line is logged for each visitor.
@@ -241,7 +311,6 @@ class ProxyServerFactory(ServerFactory):
     """
 
     noisy = False
-    protocol = ProxyServer  # type: ignore[assignment]
     _log = Logger()
 
     def __init__(
@@ -265,7 +334,15 @@ class ProxyServerFactory(ServerFactory):
         self.routing = routing
         self.live = LiveConnections()
         self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
+        self._validations: DeadlineQueue[ProxyServer] = DeadlineQueue(
+            clock, VALIDATION_DEADLINE, ProxyServer.abort
+        )
         self.held = 0
+        self.waiting: dict[ProxyServer, None] = {}
+        self._most_visitors: float = math.inf
+        self._full_reported = False
+        self._own_addresses: frozenset[str] = frozenset()
+        self._loop_reported = False
         self.pipes = PipePool()
         self.statistics = Statistics(
             routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
@@ -291,9 +368,29 @@ class ProxyServerFactory(ServerFactory):
         """
         self.hangups = hangups
         self.pipes.limit = limits.pipes
+        self._most_visitors = limits.visitors
+        self._own_addresses = _own_addresses()
         self.live.bound(limits.connections, full, room)
         if self._idle_timeout:
             self._looking.start(self._idle_timeout / IDLE_LOOKS, now=False)
+
+    def buildProtocol(self, addr: Any) -> ProxyServer | None:  # type: ignore[override]
+        server = ProxyServer()
+        server.factory = self
+        host = addr.host.removeprefix("::ffff:") if addr is not None else ""
+        if host in self._own_addresses or host.startswith("127."):
+            dials = (each.dialled() for each in self.live)
+            server.may_be = [dial for dial in dials if dial and dial[0] == (host, addr.port)]
+        return server
+
+    def report_loop(self) -> None:
+        """A connection to a target has come back."""
+        if not self._loop_reported:
+            self._loop_reported = True
+            self._log.error(
+                "A connection to a target came back to the proxy, and is closed: name with"
+                " --fallback and --alpn addresses to which nothing steers this host's connections"
+            )
 
     def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
         """Connect the route's target to C{server}, whose visitor has sent C{first}.
@@ -301,6 +398,52 @@ class ProxyServerFactory(ServerFactory):
         @return: the connector, if there is something to wait for.
         """
         return self._targets[route].connect(ProxyClientFactory(server, route), first)
+
+    def has_room(self, route: Route) -> bool:
+        """Whether the connection that was counted last may have its target now."""
+        if route is self.routing.acme:
+            return True
+        return self.statistics.fallback.live - len(self.waiting) <= self._most_visitors
+
+    def wait(self, server: ProxyServer) -> None:
+        """There is no room for this visitor yet."""
+        self.waiting[server] = None
+        if not self._full_reported:
+            self._full_reported = True
+            self._log.warn(
+                "{count} visitors are here, and more wait until one of them leaves; validations do"
+                " not wait. Raise the limit on open files (ulimit -Hn, LimitNOFILE=)",
+                count=self._most_visitors,
+            )
+
+    def takes_validation(self, server: ProxyServer) -> bool:
+        """Whether one more validation is taken. It has its deadline then."""
+        if self.statistics.acme.live < MAX_VALIDATIONS:
+            self._validations.add(server)
+            return True
+        self._log.warn(
+            "A validation is turned away: {count} are under way already. Does the ACME client"
+            " answer at {target}?",
+            count=MAX_VALIDATIONS,
+            target=self.routing.acme.target,
+        )
+        return False
+
+    def left(self, server: ProxyServer) -> None:
+        """A connection has ended on both sides."""
+        self._validations.discard(server)
+        self.live.leave(server)
+        self.let_in()
+
+    def let_in(self) -> None:
+        """A connection has ended: the first visitor that waits may have its place."""
+        while self.waiting and self.statistics.fallback.live - len(self.waiting) < (
+            self._most_visitors
+        ):
+            first = next(iter(self.waiting))
+            del self.waiting[first]
+            first.connect_target()
+        self._full_reported &= bool(self.waiting)
 
     def hold(self, size: int) -> None:
         """C{size} more bytes of half hellos are held."""
@@ -318,6 +461,7 @@ class ProxyServerFactory(ServerFactory):
         if self._looking.running:
             self._looking.stop()
         self.hellos.close()
+        self._validations.close()
         self.pipes.close()
         self.hangups.close()
         self.hangups = NoHangupWatch()

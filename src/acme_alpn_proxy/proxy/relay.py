@@ -90,6 +90,11 @@ class Relay:
         self.quiet = 0
 
     @property
+    def back(self) -> Any:
+        """The transport to the target."""
+        return self._back
+
+    @property
     def moved(self) -> tuple[int, int]:
         """Bytes passed on so far, from the front and from the back."""
         return self._from_front, self._from_back

@@ -6,8 +6,10 @@ import errno
 import os
 import select
 import socket
+from collections import deque
 from ipaddress import ip_address
 from socket import SocketType
+from time import monotonic
 from typing import Any, Final
 
 from twisted.internet.error import UserError, getConnectError
@@ -15,6 +17,7 @@ from twisted.internet.interfaces import IAddress, IConnector
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ..host.routes import own_addresses
 from ..interfaces import ITarget
 from .connection import Connection
 from .deadlines import DeadlineQueue, Unanswered
@@ -24,7 +27,29 @@ from .sockets import TargetFactory, tune, twisted_address
 _WRITE: Final = select.EPOLLOUT
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
+_SOURCES: Final = 250
+"""How many addresses of 127.0.0.0/8 are used. Each one has net.ipv4.ip_local_port_range ports,
+28,232 by default."""
+
+_SOURCE_SECONDS: Final = 60.0
+"""Seconds after which the usual source is tried again."""
+
+_IP_BIND_ADDRESS_NO_PORT: Final = 24
+"""ip(7), Linux 4.2."""
+
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def _sources(family: int) -> list[str]:
+    """The addresses from which a loopback target can be dialled, besides the usual one."""
+    if family == socket.AF_INET:
+        return [f"127.0.0.{last}" for last in range(2, _SOURCES)]
+    try:
+        own = own_addresses()
+    except OSError:
+        return []
+    usable = (each for each in own if not each.is_link_local and not each.is_loopback)
+    return [str(each) for each in usable if each.version == 6]
 
 
 def _is_connected(sock: SocketType) -> bool:
@@ -56,6 +81,8 @@ class Dialer:
         self.deadlines = deadlines
         self.destination = twisted_address(address)
         self._is_near = ip_address(self.destination.host).is_loopback
+        self._sources: deque[str] = deque()
+        self._source_ends = 0.0
         self._family = family
         self._address = address
 
@@ -77,10 +104,11 @@ class Dialer:
         """
         sock = None
         try:
-            sock = SocketType(self._family, _NON_BLOCKING)
-            # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            sock = self._socket()
             problem = sock.connect_ex(self._address)
+            if problem == errno.EADDRNOTAVAIL and self._is_near:
+                sock.close()
+                sock, problem = self._dial_from_another_source()
             if problem and problem != errno.EINPROGRESS:
                 return sock, problem, 0
             # Over loopback it is connected all the same. To try is cheaper than to wait, and the
@@ -90,6 +118,38 @@ class Dialer:
             return sock, errno.EINPROGRESS, 0
         except OSError as error:
             return sock, error.errno, 0
+
+    def _socket(self) -> SocketType:
+        sock = SocketType(self._family, _NON_BLOCKING)
+        # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        if self._sources:
+            if monotonic() > self._source_ends:
+                self._sources.clear()
+            else:
+                if self._family == socket.AF_INET:
+                    # The kernel chooses the port when it connects, and so one for this target.
+                    sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((self._sources[0], 0))
+        return sock
+
+    def _dial_from_another_source(self) -> tuple[SocketType, int]:
+        """All local ports to the target are in use from this source: take another one for a while.
+
+        A loopback target can be dialled from every address of this host, of which 127.0.0.0/8 are
+        many.
+        """
+        if not self._sources:
+            self._sources.extend(_sources(self._family))
+        self._source_ends = monotonic() + _SOURCE_SECONDS
+        for _ in range(len(self._sources) or 1):
+            sock = self._socket()
+            problem = sock.connect_ex(self._address)
+            if problem != errno.EADDRNOTAVAIL:
+                break
+            sock.close()
+            self._sources.rotate(-1)
+        return sock, problem
 
     def establish(self, sock: SocketType, protocol: Any) -> Connection | None:
         """Give a connected socket its protocol, if it is to have one."""

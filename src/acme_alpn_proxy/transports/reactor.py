@@ -74,6 +74,10 @@ class ProxyReactor(EPollReactor):
         self._wanted = True
         self.doPoll(0)
 
+    def seconds(self) -> float:
+        """A clock that nobody sets: timers do not wait for the wall clock's time to come again."""
+        return monotonic()
+
     def callLater(
         self,
         delay: float,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from socket import SocketType
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import ITCPTransport, IUNIXTransport
 from twisted.internet.protocol import ClientFactory
+
+_SO_ORIGINAL_DST: Final = 80
+"""linux/netfilter_ipv4.h, and the same for IPv6."""
 
 
 def twisted_address(address: Any) -> IPv4Address | IPv6Address:
@@ -42,3 +46,18 @@ class TargetFactory(ClientFactory):
 
     noisy = False
     sent_ahead = 0
+
+
+def original_destination(descriptor: int, host: str) -> tuple[str, int] | None:
+    """What a connection that connection tracking translated was dialled to (SO_ORIGINAL_DST)."""
+    is_v6 = ":" in host and not host.startswith("::ffff:")
+    level, size = (socket.IPPROTO_IPV6, 28) if is_v6 else (socket.IPPROTO_IP, 16)
+    with socket.socket(fileno=os.dup(descriptor)) as same:
+        try:
+            told = same.getsockopt(level, _SO_ORIGINAL_DST, size)
+        except OSError:
+            return None
+    port = int.from_bytes(told[2:4], "big")
+    if is_v6:
+        return socket.inet_ntop(socket.AF_INET6, told[8:24]), port
+    return socket.inet_ntop(socket.AF_INET, told[4:8]), port

@@ -1,0 +1,89 @@
+"""The web server is looked at before anybody is steered."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from twisted.logger import capturedLogs, formatEvent
+
+from acme_alpn_proxy.addresses import parse_address
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.proxy import webserver
+from acme_alpn_proxy.proxy.webserver import require_web_server
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where port 443 is served."""
+    served: list[str] = []
+    monkeypatch.setattr(webserver, "listeners", lambda port: served)
+    return served
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def refusal(address: str) -> str:
+    with pytest.raises(StartError) as caught:
+        require_web_server(parse_address(address), 1)
+    assert caught.value.status == os.EX_CONFIG
+    return str(caught.value)
+
+
+def test_answers(at: list[str], tmp_path: Path) -> None:
+    """A web server that accepts connections is enough, at whatever kind of address."""
+    with capturedLogs() as events, socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        for text in (f"127.0.0.1:{port}", f"localhost:{port}", f"tcp:127.0.0.1:{port}"):
+            require_web_server(parse_address(text), 1)
+    path = str(tmp_path / "web.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        for text in (f"unix:{path}", f"unix:path={path}", f"unix:{path}:timeout=3"):
+            require_web_server(parse_address(text), 1)
+    assert events == []
+
+
+def test_silence(at: list[str], closed: str, tmp_path: Path) -> None:
+    """Where nobody answers it is refused, with what to do."""
+    assert refusal(closed) == (
+        f"nobody answers at {closed}, where visitors would be sent: Connection refused; start the"
+        " web server, or name its address with --fallback"
+    )
+    assert "No such file" in refusal(f"unix:{tmp_path}/no.sock")
+
+
+def test_elsewhere(at: list[str], closed: str) -> None:
+    """If port 443 is served at another address, that is what the remedy names."""
+    at += ["198.51.100.2:443", "[2001:db8::1]:443"]
+    assert refusal(closed).endswith("name one with --fallback 198.51.100.2:443")
+    at[:] = ["0.0.0.0:443", "[::]:443"]
+    assert refusal(closed).endswith("name its address with --fallback")
+
+
+@pytest.mark.parametrize(
+    ("served", "several"),
+    [
+        (["198.51.100.2:443", "198.51.100.3:443"], True),
+        (["[2001:db8::1]:443", "[2001:db8::2]:443"], True),
+        (["198.51.100.2:443", "[2001:db8::1]:443", "127.0.0.1:443", "127.0.0.2:443"], False),
+        (["0.0.0.0:443", "198.51.100.2:443", "198.51.100.3:443"], False),
+        ([], False),
+    ],
+)
+def test_several_sites(at: list[str], served: list[str], several: bool) -> None:
+    """Sites with a server each, on several addresses, cannot all be the fallback: a warning."""
+    at += served
+    with capturedLogs() as events, socket.create_server(("127.0.0.1", 0)) as listener:
+        require_web_server(parse_address(f"127.0.0.1:{listener.getsockname()[1]}"), 1)
+    assert [formatEvent(event).startswith("Port 443 is served at") for event in events] == (
+        [True] if several else []
+    )
