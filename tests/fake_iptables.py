@@ -11,6 +11,8 @@ from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
 from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, Result
+from acme_alpn_proxy.redirects import guardprocess
+from acme_alpn_proxy.redirects.guardprocess import Answer, CommandFailed, Order
 
 NO_SUCH_RULE = "iptables: Bad rule (does a matching rule exist in that chain?)."
 LOCKED = "Another app is currently holding the xtables lock."
@@ -40,10 +42,19 @@ class FakeIptables:
         self.failures: dict[int, tuple[int, str]] = {}
 
     def run(self, argv: Sequence[str]) -> Deferred[Result]:
+        return succeed(Result(tuple(argv), *self.answer(argv)))
+
+    def answer(self, argv: Sequence[str]) -> tuple[int, str]:
+        """Exit status and output of a command."""
         self.calls.append(tuple(argv))
-        failure = self.failures.get(len(self.calls))
-        code, output = failure or self._do(argv)
-        return succeed(Result(tuple(argv), code, output))
+        return self.failures.get(len(self.calls)) or self._do(argv)
+
+    def guarded(self, argv: Sequence[str], *allowed: int) -> tuple[int, str]:
+        """The same, in the place of L{acme_alpn_proxy.redirects.guardprocess.run}."""
+        code, output = self.answer(argv)
+        if code not in (0, *allowed):
+            raise CommandFailed(argv, code, output)
+        return code, output
 
     def pause(self, seconds: float) -> Deferred[None]:
         raise AssertionError("nothing here waits")
@@ -75,6 +86,8 @@ class FakeIptables:
         chain, *words = rest
         rules = self.chains[binary, table, chain]
         rule = [part for word in words for part in _AS_LISTED.get(word, [word])]
+        if command == "-S" and words:
+            return 0, "".join(self._listing(chain, rules)[int(words[0]) :][:1])
         if command == "-S":
             return 0, "".join(self._listing(chain, rules))
         if command == "-I":
@@ -96,37 +109,33 @@ class FakeIptables:
 
 
 class FakeGuard:
-    """In the place of the guard's process: notes what it is asked for.
+    """The guard in this process, at a time that stands still.
 
+    @ivar order: what it is for.
     @ivar rules_before: what was there when it was started.
-    @ivar put_back: what it answers to C{look}.
+    @ivar wishes: what it was asked for.
+    @ivar calls_so_far: the commands that were run when it answered last.
     """
 
-    def __init__(
-        self,
-        iptables: FakeIptables,
-        claim: socket,
-        binaries: Sequence[str],
-        keeper: str,
-        rule: Sequence[str],
-    ) -> None:
+    def __init__(self, iptables: FakeIptables, claim: socket, order: Order) -> None:
         self._iptables = iptables
+        self._guard = guardprocess.Guard(order, wall=lambda: 0.0, monotonic=lambda: 0.0)
         self._claim = claim
-        self.binaries = binaries
-        self.keeper = keeper
+        self.order = order
         self.rules_before = iptables.snapshot()
         self.wishes: list[str] = []
-        self.put_back: list[str] = []
         self.gone = False
 
-    def ask(self, commands: ICommands, wish: str) -> Deferred[list[str]]:
+    def ask(self, commands: ICommands, wish: str) -> Deferred[Answer]:
         self.wishes.append(wish)
-        return succeed(self.put_back if wish == "look" else [])
+        answer = self._guard.obey(f"{len(self.wishes)} {wish}")
+        self.calls_so_far = len(self._iptables.calls)
+        self._guard.tick()
+        return succeed(answer)
 
     def end(self, commands: ICommands) -> Deferred[None]:
-        """Leaves the rules as they were before, and its claim to others."""
+        """Removes its rules, and leaves its claim to others."""
         self.gone = True
         self._claim.close()
-        self._iptables.chains.clear()
-        self._iptables.chains.update(self.rules_before)
+        self._guard.clean_up()
         return succeed(None)

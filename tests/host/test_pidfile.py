@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import subprocess
@@ -136,6 +138,26 @@ class ClaimTests(PIDFileCase):
         self.assertIsNone(self.file.owner())
         self.file.release()
 
+    def test_strange_file(self) -> None:
+        """A file that other users could have opened is replaced, whoever has locked it, and its PID
+        is not taken for an instance's."""
+        self.path.write_text("1\n")
+        self.path.chmod(0o644)
+        with self.path.open() as theirs:
+            pidfile._lock(theirs.fileno(), fcntl.F_RDLCK)
+            self.assertIsNone(self.file.owner())
+            self.file.claim()
+        self.assert_claimed()
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
+
+    def test_cannot_be_written_by_its_owner(self) -> None:
+        """The descriptor that the instance keeps cannot write another PID into the file."""
+        self.file.claim()
+        assert self.file._descriptor is not None
+        problem = self.assertRaises(OSError, os.pwrite, self.file._descriptor, b"1\n", 0)
+        self.assertEqual(problem.errno, errno.EBADF)
+        self.assert_claimed()
+
     def test_again(self) -> None:
         """Claimed once more by its owner it stays the owner's."""
         self.file.claim()
@@ -252,8 +274,12 @@ class MeanwhileTests(PIDFileCase):
         truncate = os.ftruncate
 
         def look_meanwhile(descriptor: int, size: int) -> None:
-            self.patch(os, "ftruncate", truncate)
-            steps.append(owner.claim)
+            def write() -> None:
+                truncate(descriptor, size)
+                os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+                pidfile._lock(descriptor, fcntl.F_RDLCK)
+
+            steps.append(write)
             owners.append(self.file.owner())
 
         owner = self.make()

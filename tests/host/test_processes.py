@@ -56,15 +56,17 @@ class BlockingCommandsTests(SynchronousTestCase):
         self.assertEqual(self.run_now(["cat"]), Result(("cat",), 0, ""))
 
     def test_failure(self) -> None:
-        """Exit status and both outputs are told, bytes that are no text escaped."""
+        """Exit status and both outputs are told, bytes that are no text escaped in a message."""
         result = self.run_now(BOTH_OUTPUTS)
-        self.assertEqual((result.code, result.output), (4, "out\nerr\n\\xff"))
+        self.assertEqual((result.code, result.errors), (4, "err\n"))
+        self.assertEqual(result.output.encode("utf-8", "surrogateescape"), b"out\n\xff")
+        self.assertEqual(result.one_line, "out \\xff err")
         self.assertEqual(result.argv, tuple(BOTH_OUTPUTS))
 
     def test_no_such_program(self) -> None:
         """A program that is not there is a result that names it."""
         result = self.run_now(NO_SUCH_PROGRAM)
-        self.assertEqual((result.code, result.output), (127, "no-such-program: not found on PATH"))
+        self.assertEqual((result.code, result.errors), (127, "no-such-program: not found on PATH"))
 
     def test_not_a_program(self) -> None:
         """A file that may be run but cannot is a result that says why."""
@@ -74,7 +76,7 @@ class BlockingCommandsTests(SynchronousTestCase):
             file.chmod(0o755)
             result = self.run_now([str(file)])
         self.assertEqual(result.code, 126)
-        self.assertIn("Exec format error", result.output)
+        self.assertIn("Exec format error", result.errors)
 
     def test_killed(self) -> None:
         """Killed by a signal it counts as such, and what it had written is told."""
@@ -85,7 +87,7 @@ class BlockingCommandsTests(SynchronousTestCase):
         """A command that does not end is killed at the deadline, and that is a result."""
         self.patch(processes, "DEADLINE", 0.1)
         result = self.run_now(["sleep", "60"])
-        self.assertEqual((result.code, result.output), (137, "not finished after 0.1 s"))
+        self.assertEqual((result.code, result.errors), (137, "not finished after 0.1 s"))
 
     def test_pause(self) -> None:
         """A pause blocks for the seconds it is given."""
@@ -132,16 +134,15 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_failure(self) -> Any:
-        """Exit status and both outputs are told, bytes that are no text escaped."""
+        """Exit status and both outputs are told, bytes that are no text escaped in a message."""
         result = yield self.commands.run(BOTH_OUTPUTS)
-        self.assertEqual(result.code, 4)
-        for words in ("out\n", "err\n", "\\xff"):  # two pipes: in no certain order
-            self.assertIn(words, result.output)
+        self.assertEqual((result.code, result.errors), (4, "err\n"))
+        self.assertEqual(result.one_line, "out \\xff err")
 
     def test_no_such_program(self) -> None:
         """A program that is not there is a result that names it."""
         result = self.successResultOf(self.commands.run(NO_SUCH_PROGRAM))
-        self.assertEqual((result.code, result.output), (127, "no-such-program: not found on PATH"))
+        self.assertEqual((result.code, result.errors), (127, "no-such-program: not found on PATH"))
 
     @inlineCallbacks
     def test_inheritance(self) -> Any:
@@ -165,7 +166,7 @@ class SpawningCommandsTests(TestCase):
         running = self.commands.run(["sleep", "60"])
         self.reactor.clock.advance(processes.DEADLINE)
         result = yield running
-        self.assertEqual((result.code, result.output), (137, "not finished after 15 s"))
+        self.assertEqual((result.code, result.errors), (137, "not finished after 15 s"))
 
     @inlineCallbacks
     def test_deadline_with_an_heir(self) -> Any:
@@ -179,7 +180,7 @@ class SpawningCommandsTests(TestCase):
         self.assertNoResult(running)
         self.reactor.clock.advance(processes.DEADLINE)
         result = yield running
-        self.assertEqual((result.code, result.output), (137, "not finished after 15 s"))
+        self.assertEqual((result.code, result.errors), (137, "not finished after 15 s"))
 
     @inlineCallbacks
     def test_pause(self) -> Any:

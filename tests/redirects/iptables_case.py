@@ -11,10 +11,12 @@ from twisted.logger import LogLevel, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.firewall import xtables
-from acme_alpn_proxy.host import facts
+from acme_alpn_proxy.firewall import nfchains, xtables
+from acme_alpn_proxy.firewall.xtables import BINARIES
+from acme_alpn_proxy.host import facts, routes
 from acme_alpn_proxy.interfaces import ICommands
-from acme_alpn_proxy.redirects import iptables, leftovers
+from acme_alpn_proxy.redirects import guardprocess, iptables, leftovers
+from acme_alpn_proxy.redirects.guardprocess import Order
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
 
 from ..fake_iptables import LOCKED, FakeGuard, FakeIptables
@@ -26,12 +28,15 @@ REDIRECT = (
     "-p tcp --tcp-flags FIN,SYN,RST,ACK SYN --dport 443 -m addrtype --dst-type LOCAL"
     f" -j REDIRECT --to-ports {PORT} -m comment --comment acme-alpn-proxy"
 )
+STEERING = f"{REDIRECT} -m time --datestop 1970-01-01T00:01:30"
+"""The redirect as the guard makes it, when the time is 0."""
+
 OF_THE_ORIGINAL = (
     f"-p tcp -m tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports {PORT}"
 )
 DNAT = f"-p tcp --dport 443 -j DNAT --to-destination :{PORT}"
 DEAD_KEEPER = ["-m", "conntrack", "--ctstate", "INVALID", "-m", "comment", "--comment"]
-DEAD_KEEPER += [f"acme-alpn-proxy keeper {os.getpid()} 1"]
+DEAD_KEEPER += [f"acme-alpn-proxy keeper {os.getpid()} 1 {facts.pid_namespace()}"]
 
 
 class IptablesCase(SynchronousTestCase):
@@ -40,11 +45,18 @@ class IptablesCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.iptables = FakeIptables()
         self.events = log_of(self)
-        self.host(has_ipv6=True, tracked_connections=7)
+        self.host(has_ipv6=True, tracked_connections=7, in_first_pid_namespace=True)
+        self.patch(guardprocess, "run", lambda *words: self.iptables.guarded(*words))
+        self.patch(guardprocess, "translated", lambda port: [])
+        self.patch(iptables, "pinned", BINARIES.__getitem__)
         for module in (facts, xtables):
             self.patch(module, "may_administer_network", lambda: True)
         for name in ("unnumbered_interfaces", "legacy_tables", "visitor_interfaces"):
             self.patch(facts, name, lambda family: [])
+        self.patch(routes, "interfaces", lambda family: [])
+        self.patch(routes, "routes_by_mark", lambda family: False)
+        self.patch(routes, "only_go_out", lambda family, interfaces: False)
+        self.patch(nfchains, "base_chains", list)
         self.listeners = [self.listener(socket.AF_INET6)]
         self.guards: list[FakeGuard] = []
         self.claims: list[socket.socket] = []
@@ -52,8 +64,8 @@ class IptablesCase(SynchronousTestCase):
         for module in (iptables, leftovers):
             self.patch(module, "claim_redirect", self.claim)
 
-    def new_guard(self, claim: socket.socket, *words: Any) -> FakeGuard:
-        self.guards.append(FakeGuard(self.iptables, claim, *words))
+    def new_guard(self, claim: socket.socket, order: Order) -> FakeGuard:
+        self.guards.append(FakeGuard(self.iptables, claim, order))
         return self.guards[-1]
 
     def claim(self, commands: ICommands, seconds: float) -> Deferred[socket.socket]:

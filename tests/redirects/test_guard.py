@@ -1,13 +1,15 @@
-"""The guard: a real shell, with commands that keep rules in files in the place of iptables."""
+"""The guard's process, with commands that keep rules in files in the place of iptables."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
@@ -16,12 +18,15 @@ from zope.interface import implementer
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import ICommands
+from acme_alpn_proxy.redirects import claim as claim_module
 from acme_alpn_proxy.redirects import guard as guard_module
-from acme_alpn_proxy.redirects.guard import Guard, claim_redirect
+from acme_alpn_proxy.redirects.claim import claim_redirect
+from acme_alpn_proxy.redirects.guard import Guard
+from acme_alpn_proxy.redirects.guardprocess import NAME, Answer
 
 COMMANDS = BlockingCommands()
 RULE = ["-p", "tcp", "--dport", "443", "-m", "comment", "--comment", "two words; $(rm) *"]
-KEEPER = "acme-alpn-proxy keeper 1 2"
+KEEPER = ["-m", "conntrack", "-m", "comment", "--comment", "acme-alpn-proxy keeper 1 2 3"]
 
 FAKE = """#!/bin/sh
 # Keeps its family's rules in a file, a line each: table, then rule.
@@ -32,8 +37,9 @@ table=$4 operation=$5
 shift 6
 rule="$table $*"
 case $operation in
--I) echo "$rule" >>"$file" ;;
+-I) {{ echo "$rule"; cat "$file"; }} >"$file.new"; mv "$file.new" "$file" ;;
 -C) grep -Fqx -e "$rule" "$file" ;;
+-S) grep -F -e "$table " "$file" | head -1 ;;
 -D) grep -Fqx -e "$rule" "$file" || exit 1
     grep -Fvx -e "$rule" "$file" >"$file.new"
     mv "$file.new" "$file" ;;
@@ -41,7 +47,8 @@ esac
 """
 
 REDIRECT_LINE = f"nat {' '.join(RULE)}"
-KEEPER_LINE = f"mangle -m conntrack --ctstate INVALID -m comment --comment {KEEPER}"
+KEEPER_LINE = f"mangle {' '.join(KEEPER)}"
+ANOTHER = "nat of another"
 
 
 @implementer(ICommands)
@@ -64,28 +71,29 @@ class GuardTests(SynchronousTestCase):
         for name in ("v4", "v6"):
             (self.rules / name).write_text(FAKE.format(rules=self.rules))
             (self.rules / name).chmod(0o755)
-        self.patch(guard_module, "_NAME", f"\0test of the guard {os.getpid()} {id(self)}")
+            (self.rules / f"{name}.rules").write_text(f"{ANOTHER}\n")
+        self.patch(claim_module, "_PREFIX", b"test of the guard %d %d" % (os.getpid(), id(self)))
         self.guard = self.new_guard()
         self.addCleanup(lambda: self.successResultOf(self.guard.end(COMMANDS)))
 
     def new_guard(self) -> Guard:
-        claim = self.successResultOf(claim_redirect(COMMANDS, 0))
-        return Guard(claim, [str(self.rules / name) for name in ("v6", "v4")], KEEPER, RULE)
+        return Guard(
+            self.successResultOf(claim_redirect(COMMANDS, 0)),
+            {
+                "commands": [[str(self.rules / name), "-w", "5"] for name in ("v6", "v4")],
+                "keeper": KEEPER,
+                "rule": RULE,
+                "expires": False,
+                "port": 1,
+            },
+        )
 
     def there(self, name: str) -> list[str]:
-        """The rules of a family."""
-        return sorted((self.rules / f"{name}.rules").read_text().splitlines())
+        """The rules of a family, in their order."""
+        return (self.rules / f"{name}.rules").read_text().splitlines()
 
-    def add_rules(self) -> None:
-        """As the proxy does."""
-        for name in ("v4", "v6"):
-            (self.rules / f"{name}.rules").write_text(
-                f"{KEEPER_LINE}\n{REDIRECT_LINE}\nnat of another\n"
-            )
-
-    def ask(self, wish: str) -> list[str]:
-        words: list[str] = self.successResultOf(self.guard.ask(COMMANDS, wish))
-        return words
+    def ask(self, wish: str) -> Answer:
+        return self.successResultOf(self.guard.ask(COMMANDS, wish))
 
     def claimed(self) -> bool:
         """Whether some guard has a redirect to remove."""
@@ -94,61 +102,83 @@ class GuardTests(SynchronousTestCase):
         claiming.addCallbacks(lambda claim: claim.close(), refused.append)
         return bool(refused)
 
-    def test_end(self) -> None:
-        """When the proxy dies the guard removes its rules and no others."""
-        self.add_rules()
-        self.successResultOf(self.guard.end(COMMANDS))
+    def assert_clean(self) -> None:
+        """Its rules are gone, and no others."""
         for name in ("v4", "v6"):
-            self.assertEqual(self.there(name), ["nat of another"])
-        self.assertTrue(self.guard.gone)
+            self.assertEqual(self.there(name), [ANOTHER])
 
-    def test_look(self) -> None:
-        """It puts back what was wiped, and tells by which commands; what is there it leaves."""
-        self.add_rules()
-        self.assertEqual(self.ask("look"), [])
-        (self.rules / "v4.rules").write_text("")
-        self.assertEqual(self.ask("look"), [str(self.rules / "v4")] * 2)
-        self.assertEqual(self.there("v4"), sorted([KEEPER_LINE, REDIRECT_LINE]))
-        self.assertEqual(self.ask("look"), [])
+    def test_name(self) -> None:
+        """It can be told from the proxy in a list of processes."""
+        self.ask("look")
+        command = Path(f"/proc/{self.guard._process.pid}/cmdline").read_bytes()
+        self.assertIn(NAME.encode(), command.split(b"\0"))
 
-    def test_remove_and_release(self) -> None:
-        """First the redirect goes and with it the claim, at last the keeper."""
-        self.add_rules()
+    def test_life(self) -> None:
+        """Applied, its rules are there before all others; then first the redirect goes and with it
+        the claim, and at last the keeper."""
+        self.assertIsNone(self.ask("apply")["failed"])
+        for name in ("v4", "v6"):
+            self.assertEqual(self.there(name), [REDIRECT_LINE, KEEPER_LINE, ANOTHER])
         self.assertTrue(self.claimed())
         self.ask("remove")
-        self.assertEqual(self.there("v6"), sorted([KEEPER_LINE, "nat of another"]))
+        self.assertEqual(self.there("v6"), [KEEPER_LINE, ANOTHER])
         self.assertFalse(self.claimed())
         self.ask("release")
-        for name in ("v4", "v6"):
-            self.assertEqual(self.there(name), ["nat of another"])
+        self.assert_clean()
+        self.assertEqual(self.guard._process.wait(5), 0)
 
-    def test_successor_is_left_alone(self) -> None:
-        """Once it redirects no more, the same rule is a successor's: it is not touched again."""
-        self.add_rules()
-        self.ask("remove")
-        for name in ("v4", "v6"):
-            (self.rules / f"{name}.rules").write_text(f"{KEEPER_LINE}\n{REDIRECT_LINE}\n")
+    def test_proxy_dies(self) -> None:
+        """When the proxy dies the guard removes its rules and no others, and ends."""
+        self.ask("apply")
         self.successResultOf(self.guard.end(COMMANDS))
-        for name in ("v4", "v6"):
-            self.assertEqual(self.there(name), [REDIRECT_LINE])
+        self.assert_clean()
+        self.assertTrue(self.guard.gone)
 
-    def test_gone_already(self) -> None:
-        """What somebody else has removed before is no error."""
-        self.ask("remove")
+    def test_proxy_dies_at_once(self) -> None:
+        """So it does if it had not even begun to read."""
+        guard = self.guard
+        self.guard = Guard.__new__(Guard)
+        self.guard.__dict__ = guard.__dict__
+        guard._line.send(b"1 apply\n")
+        self.successResultOf(guard.end(COMMANDS))
+        self.assert_clean()
+
+    def test_release_first(self) -> None:
+        """Told to release before it was told to remove, as by a proxy that was taken over, it
+        removes everything all the same."""
+        self.ask("apply")
         self.ask("release")
+        self.assert_clean()
+
+    def test_never_gives_up(self) -> None:
+        """A command that fails is tried again until it does what it shall."""
+        self.ask("apply")
+        (self.rules / "broken").touch()
+        self.guard._line.close()
+        with self.assertRaises(subprocess.TimeoutExpired):
+            self.guard._process.wait(1)
+        (self.rules / "broken").unlink()
+        self.assertEqual(self.guard._process.wait(10), 0)
+        self.assert_clean()
 
     def test_failure(self) -> None:
-        """A command that fails is told in its own words, and may be tried again."""
-        self.add_rules()
-        (self.rules / "broken").write_text("")
-        for wish in ("look", "remove", "release"):
-            failure = self.failureResultOf(self.guard.ask(COMMANDS, wish), StartError)
-            self.assertRegex(str(failure.value), "no lock, try again; see why")
-        self.assertTrue(self.claimed())
+        """A command that fails is told with its status and in its own words; if the rules cannot be
+        made, the guard ends with none of them left."""
+        self.ask("apply")
+        (self.rules / "broken").touch()
+        for wish in ("look", "restore", "remove"):
+            failed = self.ask(wish)["failed"]
+            assert failed is not None
+            argv, code, output = failed
+            self.assertTrue(argv[0].startswith(str(self.rules)))
+            self.assertEqual((code, output), (4, "no lock, try again\n"))
         (self.rules / "broken").unlink()
-        self.ask("remove")
-        self.ask("release")
-        self.assertEqual(self.there("v4"), ["nat of another"])
+        self.successResultOf(self.guard.end(COMMANDS))
+        self.guard = self.new_guard()
+        (self.rules / "broken").touch()
+        self.assertIsNotNone(self.ask("apply")["failed"])
+        self.guard._process.wait(5)
+        self.assert_clean()
 
     def test_killed(self) -> None:
         """That it was killed is told, at the next wish and at those after."""
@@ -173,33 +203,127 @@ class GuardTests(SynchronousTestCase):
         failure = self.failureResultOf(self.guard.ask(Killing(), "look"), StartError)
         self.assertIn("the guard of the rules is gone", str(failure.value))
 
-    def test_silent(self) -> None:
-        """One that does not answer in time is told."""
+    def test_late_answer(self) -> None:
+        """One that does not answer in time is told, and its late answer is not taken for the answer
+        to the next wish."""
         os.kill(self.guard._process.pid, signal.SIGSTOP)
         impatient = Impatient()
         failure = self.failureResultOf(self.guard.ask(impatient, "look"), StartError)
         self.assertIn("does not answer", str(failure.value))
         self.assertGreaterEqual(impatient.waited, guard_module.ANSWER_DEADLINE)
         os.kill(self.guard._process.pid, signal.SIGCONT)
+        self.assertEqual(self.ask("apply")["number"], 2)
+        self.assertEqual(self.there("v4")[0], REDIRECT_LINE)
 
-    def test_one_claim(self) -> None:
-        """The claim is waited for, and refused in words if it does not come."""
-        impatient = Impatient()
-        problem: Any = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
-        self.assertRegex(str(problem), "^another instance redirects :443 here.*; stop it first$")
-        self.assertEqual(problem.status, os.EX_TEMPFAIL)
-        self.assertGreaterEqual(impatient.waited, 2)
-        self.successResultOf(self.guard.end(COMMANDS))
-        self.successResultOf(claim_redirect(COMMANDS, 0)).close()
-
-    def test_no_shell(self) -> None:
+    def test_cannot_be_started(self) -> None:
         """A guard that cannot be started is a refusal, and the claim is given back."""
         self.successResultOf(self.guard.end(COMMANDS))
 
         def refuse(*args: object, **kwargs: object) -> None:
-            raise FileNotFoundError(2, "No such file or directory")
+            raise PermissionError(13, "Permission denied")
 
         self.patch(subprocess, "Popen", refuse)
-        with self.assertRaisesRegex(StartError, "cannot start /bin/sh as the guard.*; see whether"):
+        with self.assertRaisesRegex(StartError, "cannot start .* as the guard.*denied; look at"):
             self.new_guard()
         self.assertFalse(self.claimed())
+
+    def test_another_python(self) -> None:
+        """Where this user may not run the Python that it runs itself, the system's is taken."""
+        started = subprocess.Popen
+        tried: list[str] = []
+
+        def refuse_first(argv: list[str], **named: object) -> object:
+            tried.append(argv[0])
+            if len(tried) == 1:
+                raise PermissionError(13, "Permission denied")
+            return started([sys.executable, *argv[1:]], **named)  # type: ignore
+
+        self.successResultOf(self.guard.end(COMMANDS))
+        self.patch(subprocess, "Popen", refuse_first)
+        self.guard = self.new_guard()
+        self.assertEqual(tried[1], "/usr/bin/python3")
+        self.assertIsNone(self.ask("apply")["failed"])
+
+
+class ClaimTests(SynchronousTestCase):
+    """One process at a time; strangers do not count."""
+
+    def setUp(self) -> None:
+        self.prefix = b"test of the claim %d %d" % (os.getpid(), id(self))
+        self.patch(claim_module, "_PREFIX", self.prefix)
+
+    def held_by(self, uid: int) -> subprocess.Popen[str]:
+        """A process of this user holds a name like a claim's."""
+        script = (
+            "import os, socket, sys; os.setuid(int(sys.argv[2]))\n"
+            "s = socket.socket(socket.AF_UNIX)\n"
+            "s.bind(b'\\0' + os.fsencode(' '.join(sys.argv[1:])))\n"
+            "print('held', flush=True); sys.stdin.read()"
+        )
+        process = subprocess.Popen(
+            ["/usr/bin/python3", "-I", "-c", script, self.prefix.decode(), str(uid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.addCleanup(process.communicate)
+        assert process.stdout is not None
+        self.assertEqual(process.stdout.readline(), "held\n")
+        return process
+
+    def test_one_at_a_time(self) -> None:
+        """It is waited for, and refused in words if it does not come; then it can be had."""
+        with self.successResultOf(claim_redirect(COMMANDS, 0)):
+            impatient = Impatient()
+            problem = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
+            self.assertRegex(
+                str(problem), "^another instance redirects :443 here.*; stop it first$"
+            )
+            self.assertEqual(problem.status, os.EX_TEMPFAIL)
+            self.assertGreaterEqual(impatient.waited, 2)
+        self.successResultOf(claim_redirect(COMMANDS, 0)).close()
+
+    def test_stranger(self) -> None:
+        """Another user who binds such a name keeps nobody out; root who does is waited for."""
+        self.held_by(61_001)
+        self.successResultOf(claim_redirect(COMMANDS, 0)).close()
+        self.held_by(0)
+        self.failureResultOf(claim_redirect(Impatient(), 0.5), StartError)
+
+    def test_without_owners(self) -> None:
+        """Where the kernel does not tell whose a name is, every name counts."""
+
+        def missing(prefix: bytes) -> None:
+            raise OSError(2, "no unix_diag")
+
+        self.patch(claim_module, "abstract_names", missing)
+        self.successResultOf(claim_redirect(COMMANDS, 0)).close()
+        self.held_by(61_001)
+        self.failureResultOf(claim_redirect(Impatient(), 0.5), StartError)
+
+    def test_at_the_same_time(self) -> None:
+        """Of many that try at once one alone has it at any time, and all have it in the end."""
+        script = (
+            "import sys, time; from acme_alpn_proxy.redirects import claim;"
+            " from acme_alpn_proxy.host.processes import BlockingCommands\n"
+            "claim._PREFIX = sys.argv[1].encode()\n"
+            "got = []; claim.claim_redirect(BlockingCommands(), 20).addCallback(got.append)\n"
+            "began = time.monotonic(); time.sleep(0.1)\n"
+            "print(began, time.monotonic(), flush=True)\n"
+            "got[0].close()"
+        )
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, self.prefix.decode()],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        times = sorted(
+            tuple(map(float, process.communicate(timeout=60)[0].split())) for process in processes
+        )
+        self.assertEqual([len(each) for each in times], [2] * 4)
+        for (_, end), (begin, _) in itertools.pairwise(times):
+            self.assertLess(end, begin)
+        self.assertGreater(time.monotonic(), times[-1][1])

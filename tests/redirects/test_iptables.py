@@ -7,18 +7,22 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import LogLevel
 from zope.interface.verify import verifyObject
 
-from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.firewall import xtables
-from acme_alpn_proxy.host import facts
+from acme_alpn_proxy.errors import StartError, VisitorsLost
+from acme_alpn_proxy.firewall import judgement, xtables
+from acme_alpn_proxy.firewall.reading import CannotLook
+from acme_alpn_proxy.host import facts, routes
 from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands, IRedirect
+from acme_alpn_proxy.redirects import iptables
+from acme_alpn_proxy.redirects.guardprocess import LIFETIME
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
 from acme_alpn_proxy.redirects.leftovers import keeper_comment
 
 from ..fake_iptables import LOCKED, FakeIptables
-from .iptables_case import BOTH, DNAT, PORT, REDIRECT, IptablesCase
+from .iptables_case import BOTH, DNAT, PORT, REDIRECT, STEERING, IptablesCase
 
 CUSTOM = "ACME_ALPN_PROXY_RULESPEC is right"
 
@@ -38,7 +42,7 @@ class ApplyTests(IptablesCase):
         keeper = (
             f"-m conntrack --ctstate INVALID -m comment --comment {keeper_comment(os.getpid())}"
         )
-        self.assertEqual(self.iptables.rules("nat"), {binary: [REDIRECT] for binary in BOTH})
+        self.assertEqual(self.iptables.rules("nat"), {binary: [STEERING] for binary in BOTH})
         self.assertEqual(self.iptables.rules("mangle"), {binary: [keeper] for binary in BOTH})
 
     def test_order(self) -> None:
@@ -63,7 +67,7 @@ class ApplyTests(IptablesCase):
         """A rule that publishes :443 for a container does not take visitors away before ours."""
         self.iptables.chains["iptables", "nat", "PREROUTING"].append(["-j", "DOCKER"])
         self.applied()
-        self.assertEqual(self.iptables.rules("nat")["iptables"], [REDIRECT, "-j DOCKER"])
+        self.assertEqual(self.iptables.rules("nat")["iptables"], [STEERING, "-j DOCKER"])
 
     def test_rulespec(self) -> None:
         """A rulespec of the operator's own is used as it is."""
@@ -90,7 +94,7 @@ class ApplyTests(IptablesCase):
             self.listeners = [self.listener(socket.AF_INET)]
             self.applied()
             self.assertEqual(list(self.iptables.rules("nat")), ["iptables"])
-            self.assertEqual(self.guards[-1].binaries, ["iptables"])
+            self.assertEqual(self.guards[-1].order["commands"], [["iptables", "-w", "5"]])
 
 
 class RefusalTests(IptablesCase):
@@ -98,12 +102,15 @@ class RefusalTests(IptablesCase):
         """How many calls a start takes that goes well."""
         self.iptables = FakeIptables()
         self.applied(make())
-        return len(self.iptables.calls)
+        return self.guards[-1].calls_so_far
 
     def test_any_call_fails(self) -> None:
         """Whichever call of a start fails, no rule is left and others' rules stay as they were."""
         rulespec = DNAT.split()
-        for make in (lambda: IptablesRedirect(PORT), lambda: IptablesRedirect(PORT, rulespec)):
+        for make in (
+            lambda: IptablesRedirect(PORT, force=True),  # what only looks may fail
+            lambda: IptablesRedirect(PORT, rulespec, force=True),
+        ):
             calls = self.number_of_calls(make)
             self.assertGreaterEqual(calls, 8)
             for number in range(1, calls + 1):
@@ -156,7 +163,9 @@ class RefusalTests(IptablesCase):
         """Where IPv4 fails, leaving IPv6 alone is no remedy."""
         self.fail_calls(1)
         text = str(
-            self.failureResultOf(self.apply(IptablesRedirect(PORT, ipv6=False)), StartError).value
+            self.failureResultOf(
+                self.apply(IptablesRedirect(PORT, ipv6=False, force=True)), StartError
+            ).value
         )
         self.assertNotIn("DISABLEV6", text)
 
@@ -171,23 +180,40 @@ class RefusalTests(IptablesCase):
             self.refused(self.apply(IptablesRedirect(PORT, rulespec)), advice)
         self.applied(IptablesRedirect(PORT, DNAT.split()))
 
+    def test_interface_that_nobody_comes_in_by(self) -> None:
+        """A VPN's interface without an address, by which packets only go out, is no reason."""
+        self.patch(facts, "unnumbered_interfaces", lambda family: ["wg0"])
+        self.patch(routes, "only_go_out", lambda family, interfaces: True)
+        self.applied()
+
 
 class GuardedTests(IptablesCase):
     """What is left to the guard once the rules are there."""
 
     def test_life(self) -> None:
-        """The guard is there before the first rule, and is asked to remove and to release."""
+        """The guard is there before the first rule, makes and looks after all of them, and is asked
+        to remove and to release."""
         redirect = self.applied()
         (guard,) = self.guards
         self.assertEqual(guard.rules_before, {})
-        self.assertEqual(guard.binaries, list(BOTH))
-        self.assertEqual(guard.keeper, keeper_comment(os.getpid()))
+        self.assertEqual(guard.order["commands"], [[binary, "-w", "5"] for binary in BOTH])
+        self.assertEqual(guard.order["keeper"][-1], keeper_comment(os.getpid()))
+        self.assertEqual(guard.order["port"], PORT)
+        self.assertTrue(guard.order["expires"])
         self.successResultOf(redirect.look_after(self.iptables))
         self.successResultOf(redirect.remove(self.iptables))
-        self.assertEqual(guard.wishes, ["look", "remove"])
+        self.assertEqual(guard.wishes, ["apply", "look", "remove"])
+        self.assertEqual(self.iptables.rules("nat"), {})
+        self.assertEqual(set(self.iptables.rules("mangle")), set(BOTH))
         self.successResultOf(redirect.release(self.iptables))
-        self.assertEqual(guard.wishes, ["look", "remove", "release"])
+        self.assertEqual(guard.wishes, ["apply", "look", "remove", "release"])
         self.assertTrue(guard.gone)
+        self.assertEqual(self.iptables.snapshot(), {})
+
+    def test_own_rule_stays_as_written(self) -> None:
+        """A rulespec of the operator's own does not expire."""
+        self.applied(IptablesRedirect(PORT, DNAT.split()))
+        self.assertFalse(self.guards[0].order["expires"])
 
     def test_nothing_applied(self) -> None:
         """Where nothing is applied, nobody is asked; so it is after a stop."""
@@ -201,22 +227,85 @@ class GuardedTests(IptablesCase):
         self.assertEqual(self.guards[0].wishes, [])
 
     def test_wiped(self) -> None:
-        """That somebody has wiped rules is a line in the log, and names the commands."""
+        """Rules that another program has removed are put back, which is a line in the log."""
         redirect = self.applied()
-        self.guards[0].put_back = ["iptables", "ip6tables", "iptables"]
+        before = self.iptables.snapshot()
+        del self.iptables.chains["iptables", "nat", "PREROUTING"]
+        del self.iptables.chains["ip6tables", "mangle", "PREROUTING"]
         self.successResultOf(redirect.look_after(self.iptables))
+        self.assertEqual(self.iptables.snapshot(), before)
         self.assertEqual(
             self.lines(LogLevel.warn),
-            ["Somebody had wiped rules of ip6tables, iptables; they are back"],
+            ["Another program had removed rules of ip6tables, iptables; they are back"],
         )
 
+    def test_wiped_by_a_firewall_that_drops(self) -> None:
+        """Into a firewall that would drop visitors the rules are not put back."""
+        redirect = self.applied()
+        self.iptables.chains.clear()
+        self.patch(judgement, "look", lambda *host: fail(CannotLook("a rule drops them")))
+        problem = self.failureResultOf(redirect.look_after(self.iptables), VisitorsLost).value
+        self.assertIn("a rule drops them", str(problem))
+        self.assertEqual(self.iptables.rules("nat"), {})
+
+    def test_not_first(self) -> None:
+        """A rule that was put before ours comes after it again, which is a line in the log."""
+        redirect = self.applied()
+        self.iptables.chains["iptables", "nat", "PREROUTING"].insert(0, ["-j", "DOCKER"])
+        self.successResultOf(redirect.look_after(self.iptables))
+        self.assertEqual(self.iptables.rules("nat")["iptables"], [STEERING, "-j DOCKER"])
+        self.assertEqual(
+            self.lines(LogLevel.warn),
+            ["Another program had put a rule of iptables before ours; ours is first again"],
+        )
+
+    def test_no_expiry(self) -> None:
+        """Where iptables lacks the match for the time the rules go without, and that is told."""
+        self.fail_calls(7, code=2, output="Couldn't load match `time'")
+        self.applied(IptablesRedirect(PORT, force=True))
+        self.assertEqual(self.iptables.rules("nat"), {binary: [REDIRECT] for binary in BOTH})
+        self.assertIn("no match 'time'", self.lines(LogLevel.warn)[0])
+
     def test_killed(self) -> None:
-        """If the guard was killed another one is asked, and that is logged."""
+        """If the guard was killed another one goes on with its rules, and that is logged."""
         redirect = self.applied()
         self.guards[0].gone = True
-        self.successResultOf(redirect.remove(self.iptables))
-        self.assertEqual([guard.wishes for guard in self.guards], [[], ["remove"]])
+        self.successResultOf(redirect.look_after(self.iptables))
+        self.assertEqual(self.guards[1].wishes, ["take over", "look"])
+        self.assertEqual(self.iptables.rules("nat"), {binary: [STEERING] for binary in BOTH})
         self.assertIn("another one takes over", self.lines(LogLevel.warn)[0])
+        self.successResultOf(redirect.remove(self.iptables))
+        self.successResultOf(redirect.release(self.iptables))
+        self.assertEqual(self.iptables.snapshot(), {})
+
+    def test_killed_after_the_privileges_were_dropped(self) -> None:
+        """A killed guard cannot be replaced then; its rules are waited for to expire."""
+        redirect = self.applied()
+        self.guards[0].gone = True
+        self.host(may_administer_network=False)
+        waited: list[float] = []
+
+        def pause(seconds: float) -> Deferred[None]:
+            waited.append(seconds)
+            return succeed(None)
+
+        self.patch(self.iptables, "pause", pause)
+        self.successResultOf(redirect.remove(self.iptables))
+        self.assertEqual(waited, [LIFETIME])
+
+
+class ContainerTests(IptablesCase):
+    def test_web_server_outside(self) -> None:
+        """In a container that shares the web server's network it is refused: killed as a whole, it
+        would leave its rules. With the web server inside it is not."""
+        self.host(in_first_pid_namespace=False)
+        for outside in (True, False):
+            self.patch(iptables, "served_from_elsewhere", lambda port, outside=outside: outside)
+            if outside:
+                self.refused(self.apply(IptablesRedirect(PORT)), "use --redirect sk-lookup")
+                self.assertEqual(self.iptables.calls, [])
+            else:
+                self.applied()
 
 
 class ConnectionTrackingTests(IptablesCase):

@@ -10,15 +10,16 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.interfaces import NOT_FOUND
 from acme_alpn_proxy.redirects import leftovers
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect, default_rulespec
 from acme_alpn_proxy.redirects.leftovers import (
     Leftover,
     Leftovers,
     is_dead_keeper,
-    is_redirect,
     keeper_comment,
 )
+from acme_alpn_proxy.redirects.rules import is_redirect
 
 from ..fake_iptables import LOCKED, FakeIptables
 from .iptables_case import (
@@ -85,14 +86,20 @@ class LeftoverTests(IptablesCase):
         self.refused(self.apply(IptablesRedirect(PORT, DNAT.split())), LOCKED)
 
     def test_one_family_fails(self) -> None:
-        """Where one family cannot be looked at, the other is cleaned all the same."""
-        for number, cleaned in ((1, "ip6tables"), (4, "iptables")):
-            self.iptables = FakeIptables()
-            for binary in BOTH:
-                self.add(binary, "nat", REDIRECT.split())
-            self.fail_calls(number)
-            self.assertEqual(self.clean_up(), 1)
-            self.assertNotIn(cleaned, self.iptables.rules("nat"))
+        """Where this host does not have a family, or no iptables for it, the other one is cleaned.
+        Any other failure is told: rules may be left."""
+        for code, output in ((3, "no such table"), (NOT_FOUND, "not found")):
+            for number, cleaned in ((1, "ip6tables"), (7, "iptables")):
+                self.iptables = FakeIptables()
+                for binary in BOTH:
+                    self.add(binary, "nat", REDIRECT.split())
+                self.fail_calls(number, code=code, output=output)
+                self.assertEqual(self.clean_up(), 1)
+                self.assertNotIn(cleaned, self.iptables.rules("nat"))
+        self.fail_calls(1, 2)
+        with self.assertRaisesRegex(StartError, LOCKED):
+            self.clean_up()
+        self.assertEqual(self.claims[-1].fileno(), -1)
 
     def test_quotes(self) -> None:
         """Comments with blanks and quotes, ours and others', are read as they were written."""
@@ -116,7 +123,7 @@ class LeftoverTests(IptablesCase):
             "# Warning: as above\n"
         )
         self.add("iptables", "nat", ours.split())
-        self.fail_calls(1, code=0, output=listing)
+        self.fail_calls(2, code=0, output=listing)
         self.assertEqual(self.clean_up(), 1)
         self.assertEqual(self.iptables.rules("nat"), {})
 
@@ -142,7 +149,8 @@ class LeftoverTests(IptablesCase):
         refusal = StartError("another instance redirects :443 here; stop it first")
         self.patch(leftovers, "claim_redirect", lambda commands, seconds: fail(refusal))
         self.add("iptables", "nat", REDIRECT.split())
-        self.assertEqual(Leftovers(PORT, None, (4, 6)).clean_up(), 0)
+        with self.assertRaisesRegex(StartError, "another instance redirects :443 here"):
+            Leftovers(PORT, None, (4, 6)).clean_up()
         self.assertEqual(self.iptables.calls, [])
 
 
@@ -173,5 +181,7 @@ class RecognitionTests(SynchronousTestCase):
         """A keeper is dead when its process is: the same PID with another start is another."""
         self.assertFalse(is_dead_keeper(["--comment", keeper_comment(os.getpid())]))
         self.assertTrue(is_dead_keeper(DEAD_KEEPER))
+        elsewhere = f"acme-alpn-proxy keeper {os.getpid()} 1 4026530000"
+        self.assertFalse(is_dead_keeper(["--comment", elsewhere]), "another PID namespace's")
         for other in ("acme-alpn-proxy", "acme-alpn-proxy keeper x 1", "other keeper 1 1"):
             self.assertFalse(is_dead_keeper(["--comment", other]), other)

@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -17,6 +18,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.firewall import judgement
+from acme_alpn_proxy.host import facts
 from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import IRedirect
 from acme_alpn_proxy.redirects import bpf, sklookup
@@ -44,10 +47,11 @@ class AssemblerTests(SynchronousTestCase):
 
     def test_program(self) -> None:
         """The program's size is whole instructions, few of them, and it names the map."""
-        code = steering_program(map_descriptor=77)
+        code = steering_program(77, 78)
         self.assertEqual(len(code) % 8, 0)
-        self.assertLess(len(code) // 8, 60)
-        self.assertIn(struct.pack("=BBhi", 0x18, 0x11, 0, 77), code)
+        self.assertLess(len(code) // 8, 64)
+        for descriptor in (77, 78):
+            self.assertIn(struct.pack("=BBhi", 0x18, 0x11, 0, descriptor), code)
 
 
 class SystemCallTests(SynchronousTestCase):
@@ -93,12 +97,16 @@ class RedirectTests(SynchronousTestCase):
         self.redirect = SkLookupRedirect()
         self.sockets: list[tuple[int, int]] = []
         self.attached: list[int] = []
-        self.patch(
-            sklookup, "look_whether_sent_elsewhere", lambda commands, families: succeed(None)
-        )
+        host = judgement.Host({}, judgement.Surroundings({}))
+        self.patch(judgement, "look", lambda commands, families: succeed(host))
+        self.patch(facts, "ipv6_to_listen_on", lambda: "::1")
         self.kernel("count_sk_lookup", lambda: 0)
         self.kernel("allow_locked_memory", lambda: None)
+        self.own: set[bytes] = set()
         self.kernel("make_socket_map", lambda slots: os.dup(0))
+        self.kernel("make_set", lambda key_bytes, size: os.dup(0))
+        self.kernel("add_key", lambda where, key: self.own.add(key))
+        self.kernel("remove_key", lambda where, key: self.own.remove(key))
         self.kernel("put_socket", lambda where, slot, which: self.sockets.append((slot, which)))
         self.kernel("load_sk_lookup", lambda code, name: os.dup(0))
         self.kernel("attach_sk_lookup", self.attach)
@@ -156,9 +164,32 @@ class RedirectTests(SynchronousTestCase):
     def test_loopback_alone(self) -> None:
         """It listens on loopback alone, by IPv4 alone if IPv6 is not wanted."""
         both = self.successResultOf(self.redirect.prepare(COMMANDS))
-        self.assertEqual(both, ("127.0.0.1", "::1"))
+        self.assertEqual(both, ("127.0.0.1:0", "[::1]:0"))
         one = self.successResultOf(SkLookupRedirect(ipv6=False).prepare(COMMANDS))
-        self.assertEqual(one, ("127.0.0.1",))
+        self.assertEqual(one, ("127.0.0.1:0",))
+
+    def test_own_addresses(self) -> None:
+        """The program knows this host's addresses, also those that come and go while it steers."""
+        addresses = {ip_address("192.0.2.1"), ip_address("2001:db8::1")}
+        self.patch(sklookup, "own_addresses", lambda: addresses)
+        self.successResultOf(self.apply())
+        mapped = ip_address("::ffff:192.0.2.1").packed
+        self.assertEqual(self.own, {mapped, ip_address("2001:db8::1").packed})
+        addresses = {ip_address("2001:db8::2")}
+        self.successResultOf(self.redirect.look_after(COMMANDS))
+        self.assertEqual(self.own, {ip_address("2001:db8::2").packed})
+
+        def refuse() -> None:
+            raise OSError(errno.EPERM, "no more")
+
+        self.patch(sklookup, "own_addresses", refuse)
+        self.successResultOf(self.redirect.look_after(COMMANDS))
+
+    def test_no_loopback_address(self) -> None:
+        """Where IPv6 is off on the loopback it listens on an address that there is."""
+        self.patch(facts, "ipv6_to_listen_on", lambda: "2001:db8::2")
+        both = self.successResultOf(self.redirect.prepare(COMMANDS))
+        self.assertEqual(both, ("127.0.0.1:0", "[2001:db8::2]:0"))
 
     def test_link(self) -> None:
         """The link stays open until the redirect is removed; removing it twice is no matter."""

@@ -57,6 +57,19 @@ class WatchTests(ServiceCase):
         self.assertNotIn("look", self.story)
 
 
+class StopDuringStartTests(ServiceCase):
+    def test_no_watch(self) -> None:
+        """A stop that comes before the redirect is there leaves nothing watched or open."""
+        applied = self.redirect.hold("steer")
+        self.proxy.startService()
+        self.proxy.stopService()
+        applied.callback(None)
+        self.story.clear()
+        self.reactor.advance(10)
+        self.assertNotIn("look", self.story)
+        self.assertTrue(all(each.closed for each in self.syn_sockets))
+
+
 class RemovalTests(ServiceCase):
     """A redirect that cannot be removed."""
 
@@ -73,7 +86,7 @@ class RemovalTests(ServiceCase):
         self.told("let go")
         self.reactor.advance(1)
         self.told(*LET_GO)
-        self.reactor.advance(3)
+        self.linger()
         self.successResultOf(stopped)
 
     def test_redirect_stays_for_good(self) -> None:
@@ -94,5 +107,5 @@ class RemovalTests(ServiceCase):
         """A keeper that cannot be removed does not keep the process."""
         self.redirect.problems["release keeper"] = StartError("locked")
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.successResultOf(stopped)

@@ -2,15 +2,22 @@
 
 The instance that runs holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers.
 So a file left behind, one with garbage in it, or one whose PID belongs to another program by now is
-told from a live one for sure: nobody holds its lock. It is a write lock until the PID is written
-and a read lock from then on, so that meanwhile a PID left behind is not taken for the new owner's.
+told from a live one for sure: no process holds its lock. It is a write lock until the PID is
+written and a read lock from then on, so that meanwhile a PID left behind is not taken for the new
+owner's.
+
+The PID in it may be signalled by root. So a file that other users could have opened or written
+counts as none: a claim replaces it. And the process that claims it keeps a descriptor that can read
+it only: should it drop its privileges and be taken over, it cannot write another PID there.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
+import stat
 import struct
 import time
 from typing import Final
@@ -21,7 +28,7 @@ from ..errors import AlreadyRunning, StartError
 from ..interfaces import IPIDFile
 
 _MODE: Final = 0o600
-"""Who may open the file may lock it, and pass for the instance where a killed one has left it."""
+"""A user who may open the file may lock it, and so pass for an instance."""
 _LONGEST: Final = 32
 """Bytes read of a PID file: a PID has seven digits at most (proc(5), pid_max)."""
 _FLOCK: Final = "hhqqi"
@@ -62,7 +69,7 @@ class PIDFile:
                 raise self._refusal("read", problem) from None
             try:
                 lock = _held_lock(descriptor)
-                if lock == fcntl.F_UNLCK:
+                if lock == fcntl.F_UNLCK or not _is_private(descriptor):
                     return None
                 pid = _read_pid(descriptor) if lock == fcntl.F_RDLCK else None
             finally:
@@ -77,27 +84,53 @@ class PIDFile:
 
     def claim(self) -> None:
         """Write this process's PID; raises L{AlreadyRunning} or L{StartError}."""
-        while self._descriptor is None:
+        if self._descriptor is None:
+            self._descriptor = self._claim()
+
+    def _claim(self) -> int:
+        """Gives a descriptor that only reads, and holds the lock."""
+        while True:
             try:
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
             except OSError as problem:
                 raise self._refusal("write", problem) from None
-            if not _lock(descriptor, fcntl.F_WRLCK):
-                os.close(descriptor)
-                if (pid := self.owner()) is not None:
-                    raise AlreadyRunning(pid, self.path)
-                continue
-            if self._is_at_path(descriptor):
-                self._descriptor = descriptor
-            else:  # its owner removed it between our open and our lock
-                os.close(descriptor)
+            if self._take(descriptor):
+                break
+            os.close(descriptor)
         try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
-            _lock(self._descriptor, fcntl.F_RDLCK)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            _lock(descriptor, fcntl.F_RDLCK)
+            reading = self._open(os.O_RDONLY)
         except OSError as problem:  # no plain file, or a full disk
-            os.close(self._descriptor)
-            self._descriptor = None
+            raise self._refusal("write", problem) from None
+        else:
+            _lock(reading, fcntl.F_RDLCK)
+            return reading
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> bool:
+        """Whether the file is ours now. If not, the cause is gone: try again."""
+        if not _is_private(descriptor):
+            self._remove_strange(descriptor)
+            return False
+        if _lock(descriptor, fcntl.F_WRLCK):
+            return self._is_at_path(descriptor)  # its owner may have removed it meanwhile
+        if (pid := self.owner()) is not None:
+            os.close(descriptor)
+            raise AlreadyRunning(pid, self.path)
+        return False
+
+    def _remove_strange(self, descriptor: int) -> None:
+        """Remove a file that other users could have written; raises L{StartError}."""
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            if self._is_at_path(descriptor):
+                os.unlink(self.path)
+        except OSError as problem:
+            os.close(descriptor)
             raise self._refusal("write", problem) from None
 
     def release(self) -> None:
@@ -159,8 +192,14 @@ def _lock(descriptor: int, kind: int) -> bool:
     return True
 
 
+def _is_private(descriptor: int) -> bool:
+    """Whether no user but root and this one can have opened the file."""
+    about = os.fstat(descriptor)
+    return about.st_uid in (0, os.geteuid()) and not stat.S_IMODE(about.st_mode) & 0o077
+
+
 def _held_lock(descriptor: int) -> int:
-    """Which kind of lock somebody else holds."""
+    """Which kind of lock another process holds."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK))
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind

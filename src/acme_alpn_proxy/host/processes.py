@@ -28,7 +28,7 @@ DEADLINE: Final = 15.0
 
 def _too_slow(argv: Sequence[str]) -> Result:
     """The result of a command that was killed at its deadline."""
-    return Result(tuple(argv), KILLED, f"not finished after {DEADLINE:g} s")
+    return Result(tuple(argv), KILLED, "", f"not finished after {DEADLINE:g} s")
 
 
 @implementer(ICommands)
@@ -43,8 +43,7 @@ class BlockingCommands:
                 argv,
                 check=False,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                capture_output=True,
                 timeout=DEADLINE,
                 close_fds=False,  # whoever waits for our end waits for the command's too
             )
@@ -52,9 +51,9 @@ class BlockingCommands:
             return succeed(_too_slow(argv))
         except OSError as problem:
             code = NOT_FOUND if isinstance(problem, FileNotFoundError) else CANNOT_RUN
-            return succeed(Result.of(argv, code, str(problem).encode()))
+            return succeed(Result(tuple(argv), code, "", str(problem)))
         code = done.returncode if done.returncode >= 0 else KILLED
-        return succeed(Result.of(argv, code, done.stdout))
+        return succeed(Result.of(argv, code, done.stdout, done.stderr))
 
     def pause(self, seconds: float) -> Deferred[None]:
         time.sleep(seconds)
@@ -68,6 +67,7 @@ class _Collector(ProcessProtocol):
         self.ended: Deferred[Result] = Deferred()
         self._argv = argv
         self._output = b""
+        self._errors = b""
         self._late = False
         self._deadline = clock.callLater(DEADLINE, self._kill)
 
@@ -83,7 +83,8 @@ class _Collector(ProcessProtocol):
     def outReceived(self, data: bytes) -> None:
         self._output += data
 
-    errReceived = outReceived
+    def errReceived(self, data: bytes) -> None:
+        self._errors += data
 
     def processEnded(self, reason: Failure) -> None:
         if self._late:
@@ -93,7 +94,7 @@ class _Collector(ProcessProtocol):
         code = 0
         if isinstance(reason.value, ProcessTerminated):
             code = KILLED if reason.value.signal is not None else reason.value.exitCode
-        self.ended.callback(Result.of(self._argv, code, self._output))
+        self.ended.callback(Result.of(self._argv, code, self._output, self._errors))
 
 
 def _inheritable() -> list[int]:

@@ -20,10 +20,12 @@ _SYSTEM_CALLS: Final = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE: Final = 0
 _MAP_UPDATE_ELEM: Final = 2
+_MAP_DELETE_ELEM: Final = 3
 _PROG_LOAD: Final = 5
 _PROG_QUERY: Final = 16
 _LINK_CREATE: Final = 28
 
+_MAP_TYPE_HASH: Final = 1
 _MAP_TYPE_SOCKMAP: Final = 15
 _PROG_TYPE_SK_LOOKUP: Final = 30
 _ATTACH_TYPE_SK_LOOKUP: Final = 36
@@ -59,6 +61,10 @@ class Assembler:
         """to += number"""
         self._add(0x07, to, immediate=number)
 
+    def and_number(self, to: int, number: int) -> None:
+        """to &= number"""
+        self._add(0x57, to, immediate=number)
+
     def load_word(self, to: int, base: int, offset: int) -> None:
         """to = the 32 bits at base + offset"""
         self._add(0x61, to, base, offset)
@@ -66,6 +72,10 @@ class Assembler:
     def store_word(self, base: int, offset: int, source: int) -> None:
         """the 32 bits at base + offset = source"""
         self._add(0x63, base, source, offset)
+
+    def store_number(self, base: int, offset: int, number: int) -> None:
+        """the 32 bits at base + offset = number"""
+        self._add(0x62, base, 0, offset, number)
 
     def load_map(self, to: int, map_descriptor: int) -> None:
         """to = the map behind the descriptor; takes two instructions"""
@@ -165,11 +175,31 @@ def make_socket_map(slots: int) -> int:
     return _bpf(_MAP_CREATE, struct.pack("=IIII", _MAP_TYPE_SOCKMAP, 4, 8, slots))
 
 
+def make_set(key_bytes: int, size: int) -> int:
+    """A set of keys (BPF_MAP_TYPE_HASH, with values that say nothing)."""
+    return _bpf(_MAP_CREATE, struct.pack("=IIII", _MAP_TYPE_HASH, key_bytes, 4, size))
+
+
+def add_key(set_descriptor: int, key: bytes) -> None:
+    """Put a key into a set."""
+    _update(set_descriptor, key, bytes(4))
+
+
+def remove_key(set_descriptor: int, key: bytes) -> None:
+    """Take a key out of a set; raises C{OSError}, C{ENOENT} if it is not there."""
+    buffer = ctypes.create_string_buffer(key, len(key))
+    attributes = struct.pack("=IIQQQ", set_descriptor, 0, ctypes.addressof(buffer), 0, 0)
+    _bpf(_MAP_DELETE_ELEM, attributes)
+
+
 def put_socket(map_descriptor: int, slot: int, socket_descriptor: int) -> None:
     """Put a listening socket into a slot; it leaves the map when it is closed."""
-    key = ctypes.create_string_buffer(struct.pack("=I", slot), 4)
-    value = ctypes.create_string_buffer(struct.pack("=Q", socket_descriptor), 8)
-    pointers = ctypes.addressof(key), ctypes.addressof(value)
+    _update(map_descriptor, struct.pack("=I", slot), struct.pack("=Q", socket_descriptor))
+
+
+def _update(map_descriptor: int, key: bytes, value: bytes) -> None:
+    buffers = [ctypes.create_string_buffer(each, len(each)) for each in (key, value)]
+    pointers = [ctypes.addressof(buffer) for buffer in buffers]
     _bpf(_MAP_UPDATE_ELEM, struct.pack("=IIQQQ", map_descriptor, 0, *pointers, 0))
 
 

@@ -1,159 +1,80 @@
-"""The guard: a tiny process that outlives the proxy and removes its rules when it dies.
-
-The proxy may be killed in any way, and rules to a dead port would leave the site down. So before
-the first rule is there, a shell waits on a socket whose other end the proxy holds: when that
-closes, the rules go. It keeps the privileges that the proxy may drop, and so puts back what others
-wiped and removes the rules at stop, too. It can do nothing else: rules and commands are its
-arguments.
-"""
+"""The guard of the rules, seen from the proxy; L{acme_alpn_proxy.redirects.guardprocess} is its
+program."""
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..errors import StartError
-from ..firewall.xtables import LOCK_WAIT
-from ..interfaces import ICommands
+import acme_alpn_proxy
 
-KEEPER_MATCH: Final = ("-m", "conntrack", "--ctstate", "INVALID")
-"""What the keeper's rule matches; it has no target."""
+from ..errors import StartError
+from ..interfaces import ICommands
+from .guardprocess import NAME, Answer, Order
 
 ANSWER_DEADLINE: Final = 30.0
-"""Seconds for the guard to answer: at most six commands may wait for the lock."""
+"""Seconds for the guard to answer: some commands may each wait five seconds for the lock."""
 
 END_DEADLINE: Final = 30.0
-"""Seconds for a guard that was let go of to remove its rules."""
+"""Seconds to wait for a guard to remove its rules and end, once the line to it is closed."""
 
+_SOON: Final = 0.2
+_SHORT_STEP: Final = 0.004
 _STEP: Final = 0.02
-_LONGEST_ANSWER: Final = 4_096
-_NAME: Final = "\0acme-alpn-proxy redirect"
+"""Seconds between two looks for an answer, within the first fifth of a second and later."""
 
-_SCRIPT: Final = r"""
-trap '' HUP INT QUIT TERM USR1 USR2 PIPE
-set -f
-wait=$1 families=$2 keeper_match=$3 keeper=$4
-shift 4
-keeping() {
-    $1 -w $wait -t mangle $2 PREROUTING $keeper_match -m comment --comment "$keeper" 2>&1
-}
-steering() {
-    family=$1 operation=$2
-    shift 2
-    $family -w $wait -t nat $operation PREROUTING "$@" 2>&1
-}
-put_back() {
-    kind=$1 which=$2
-    shift 2
-    said=$($kind $which -C "$@") && return
-    if [ $? = 1 ]; then said=$($kind $which -I "$@") && back="$back $which" && return; fi
-    failed="$failed $which: $said"
-}
-take_away() {
-    kind=$1 which=$2
-    shift 2
-    said=$($kind $which -D "$@") && return
-    $kind $which -C "$@" >/dev/null
-    [ $? = 1 ] || failed="$failed $which -D: $said"
-}
-answer() {
-    if [ "$failed" ]; then echo failed $failed; else echo done $back; fi
-}
-redirected=yes
-while read -r wish; do
-    back= failed=
-    case $wish in
-    look)
-        for each in $families; do put_back keeping $each; put_back steering $each "$@"; done ;;
-    remove)
-        for each in $families; do take_away steering $each "$@"; done
-        [ "$failed" ] || { redirected=; exec 2>&-; } ;;
-    release)
-        for each in $families; do take_away keeping $each; done
-        [ "$failed" ] || { answer; exit; } ;;
-    esac
-    answer
-done
-for each in $families; do
-    [ -z "$redirected" ] || steering $each -D "$@"
-    keeping $each -D
-done >/dev/null
-"""
-"""Its words: seconds to wait for the lock, names of the commands, match and comment of the keeper,
-then the redirect's rule. Its input are wishes, its output an answer to each, one line.
-Its standard error is the claim, which it gives back as soon as it redirects no more."""
+_LONGEST_ANSWER: Final = 65_536
+
+_ANY_PYTHON: Final = "/usr/bin/python3"
+
+_PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[2]);"
+    " from acme_alpn_proxy.redirects.guardprocess import main; main()"
+)
+"""Its words: its name, the folder (or zip file) of the package, and the order."""
 
 
-@inlineCallbacks
-def claim_redirect(
-    commands: ICommands, seconds: float
-) -> Generator[Deferred[Any], Any, socket.socket]:
-    """Wait until no guard in this network namespace has a redirect left to remove.
+class GuardGone(StartError):
+    """It was killed; a new one can take over."""
 
-    The claim is a bound name (unix(7), abstract: it is the network namespace's, and goes with the
-    last process that holds it).
-
-    @return: a Deferred of the claim, to be closed; fails with L{StartError}.
-    """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    waited = 0.0
-    while True:
-        try:
-            claim.bind(_NAME)
-            return claim
-        except OSError as problem:
-            if problem.errno != errno.EADDRINUSE or waited >= seconds:
-                claim.close()
-                raise StartError(
-                    "another instance redirects :443 here, or is about to end that:"
-                    f" {problem.strerror}; stop it first",
-                    os.EX_TEMPFAIL,
-                ) from None
-        yield commands.pause(_STEP)
-        waited += _STEP
+    def __init__(self, problem: OSError) -> None:
+        super().__init__(
+            f"the guard of the rules is gone: {problem.strerror}; another one takes over"
+        )
 
 
 class Guard:
-    """The guard's process, seen from the proxy."""
+    """The guard's process."""
 
-    def __init__(
-        self, claim: socket.socket, binaries: Sequence[str], keeper: str, rule: Sequence[str]
-    ) -> None:
+    def __init__(self, claim: socket.socket, order: Order) -> None:
         """Start it; raises L{StartError}.
 
-        @param claim: passes to the guard.
-        @param binaries: a command for each family that is steered.
-        @param keeper: the comment of the keeper's rule.
-        @param rule: the redirect's, behind C{-t nat -I PREROUTING}.
+        @param claim: goes to the guard, which gives it back when it redirects no more.
         """
         self._line, theirs = socket.socketpair()
-        words = [LOCK_WAIT, " ".join(binaries), " ".join(KEEPER_MATCH), keeper, *rule]
+        self._wishes = 0
+        self._received = b""
+        assert acme_alpn_proxy.__file__ is not None
+        package = str(Path(acme_alpn_proxy.__file__).parent.parent)
+        words = [NAME, package, json.dumps(order)]
         with claim, theirs:
             try:
-                self._process = subprocess.Popen(
-                    ["/bin/sh", "-c", _SCRIPT, "acme-alpn-proxy-guard", *words],
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
-                    stderr=claim.fileno(),
-                    cwd="/",
-                    start_new_session=True,
-                )
+                self._process = _started(words, theirs.fileno(), claim.fileno())
             except OSError as problem:
                 self._line.close()
                 raise StartError(
-                    f"cannot start /bin/sh as the guard of the rules: {problem.strerror}; see"
-                    " whether it is there, and look at the limits (ulimit -a)",
+                    f"cannot start {sys.executable} as the guard of the rules: {problem.strerror};"
+                    " look at the limits (ulimit -a)",
                     os.EX_OSERR,
                 ) from None
-        # Commands that run when the proxy is killed hold the line too: the guard removes the rules
-        # when none of them is about to add one.
-        self._line.set_inheritable(True)
         self._line.setblocking(False)
 
     @property
@@ -162,45 +83,66 @@ class Guard:
         return self._process.poll() is not None
 
     @inlineCallbacks
-    def ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, list[str]]:
-        """Have it C{look} after the rules, C{remove} the redirect or C{release} the keeper.
+    def ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
+        """Have the guard do what C{wish} says; see L{acme_alpn_proxy.redirects.guardprocess.Guard}.
 
-        @return: a Deferred of the commands by which it had to put something back. Fails with
-            L{StartError} if one of them failed, or it is gone.
+        @return: a Deferred of the answer. Fails with L{GuardGone}, or with L{StartError} if it does
+            not answer in time; a late answer to an earlier wish is passed over.
         """
+        self._wishes += 1
         try:
-            self._line.send(f"{wish}\n".encode())
+            self._line.send(f"{self._wishes} {wish}\n".encode())
             waited = 0.0
-            answer = b""
-            while not answer.endswith(b"\n"):
-                yield commands.pause(_STEP)
-                waited += _STEP
-                answer += self._receive()
+            while (answer := self._answer()) is None:
                 if waited >= ANSWER_DEADLINE:
                     raise StartError("the guard of the rules does not answer; it is asked again")
+                step = _SHORT_STEP if waited < _SOON else _STEP
+                yield commands.pause(step)
+                waited += step
         except OSError as problem:
-            raise StartError(
-                f"the guard of the rules is gone: {problem.strerror}; another one takes over"
-            ) from None
-        verdict, *words = answer.decode("utf-8", "backslashreplace").split()
-        if verdict == "failed":
-            raise StartError(f"{' '.join(words)}; see why that command fails")
-        return words
+            raise GuardGone(problem) from None
+        return answer
 
     @inlineCallbacks
     def end(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        """Let go of it: it removes what rules there are, and ends."""
+        """Close the line to it: it removes what rules there are, and ends."""
         self._line.close()
         waited = 0.0
         while not self.gone and waited < END_DEADLINE:
             yield commands.pause(_STEP)
             waited += _STEP
 
-    def _receive(self) -> bytes:
+    def _answer(self) -> Answer | None:
+        """The answer to the last wish, if it has come; raises C{OSError} if none can come."""
         try:
             data = self._line.recv(_LONGEST_ANSWER)
         except BlockingIOError:
-            return b""
+            return None
         if not data:
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        return data
+            raise ConnectionResetError(0, "it has ended")
+        *lines, self._received = (self._received + data)[-_LONGEST_ANSWER:].split(b"\n")
+        for line in lines:
+            answer: Answer = json.loads(line)
+            if answer["number"] == self._wishes:
+                return answer
+        return None
+
+
+def _started(words: Sequence[str], line: int, claim: int) -> subprocess.Popen[bytes]:
+    """Start the guard's program; raises C{OSError}.
+
+    This process may have become a user who may not run the Python that it runs itself.
+    """
+    for python in (sys.executable, _ANY_PYTHON):
+        try:
+            return subprocess.Popen(
+                [python, "-I", "-S", "-c", _PROGRAM, *words],
+                stdin=line,
+                stdout=line,
+                stderr=claim,
+                cwd="/",
+                start_new_session=True,
+            )
+        except PermissionError as problem:
+            refusal = problem
+    raise refusal

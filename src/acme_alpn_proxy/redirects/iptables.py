@@ -20,13 +20,21 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..errors import StartError, not_permitted
-from ..firewall.judgement import look
-from ..firewall.xtables import BINARIES, command, failed
-from ..host import facts
+from ..errors import StartError, VisitorsLost
+from ..firewall import judgement
+from ..firewall.reading import CannotLook
+from ..firewall.xtables import LOCK_WAIT, failed, pinned
+from ..host import facts, routes
+from ..host.tcpsockets import served_from_elsewhere
 from ..interfaces import ICommands, IRedirect, Result
-from .guard import KEEPER_MATCH, Guard, claim_redirect
-from .leftovers import COMMENT, Leftovers, keeper_comment
+from .claim import claim_redirect
+from .guard import Guard, GuardGone
+from .guardprocess import LIFETIME, Answer, Order
+from .leftovers import Leftovers, keeper_comment
+from .rules import COMMENT, KEEPER_MATCH
+from .sklookup import SkLookupRedirect
+
+STEERED_PORT: Final = 443
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
@@ -94,6 +102,7 @@ class IptablesRedirect:
         else:  # IPv6 first: if it fails, no visitor has been steered yet
             self._families = [6, 4]
         self._refuse_unnumbered()
+        self._refuse_container()
         if not self._force:
             yield self._refuse_firewall(commands)
         return ("::",)
@@ -105,70 +114,106 @@ class IptablesRedirect:
         if all(listener.family != socket.AF_INET6 for listener in listeners):
             self._families = [4]  # rules for IPv6 without a listener for it would be an outage
         idle = facts.tracked_connections() == 0
-        claim = yield claim_redirect(commands, GUARD_PATIENCE)
+        # The guard gets ready while leftovers are looked for.
+        self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))
         try:
             yield Leftovers(self._port, self._custom, self._families).remove(commands)
-        except StartError:
-            claim.close()
-            raise
-        self._guard = self._new_guard(claim)
-        try:
-            for family in self._families:
-                yield self._insert(commands, family, "mangle", self._keeper)
-            for family in self._families:
-                yield self._insert(commands, family, "nat", self._rulespec)
+            answer: Answer = yield self._ask(commands, "apply")
         except StartError:
             guard, self._guard = self._guard, None
             yield guard.end(commands)
             raise
+        if self._custom is None and not answer["expires"]:
+            self._log.warn(
+                "iptables has no match 'time' here: should the proxy and its guard be killed"
+                " together, 'acme-alpn-proxy stop' must remove the rules"
+            )
         if idle:
             self._warn_of_small_table()
 
     @inlineCallbacks
     def look_after(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        put_back = yield self._ask(commands, "look")
-        if put_back:
-            self._log.warn(
-                "Somebody had wiped rules of {binaries}; they are back",
-                binaries=", ".join(sorted(set(put_back))),
-            )
+        answer: Answer = yield self._ask(commands, "look")
+        if not answer["missing"] and not answer["behind"]:
+            return
+        if answer["missing"]:
+            yield self._judge_again(commands)
+        yield self._ask(commands, "restore")
+        for what, programs in (
+            ("Another program had removed rules of {programs}; they are back", answer["missing"]),
+            (
+                "Another program had put a rule of {programs} before ours; ours is first again",
+                answer["behind"],
+            ),
+        ):
+            if programs:
+                self._log.warn(what, programs=", ".join(sorted(set(programs))))
 
     @inlineCallbacks
     def remove(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        if self._guard is not None:
+        if self._guard is None:
+            return
+        if self._guard.gone and not facts.may_administer_network():
+            yield commands.pause(LIFETIME)  # then its rules are no longer valid
+        else:
             yield self._ask(commands, "remove")
 
     @inlineCallbacks
     def release(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        if self._guard is not None:
-            guard, self._guard = self._guard, None
+        guard, self._guard = self._guard, None
+        if guard is not None and not guard.gone:
             yield guard.ask(commands, "release")
             yield guard.end(commands)
 
     @inlineCallbacks
-    def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, list[str]]:
+    def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
         """Ask the guard, or a new one if it was killed."""
+        try:
+            answer: Answer = yield self._ask_once(commands, wish)
+        except GuardGone:
+            # The new one has the rules in place when it has taken over.
+            answer = yield self._ask_once(commands, "restore" if wish == "apply" else wish)
+        if answer["failed"] is not None:
+            argv, code, output = answer["failed"]
+            raise failed(Result(tuple(argv), code, output), custom_rule=self._custom is not None)
+        return answer
+
+    @inlineCallbacks
+    def _ask_once(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
         assert self._guard is not None
         if self._guard.gone:
             self._log.warn("The guard of the rules is gone; another one takes over")
             self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))
-        words: list[str] = yield self._guard.ask(commands, wish)
-        return words
+            yield self._guard.ask(commands, "take over")
+        answer: Answer = yield self._guard.ask(commands, wish)
+        return answer
+
+    @inlineCallbacks
+    def _judge_again(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        """A firewall that was loaded anew may be another one. Without privileges it cannot be seen;
+        then the watch for lost visitors must do."""
+        if not self._force and facts.may_administer_network():
+            try:
+                yield self._refuse_firewall(commands)
+            except StartError as problem:
+                raise VisitorsLost.because_of(problem) from None
 
     def _new_guard(self, claim: socket.socket) -> Guard:
-        binaries = [BINARIES[family] for family in self._families]
-        return Guard(claim, binaries, keeper_comment(os.getpid()), self._rulespec)
-
-    @property
-    def _keeper(self) -> list[str]:
-        return [*KEEPER_MATCH, "-m", "comment", "--comment", keeper_comment(os.getpid())]
+        order: Order = {
+            "commands": [[pinned(family), "-w", LOCK_WAIT] for family in self._families],
+            "keeper": [*KEEPER_MATCH, "-m", "comment", "--comment", keeper_comment(os.getpid())],
+            "rule": self._rulespec,
+            "expires": self._custom is None,
+            "port": self._port,
+        }
+        return Guard(claim, order)
 
     def _refuse_unnumbered(self) -> None:
         if "REDIRECT" not in self._rulespec:
             return
         for family in self._families:
             names = facts.unnumbered_interfaces(family)
-            if names:
+            if names and not routes.only_go_out(family, facts.visitor_interfaces(family)):
                 raise StartError(
                     f"visitors come in by {', '.join(names)}, which has no IPv{family} address for "
                     "REDIRECT to map them to, so they would all be dropped; set "
@@ -177,18 +222,51 @@ class IptablesRedirect:
                     os.EX_CONFIG,
                 )
 
+    def _refuse_container(self) -> None:
+        """A container's processes may all be killed at once, the guard among them."""
+        if not facts.in_first_pid_namespace() and served_from_elsewhere(STEERED_PORT):
+            raise StartError(
+                "this is a container, and the web server is outside: should the container be"
+                " killed, nobody would be left to remove the rules; use --redirect sk-lookup, which"
+                " leaves none",
+                os.EX_CONFIG,
+            )
+
     @inlineCallbacks
     def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        reason = yield look(commands, self._families, self._port)
-        if reason is None:
-            return
-        if not facts.may_administer_network():
-            raise not_permitted(reason)
-        raise StartError(
-            f"{reason}; use --redirect sk-lookup, for which the firewall need not be changed,"
-            " or steer all the same with --force",
-            os.EX_CONFIG,
-        )
+        way = judgement.iptables(self._port, keeps_address="REDIRECT" not in self._rulespec)
+        remedies = []
+        try:
+            host: judgement.Host = yield judgement.look(commands, self._families)
+        except CannotLook as problem:
+            reason = str(problem)
+        else:
+            objection: str | None = yield host.why_not(way, commands)
+            if objection is None:
+                return
+            reason = objection
+            remedies = yield self._other_ways(commands, host)
+        raise judgement.refusal(reason, remedies)
+
+    @inlineCallbacks
+    def _other_ways(
+        self, commands: ICommands, host: judgement.Host
+    ) -> Generator[Deferred[Any], Any, list[str]]:
+        """What would hurt nobody here."""
+        found = []
+        dnat = judgement.iptables(self._port, keeps_address=True)
+        if "REDIRECT" in self._rulespec and (yield host.why_not(dnat, commands)) is None:
+            rule = shlex.join(_as_dnat(self._rulespec))
+            found.append(
+                f"set ACME_ALPN_PROXY_RULESPEC='{rule}', which keeps the address they dialled"
+            )
+        if (yield host.why_not(judgement.SK_LOOKUP, commands)) is None:
+            try:  # whether the kernel takes its program
+                yield SkLookupRedirect(force=True).prepare(commands)
+            except StartError:
+                return found
+            found.append("use --redirect sk-lookup, for which the firewall need not be changed")
+        return found
 
     def _warn_of_small_table(self) -> None:
         limit = facts.max_tracked_connections()
@@ -201,12 +279,3 @@ class IptablesRedirect:
                 count=count,
                 limit=limit,
             )
-
-    @inlineCallbacks
-    def _insert(
-        self, commands: ICommands, family: int, table: str, rule: Sequence[str]
-    ) -> Generator[Deferred[Any], Any, None]:
-        argv = command(family, table, "-I", "PREROUTING", *rule)
-        result: Result = yield commands.run(argv)
-        if result.code != 0:
-            raise failed(result, custom_rule=self._custom is not None)

@@ -7,21 +7,26 @@ nobody listens. The original program leaves its rule in the same way.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
-from ..errors import StartError
-from ..firewall.xtables import BINARIES, NO_SUCH_RULE, command, failed, listed
+from ..firewall.xtables import (
+    BINARIES,
+    NO_SUCH_RULE,
+    NO_SUCH_TABLE,
+    command,
+    failed,
+    listed,
+)
 from ..host import facts
 from ..host.processes import BlockingCommands
-from ..interfaces import ICommands, Result
-from .guard import claim_redirect
-
-COMMENT: Final = "acme-alpn-proxy"
+from ..interfaces import NOT_FOUND, ICommands, Result
+from .claim import claim_redirect
+from .rules import COMMENT, KEEPER, is_redirect, word_after
 
 LIFE_SIGN: Final = 1.0
 """Seconds to wait for the claim; who holds it for longer is alive."""
@@ -91,12 +96,16 @@ class Leftovers:
         return total
 
     def clean_up(self) -> int:
-        """Take the claim, remove what can be removed, and give the number of rules removed.
+        """Take the claim, remove what there is, and give the number of rules removed. Blocks.
 
-        Nothing is removed while an instance is alive. Blocks.
+        Raises L{StartError} if that cannot be done, or an instance is alive.
         """
         removed: list[int] = []
-        self._clean_up(BlockingCommands()).addCallbacks(removed.append, lambda failure: None)
+        problems: list[Failure] = []
+        done = self._clean_up(BlockingCommands())
+        done.addCallbacks(removed.append, problems.append)
+        for problem in problems:
+            problem.raiseException()
         return sum(removed)
 
     @inlineCallbacks
@@ -104,9 +113,15 @@ class Leftovers:
         total = 0
         with (yield claim_redirect(commands, LIFE_SIGN)):
             for family in self._families:
-                with suppress(StartError):  # this host may not have the family
+                if (yield self._has_rules(commands, family)):
                     total += yield self._remove(commands, family)
         return total
+
+    @inlineCallbacks
+    def _has_rules(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, bool]:
+        """Whether there can be rules: not without iptables, nor where the kernel has no tables."""
+        result: Result = yield commands.run(command(family, "nat", "-S", "PREROUTING"))
+        return result.code not in (NOT_FOUND, NO_SUCH_TABLE)
 
     @inlineCallbacks
     def _remove(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, int]:
@@ -134,28 +149,17 @@ def _run(
     return result
 
 
-def _after(words: Sequence[str], flag: str) -> str:
-    """The word after C{flag}, or nothing."""
-    return words[words.index(flag) + 1] if flag in words[:-1] else ""
-
-
-def is_redirect(words: Sequence[str], port: int) -> bool:
-    """Whether a nat rule, as C{iptables -S} prints it, is a redirect of ours to C{port}."""
-    target = (
-        _after(words, "--to-ports")
-        or _after(words, "--to-port")
-        or _after(words, "--to-destination").rpartition(":")[2]
-    )
-    return _after(words, "--comment") == COMMENT and target == str(port)
-
-
 def keeper_comment(pid: int) -> str:
-    """Names the process whose connections the keeper keeps: a PID alone is used again."""
-    return f"{COMMENT} keeper {pid} {facts.process_start_time(pid)}"
+    """Names the process whose connections the keeper keeps: a PID alone is used again, and is
+    another process's in another PID namespace."""
+    return f"{KEEPER} {pid} {facts.process_start_time(pid)} {facts.pid_namespace()}"
 
 
 def is_dead_keeper(words: Sequence[str]) -> bool:
-    """Whether a mangle rule is a keeper whose process has ended."""
-    name, _, owner = _after(words, "--comment").partition(" keeper ")
-    pid, _, started = owner.partition(" ")
-    return name == COMMENT and pid.isdigit() and facts.process_start_time(pid) != started
+    """Whether a mangle rule is a keeper whose process has ended. That can be said of processes of
+    the same PID namespace alone."""
+    name, _, owner = word_after(words, "--comment").partition(" keeper ")
+    pid, started, namespace = [*owner.split(), "", "", ""][:3]
+    if name != COMMENT or not pid.isdigit() or namespace != str(facts.pid_namespace()):
+        return False
+    return facts.process_start_time(pid) != started

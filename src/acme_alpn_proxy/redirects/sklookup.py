@@ -18,16 +18,20 @@ import platform
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from ..errors import StartError, not_permitted
-from ..firewall.judgement import look_whether_sent_elsewhere
-from ..host.facts import may_administer_network
+from ..errors import StartError
+from ..firewall import judgement
+from ..firewall.reading import CannotLook
+from ..host import facts
+from ..host.routes import own_addresses
 from ..interfaces import ICommands, IRedirect
+from ..options import PORT
 from . import bpf
 from .bpf import Assembler
 
@@ -35,6 +39,8 @@ STEERED_PORT: Final = 443
 
 PROGRAM_NAME: Final = "acme_alpn_proxy"
 """As bpftool shows it; the kernel takes 15 characters."""
+
+_MOST_ADDRESSES: Final = 65_536
 
 _SLOTS: Final = {socket.AF_INET: 0, socket.AF_INET6: 1}
 """Where the map has the listener of each family."""
@@ -59,45 +65,62 @@ _PASS: Final = 1
 """SK_PASS: with the socket that was assigned or, without one, by the kernel's own search."""
 
 
-def _skip_own(program: Assembler) -> None:
-    """To C{pass} with what this host sends to itself: it has the same address at both ends.
+def _skip_own(program: Assembler, addresses: int) -> None:
+    """To C{pass} with what this host sends itself: it goes to a loopback address, or it comes from
+    one of the host's own addresses.
 
-    The interface that the lookup tells (Linux 5.17) would not do: it is the loopback's only for
-    loopback addresses, and another one's for the host's other addresses.
+    Such a connection is the proxy's to a target, or another program's here; none is a visitor's.
+    Its interface (Linux 5.17) does not tell: that is lo only for loopback addresses.
     """
     program.load_word(2, 6, _FAMILY)  # r2 = AF_INET or AF_INET6
-    program.jump_if_number(2, socket.AF_INET6, "compare IPv6")
-    _compare(program, _LOCAL_IP4, _REMOTE_IP4, otherwise="from outside")
+    program.jump_if_number(2, socket.AF_INET6, "IPv6")
+    for word in (_LOCAL_IP4, _REMOTE_IP4):
+        program.load_word(2, 6, word)
+        program.and_number(2, 0xFF)  # its first byte in network order
+        program.jump_if_number(2, 127, "pass")
+    program.store_number(10, -16, 0)  # the key: ::ffff:a.b.c.d
+    program.store_number(10, -12, 0)
+    program.store_number(10, -8, socket.htonl(0xFFFF) - (1 << 32))
+    program.load_word(2, 6, _REMOTE_IP4)
+    program.store_word(10, -4, 2)
+    program.jump("search")
+    program.label("IPv6")
+    for word, value in zip(range(0, 16, 4), (0, 0, 0, socket.htonl(1)), strict=True):
+        program.load_word(2, 6, _LOCAL_IP6 + word)
+        program.jump_unless_number(2, value, "no loopback")
     program.jump("pass")
-    program.label("compare IPv6")
+    program.label("no loopback")
     for word in range(0, 16, 4):
-        _compare(program, _LOCAL_IP6 + word, _REMOTE_IP6 + word, otherwise="from outside")
-    program.jump("pass")
-    program.label("from outside")
+        program.load_word(2, 6, _REMOTE_IP6 + word)
+        program.store_word(10, word - 16, 2)
+    program.label("search")
+    program.load_map(1, addresses)  # r1 = map
+    program.move(2, 10)  # r2 = end of the stack
+    program.add_number(2, -16)  # r2 = address of the key
+    program.call(_MAP_LOOKUP)  # r0 = whether it is an address of this host
+    program.jump_unless_number(0, 0, "pass")
 
 
-def _compare(program: Assembler, one: int, other: int, otherwise: str) -> None:
-    program.load_word(2, 6, one)  # r2 = 32 bits of the one address
-    program.load_word(3, 6, other)  # r3 = the same 32 bits of the other
-    program.jump_unless_equal(2, 3, otherwise)
+def steering_program(sockets: int, addresses: int) -> bytes:
+    """The program: TCP to port 443 that is not the host's own goes to the listener in the map.
 
-
-def steering_program(map_descriptor: int) -> bytes:
-    """The program: TCP to port 443 that is not the host's own goes to the listener in the map."""
+    @param sockets: the map of listeners.
+    @param addresses: the set of this host's addresses.
+    """
     program = Assembler()
     program.move(6, 1)  # r6 = the lookup; calls leave r6 to r9 alone
     program.load_word(2, 6, _LOCAL_PORT)  # r2 = port that was dialled
     program.jump_unless_number(2, STEERED_PORT, "pass")
     program.load_word(2, 6, _PROTOCOL)  # r2 = TCP or UDP
     program.jump_unless_number(2, socket.IPPROTO_TCP, "pass")
-    _skip_own(program)
+    _skip_own(program, addresses)
     program.move_number(8, _SLOTS[socket.AF_INET])  # r8 = slot for IPv4
     program.load_word(2, 6, _FAMILY)  # r2 = AF_INET or AF_INET6
     program.jump_if_number(2, socket.AF_INET, "look up")
     program.move_number(8, _SLOTS[socket.AF_INET6])  # r8 = slot for IPv6
     program.label("look up")
     program.store_word(10, -4, 8)  # the slot, on the stack, since the helper takes its address
-    program.load_map(1, map_descriptor)  # r1 = map
+    program.load_map(1, sockets)  # r1 = map
     program.move(2, 10)  # r2 = end of the stack
     program.add_number(2, -4)  # r2 = address of the slot
     program.call(_MAP_LOOKUP)  # r0 = listener, referenced, or 0
@@ -126,9 +149,10 @@ class SkLookupRedirect:
         @param ipv6: whether to steer IPv6 too, where there is any.
         @param force: whether to steer even if visitors seem to be sent elsewhere.
         """
-        self._hosts = {4: "127.0.0.1", 6: "::1"} if ipv6 else {4: "127.0.0.1"}
+        self._hosts = {4: "127.0.0.1:0", 6: "[::1]:0"} if ipv6 else {4: "127.0.0.1:0"}
         self._force = force
         self._link: int | None = None
+        self._addresses = AddressSet()
 
     def __str__(self) -> str:
         return "sk-lookup"
@@ -137,26 +161,32 @@ class SkLookupRedirect:
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
         """On loopback alone. The kernel is asked whether it takes the program."""
         try:
-            with _loaded_program([]):
+            with AddressSet() as addresses, _loaded_program([], addresses):
                 pass
         except OSError as problem:
             raise _refusal(problem) from None
+        if 6 in self._hosts:
+            self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
         if not self._force:
-            yield self._refuse_sent_elsewhere(commands)
+            yield self._refuse_firewall(commands)
         return tuple(self._hosts.values())
 
     @inlineCallbacks
-    def _refuse_sent_elsewhere(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        reason = yield look_whether_sent_elsewhere(commands, self._hosts)
-        if reason is None:
-            return
-        if not may_administer_network():
-            raise not_permitted(reason)
-        raise StartError(
-            f"{reason}; use --redirect iptables, whose rule comes first, or steer all the"
-            " same with --force",
-            os.EX_CONFIG,
-        )
+    def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
+        remedies = []
+        try:
+            host: judgement.Host = yield judgement.look(commands, self._hosts)
+        except CannotLook as problem:
+            reason = str(problem)
+        else:
+            objection: str | None = yield host.why_not(judgement.SK_LOOKUP, commands)
+            if objection is None:
+                return
+            reason = objection
+            works = yield host.why_not(judgement.iptables(PORT), commands)
+            if works is None and host.has_iptables:
+                remedies.append("use --redirect iptables, whose rule comes first")
+        raise judgement.refusal(reason, remedies)
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
@@ -168,13 +198,18 @@ class SkLookupRedirect:
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
-        """Nobody can take the link away."""
+        """The link stays; the host's addresses may change."""
+        try:
+            self._addresses.refresh()
+        except OSError as problem:
+            self._log.debug("Cannot follow this host's addresses: {problem}", problem=problem)
         return succeed(None)
 
     def remove(self, commands: ICommands) -> Deferred[None]:
         link, self._link = self._link, None
         if link is not None:
             os.close(link)
+        self._addresses.close()
         return succeed(None)
 
     def release(self, commands: ICommands) -> Deferred[None]:
@@ -184,7 +219,8 @@ class SkLookupRedirect:
     def _attach(self, listeners: Sequence[socket.socket]) -> int:
         """The link; raises L{OSError}."""
         others = bpf.count_sk_lookup()
-        with _loaded_program(listeners) as program:
+        self._addresses.refresh()
+        with _loaded_program(listeners, self._addresses) as program:
             link = bpf.attach_sk_lookup(program)
         if others:
             self._log.warn(
@@ -195,8 +231,48 @@ class SkLookupRedirect:
         return link
 
 
+class AddressSet:
+    """The set of this host's addresses, for the program. Its methods raise C{OSError}."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._keys: frozenset[bytes] = frozenset()
+
+    def __enter__(self) -> AddressSet:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+    @property
+    def descriptor(self) -> int:
+        """The map's."""
+        if self._descriptor is None:
+            self._descriptor = bpf.make_set(16, _MOST_ADDRESSES)
+        return self._descriptor
+
+    def refresh(self) -> None:
+        """Have the addresses that the host has now."""
+        keys = frozenset(_key(address) for address in own_addresses())
+        for key in keys - self._keys:
+            bpf.add_key(self.descriptor, key)
+        for key in self._keys - keys:
+            bpf.remove_key(self.descriptor, key)
+        self._keys = keys
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor, self._keys = None, frozenset()
+
+
+def _key(address: IPv4Address | IPv6Address) -> bytes:
+    """An IPv6 address, or an IPv4 address mapped to one (RFC 4291 section 2.5.5.2)."""
+    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+
+
 @contextmanager
-def _loaded_program(listeners: Sequence[socket.socket]) -> Iterator[int]:
+def _loaded_program(listeners: Sequence[socket.socket], addresses: AddressSet) -> Iterator[int]:
     """The program's descriptor; raises L{OSError}.
 
     A link to the program holds it, and the program its map: their descriptors are not needed then.
@@ -207,7 +283,7 @@ def _loaded_program(listeners: Sequence[socket.socket]) -> Iterator[int]:
         descriptors.callback(os.close, sockets)
         for listener in listeners:
             bpf.put_socket(sockets, _SLOTS[listener.family], listener.fileno())
-        program = bpf.load_sk_lookup(steering_program(sockets), PROGRAM_NAME)
+        program = bpf.load_sk_lookup(steering_program(sockets, addresses.descriptor), PROGRAM_NAME)
         descriptors.callback(os.close, program)
         yield program
 

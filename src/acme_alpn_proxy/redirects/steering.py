@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
@@ -11,12 +12,16 @@ from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from ..errors import StartError
+from ..errors import StartError, VisitorsLost
 from ..host.processes import commands_for
 from ..interfaces import IRedirect, Reactor
+from .lostvisitors import LostVisitorsWatch
 
-WATCH_INTERVAL: Final = 3.0
+LOOK_INTERVAL: Final = 3.0
 """Seconds between two looks whether the redirect is still there."""
+
+WATCH_INTERVAL: Final = 0.5
+"""Seconds between two looks whether visitors are being lost."""
 
 _REMOVE_RETRY: Final = 1.0
 
@@ -27,6 +32,7 @@ class RedirectService(Service):
     """Steers new connections to the listening sockets while it runs.
 
     @ivar ready: fires when it steers, or fails with L{StartError}.
+    @ivar on_loss: is called with the reason if to go on would lose visitors; L{None}: go on then.
     """
 
     ready: Deferred[None]
@@ -37,6 +43,7 @@ class RedirectService(Service):
         reactor: Reactor,
         redirect: IRedirect,
         listeners: Callable[[], Sequence[socket.socket]],
+        visitors: LostVisitorsWatch,
     ) -> None:
         """
         @param listeners: gives the listening sockets; called when the service starts.
@@ -44,10 +51,13 @@ class RedirectService(Service):
         self._reactor = reactor
         self._redirect = redirect
         self._listeners = listeners
+        self._visitors = visitors
         self._give_up = False
-        self._watch = LoopingCall(self._look_after)
-        self._watch.clock = reactor
+        self._looking = LoopingCall(self._look_after)
+        self._watching = LoopingCall(self._look_for_loss)
+        self._looking.clock = self._watching.clock = reactor
         self._unwatched: Deferred[Any] = succeed(None)
+        self.on_loss: Callable[[VisitorsLost], None] | None = lambda problem: None
 
     def startService(self) -> None:
         super().startService()
@@ -55,24 +65,58 @@ class RedirectService(Service):
         self.ready.addCallback(self._begin_watch)
 
     def _begin_watch(self, result: None) -> None:
-        self._unwatched = self._watch.start(WATCH_INTERVAL, now=False)
+        if self.on_loss is not None:
+            self._watch_visitors()
+        self._unwatched = self._looking.start(LOOK_INTERVAL, now=False)
         self._unwatched.addErrback(
             lambda failure: self._log.failure("The redirect is not watched any more", failure)
+        )
+
+    def _watch_visitors(self) -> None:
+        try:
+            self._visitors.open()
+        except OSError as problem:
+            self._log.info(
+                "Not watching whether visitors are lost: {why} (it needs CAP_NET_RAW)",
+                why=problem.strerror,
+            )
+            return
+        self._watching.start(WATCH_INTERVAL, now=False).addErrback(
+            lambda failure: self._log.failure("Lost visitors are not noticed any more", failure)
         )
 
     @inlineCallbacks
     def _look_after(self) -> Generator[Deferred[Any], Any, None]:
         try:
             yield self._redirect.look_after(commands_for(self._reactor))
+        except VisitorsLost as problem:
+            self._lose(problem)
         except StartError as problem:
             self._log.critical("Cannot steer any more: {problem}", problem=problem, is_status=True)
+
+    def _look_for_loss(self) -> None:
+        if self._visitors.look():
+            self._lose(
+                VisitorsLost(
+                    "visitors are being lost: they dial port 443 again and again, and none arrives"
+                    " here; see what drops them by: acme-alpn-proxy check --probe",
+                    os.EX_CONFIG,
+                )
+            )
+
+    def _lose(self, problem: VisitorsLost) -> None:
+        if self.running and self.on_loss is not None:
+            self._log.critical("Letting go: {problem}", problem=problem, is_status=True)
+            self.on_loss(problem)
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
         """Steer no more. If that fails it is tried again: to close the listener would be worse."""
         super().stopService()
-        if self._watch.running:
-            self._watch.stop()
+        for watch in (self._looking, self._watching):
+            if watch.running:
+                watch.stop()
+        self._visitors.close()
         yield self._unwatched
         pause = _REMOVE_RETRY
         while True:

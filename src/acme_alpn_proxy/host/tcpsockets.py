@@ -1,0 +1,136 @@
+"""The TCP sockets of this network namespace: who listens, who is half-way through a handshake.
+
+By the sock_diag(7) family of netlink (linux/inet_diag.h), which gives the wanted states alone: a
+busy host has many thousands in others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from .netlink import SOCK_DIAG, Netlink
+
+ESTABLISHED: Final = 1
+SYN_RECEIVED: Final = 3
+LISTENING: Final = 10
+"""States (tcp_states.h)."""
+
+_BY_FAMILY: Final = 20
+_REQUEST: Final = struct.Struct("=BBBBI48s")
+"""struct inet_diag_req_v2: family, protocol, extensions, padding, states, which socket (any)."""
+
+_ANSWER: Final = struct.Struct("=BBBB2s2s16s16sIIIIIIII")
+"""struct inet_diag_msg: family, state, timer, retransmissions; source and destination port, source
+and destination address, interface, cookie (two); expiry, queues (two), UID, inode."""
+
+
+class TCPSocket(NamedTuple):
+    """One of them.
+
+    @ivar local: address and port.
+    @ivar remote: the peer's.
+    @ivar uid: of the owner.
+    @ivar inode: names the socket, as in C{/proc/PID/fd}.
+    """
+
+    family: int
+    state: int
+    local: tuple[str, int]
+    remote: tuple[str, int]
+    uid: int
+    inode: int
+
+
+def tcp_sockets(*states: int) -> Iterator[TCPSocket]:
+    """Those in one of C{states}, both families; raises C{OSError} where they cannot be seen."""
+    mask = sum(1 << state for state in states)
+    with Netlink(SOCK_DIAG) as kernel:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, mask, b"")
+            for body in kernel.dump(_BY_FAMILY, request):
+                yield _parsed(body)
+
+
+def _parsed(body: bytes) -> TCPSocket:
+    family, state, _, _, *ends, uid, inode = _ANSWER.unpack_from(body)
+    sport, dport, source, destination = ends[:4]
+    size = 4 if family == socket.AF_INET else 16
+
+    def end(address: bytes, port: bytes) -> tuple[str, int]:
+        return socket.inet_ntop(family, address[:size]), int.from_bytes(port, "big")
+
+    return TCPSocket(family, state, end(source, sport), end(destination, dport), uid, inode)
+
+
+Handshake = tuple[tuple[str, int], tuple[str, int]]
+"""Both ends of a connection whose handshake is under way."""
+
+
+def half_open(*ports: int) -> set[Handshake]:
+    """The handshakes with one of C{ports} that are under way."""
+    return {
+        (found.local, found.remote)
+        for found in tcp_sockets(SYN_RECEIVED)
+        if found.local[1] in ports
+    }
+
+
+def listeners(port: int) -> list[str]:
+    """The addresses at which sockets listen on C{port}, as C{host:port}; empty if unknown."""
+    try:
+        return sorted(
+            {shown(found.local) for found in tcp_sockets(LISTENING) if found.local[1] == port}
+        )
+    except OSError:
+        return []
+
+
+def taken_by_another_user(port: int) -> bool:
+    """Whether a program of another user than root and this one listens on C{port}."""
+    try:
+        owners = {found.uid for found in tcp_sockets(LISTENING) if found.local[1] == port}
+    except OSError:
+        return False
+    return bool(owners - {0, os.geteuid()})
+
+
+def connections_from(port: int) -> list[str]:
+    """The peers of connections from or to C{port} of this host, as C{host:port}."""
+    try:
+        found = tcp_sockets(ESTABLISHED)
+        return sorted({shown(each.remote) for each in found if each.local[1] == port})
+    except OSError:
+        return []
+
+
+def shown(end: tuple[str, int]) -> str:
+    """C{host:port}, as the options take it."""
+    host, port = end
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def served_from_elsewhere(port: int) -> bool:
+    """Whether a process of another PID namespace, which this one cannot see, listens on C{port}.
+
+    L{False}, too, where it cannot be told: this process may not look at others (ptrace(2)).
+    """
+    try:
+        os.readlink("/proc/1/exe")
+        wanted = {
+            f"socket:[{found.inode}]"
+            for found in tcp_sockets(LISTENING)
+            if found.local[1] == port and found.inode
+        }
+    except OSError:
+        return False
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            for name in os.listdir(f"/proc/{process}/fd"):
+                with contextlib.suppress(OSError):
+                    wanted.discard(os.readlink(f"/proc/{process}/fd/{name}"))
+    return bool(wanted)

@@ -1,0 +1,55 @@
+"""The Unix sockets with an abstract name in this network namespace, and whose they are.
+
+By the sock_diag(7) family of netlink, with C{UNIX_DIAG_UID} (Linux 5.3).
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from .netlink import SOCK_DIAG, Netlink, attributes
+
+_BY_FAMILY: Final = 20
+_SHOW_NAME: Final = 0x1
+_SHOW_UID: Final = 0x40
+_NAME: Final = 0
+_UID: Final = 7
+
+_REQUEST: Final = struct.Struct("=BBHIIIII")
+"""struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie (two)."""
+
+_ANSWER: Final = struct.Struct("=BBBBIII")
+"""struct unix_diag_msg: family, type, state, padding, inode, cookie (two)."""
+
+_ALL_STATES: Final = 0xFFFFFFFF
+
+
+class BoundName(NamedTuple):
+    """An abstract name that is bound.
+
+    @ivar name: without the zero byte that begins it.
+    @ivar inode: of the socket.
+    @ivar uid: of the socket's owner; L{None} where the kernel does not say.
+    """
+
+    name: bytes
+    inode: int
+    uid: int | None
+
+
+def abstract_names(prefix: bytes) -> Iterator[BoundName]:
+    """Those that begin with C{prefix}; raises C{OSError} where the kernel does not tell."""
+    request = _REQUEST.pack(
+        socket.AF_UNIX, 0, 0, _ALL_STATES, 0, _SHOW_NAME | _SHOW_UID, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    with Netlink(SOCK_DIAG) as kernel:
+        for body in kernel.dump(_BY_FAMILY, request):
+            shown = attributes(body[_ANSWER.size :])
+            name = shown.get(_NAME, b"")
+            if name[:1] == b"\0" and name[1:].startswith(prefix):
+                inode = _ANSWER.unpack_from(body)[4]
+                uid = struct.unpack("=I", shown[_UID])[0] if _UID in shown else None
+                yield BoundName(name[1:], inode, uid)

@@ -1,0 +1,456 @@
+"""The guard's own program: a small process that outlives the proxy and removes its rules.
+
+The proxy may be killed in any way, and rules to a dead port would leave the site down. So another
+process makes the rules, looks after them, and removes them: when the proxy says so, or when the
+proxy's end of the line between them is closed. It keeps the privileges that the proxy may drop. It
+can do nothing else: rules and commands are its arguments.
+
+It imports nothing but the standard library and modules that do the same, and all of that at the
+start: the program may be removed while it runs.
+
+On the line, each wish of the proxy is a number and a word. The answer is one JSON object on one
+line (L{Answer}), with the same number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, TypedDict
+
+from ..host.conntrack import forget, translated
+from .rules import COMMENT, EXPIRY, KEEPER, is_redirect
+
+NAME: Final = "acme-alpn-proxy-guard"
+"""What it is called in the list of processes."""
+
+LIFETIME: Final = 90.0
+"""Seconds for which a redirect is valid, unless it is renewed: if proxy and guard are killed
+together, visitors reach the web server again after that time."""
+
+RENEWAL: Final = 30.0
+"""Seconds between two renewals."""
+
+COMMAND_DEADLINE: Final = 15.0
+"""Seconds for a command; iptables waits five for its lock."""
+
+SILENCE: Final = 9.0
+"""Seconds without a wish after which a proxy that lets visitors wait counts as hung. It sends one
+every three seconds."""
+
+_TICK: Final = 1.0
+_JUMP: Final = 5.0
+"""Seconds by which the wall clock must have been set for the rules to be renewed at once."""
+
+_FIRST_PAUSE: Final = 0.2
+_LAST_PAUSE: Final = 5.0
+_LONGEST_LINE: Final = 4_096
+
+_NO_SUCH_RULE: Final = 1
+"""Exit status of iptables C{-C} and C{-D} where the rule is not there."""
+
+_NOT_UNDERSTOOD: Final = (1, 2)
+"""Exit statuses of iptables for a rule that it, or the kernel, does not know."""
+
+_ANY: Final = tuple(range(1, 256))
+_NO_PROGRAM: Final = 127
+_KILLED: Final = 137
+
+_CLAIM: Final = 3
+"""The descriptor of the claim. Commands inherit it: should the guard be killed while one runs,
+nobody redirects before that has ended."""
+
+_LISTENING: Final = "0A"
+"""TCP_LISTEN as /proc/net/tcp shows it (proc(5))."""
+
+
+class Order(TypedDict):
+    """What the guard is for; its argument.
+
+    @ivar commands: how to call iptables, for each family: the program and its first words.
+    @ivar keeper: the rule that keeps connection tracking on, in mangle PREROUTING.
+    @ivar rule: the redirect, in nat PREROUTING.
+    @ivar expires: whether the redirect gets a time after which it is no longer valid.
+    @ivar port: where the redirect leads.
+    """
+
+    commands: list[list[str]]
+    keeper: list[str]
+    rule: list[str]
+    expires: bool
+    port: int
+
+
+class Answer(TypedDict):
+    """What the guard answers to a wish.
+
+    @ivar missing: after C{look}: the programs whose rules are not there.
+    @ivar behind: after C{look}: the programs that have another rule before the redirect.
+    @ivar expires: whether the redirect expires if it is not renewed.
+    @ivar failed: command, exit status and output of a command that failed.
+    """
+
+    number: int
+    missing: list[str]
+    behind: list[str]
+    expires: bool
+    failed: tuple[list[str], int, str] | None
+
+
+class CommandFailed(Exception):
+    """A command did not do what it was to do.
+
+    @ivar code: its exit status.
+    @ivar failed: the command, its exit status, and its output.
+    """
+
+    def __init__(self, argv: Sequence[str], code: int, output: str) -> None:
+        super().__init__(argv, code, output)
+        self.code = code
+        self.failed = list(argv), code, output[:_LONGEST_LINE]
+
+
+def run(argv: Sequence[str], *allowed: int) -> tuple[int, str]:
+    """Exit status and output of a command; raises L{CommandFailed}.
+
+    @param allowed: exit statuses besides 0 that are no failure.
+    """
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMMAND_DEADLINE,
+            close_fds=False,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        text = f"not finished after {COMMAND_DEADLINE:g} s"
+        raise CommandFailed(argv, _KILLED, text) from None
+    except OSError as problem:  # no process, no memory, or no such program
+        raise CommandFailed(argv, _NO_PROGRAM, str(problem)) from None
+    output = done.stdout.decode("utf-8", "backslashreplace")
+    if done.returncode not in (0, *allowed):
+        raise CommandFailed(argv, done.returncode, output)
+    return done.returncode, output
+
+
+class Rule:
+    """A rule in a PREROUTING chain.
+
+    @ivar program: the name of iptables that it is made with.
+    @ivar stands: whether it may be there.
+    @ivar words: what it matches, and its target.
+    """
+
+    def __init__(self, command: Sequence[str], table: str, words: Sequence[str]) -> None:
+        """
+        @param command: how to call iptables: the program and its first words.
+        """
+        self.program = command[0]
+        self.stands = False
+        self._argv = [*command, "-t", table]
+        self.words = list(words)
+        self._outdated: list[list[str]] = []
+        self._as_printed = ""
+
+    def insert(self) -> None:
+        """Put it before all others; raises L{CommandFailed}."""
+        try:
+            self._run("-I", self.words)
+        except CommandFailed as problem:
+            self.stands |= problem.code == _KILLED  # which may have been too late
+            raise
+        self.stands = True
+        self._as_printed = ""
+
+    def note_first(self) -> None:
+        """Remember how the first rule is printed, if this one has just been inserted."""
+        if self.stands and not self._as_printed:
+            self._as_printed = self._first()
+
+    def is_there(self) -> bool:
+        """Raises L{CommandFailed} if that cannot be seen."""
+        return self._run("-C", self.words, _NO_SUCH_RULE) == 0
+
+    def is_first(self) -> bool:
+        """Whether no other rule stands before it; raises L{CommandFailed}."""
+        return self.stands and self._as_printed in ("", self._first())
+
+    def remove(self) -> None:
+        """Remove it if it stands; raises L{CommandFailed}."""
+        self._remove_outdated()
+        while self.stands:
+            code = self._run("-D", self.words, _NO_SUCH_RULE)
+            self.stands = self.is_there()
+            if self.stands and code == _NO_SUCH_RULE:
+                argv = [*self._argv, "-D", "PREROUTING", *self.words]
+                raise CommandFailed(argv, code, "the rule is still there")
+
+    def replace(self, words: Sequence[str]) -> None:
+        """Put a rule with C{words} in its place, at no moment without; raises L{CommandFailed}."""
+        self._run("-I", words)
+        self._outdated.append(self.words)
+        self.words, self._as_printed = list(words), ""
+        self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        while self._outdated:
+            self._run("-D", self._outdated[0], _NO_SUCH_RULE)
+            del self._outdated[0]
+
+    def _first(self) -> str:
+        return run([*self._argv, "-S", "PREROUTING", "1"], *_ANY)[1]
+
+    def _run(self, operation: str, words: Sequence[str], *allowed: int) -> int:
+        return run([*self._argv, operation, "PREROUTING", *words], *allowed)[0]
+
+
+def visitors_wait(port: int) -> bool:
+    """Whether connections wait to be accepted at a listening socket on C{port} (/proc/net/tcp)."""
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{name}") as listing:
+                for line in listing:
+                    _, local, _, state, queues, *_ = line.split()
+                    listens = state == _LISTENING and local.endswith(f":{port:04X}")
+                    if listens and int(queues.partition(":")[2], 16):
+                        return True
+        except OSError:
+            continue
+    return False
+
+
+class Guard:
+    """The rules, and what becomes of them.
+
+    @param wall: the wall clock, seconds since the epoch; rules expire by it.
+    @param monotonic: a clock that nobody sets.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        waiting: Callable[[int], bool] = visitors_wait,
+        give_back_claim: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._order = order
+        self._wall = wall
+        self._monotonic = monotonic
+        self._waiting = waiting
+        self._give_back_claim = give_back_claim
+        self._keepers = [Rule(each, "mangle", order["keeper"]) for each in order["commands"]]
+        self._redirects = [Rule(each, "nat", self._rule()) for each in order["commands"]]
+        self._renewed = self._heard = monotonic()
+        self._offset = wall() - self._renewed
+        self.ended = False
+        self._wishes = {
+            "apply": self._apply,
+            "take over": self._take_over,
+            "look": self._look,
+            "restore": self._restore,
+            "remove": self._remove,
+            "release": self._release,
+        }
+
+    def obey(self, line: str) -> Answer:
+        """Do what a line from the proxy says."""
+        self._heard = self._monotonic()
+        number, _, wish = line.partition(" ")
+        if not number.isdigit():
+            number, wish = "0", line
+        answer: Answer = {
+            "number": int(number),
+            "missing": [],
+            "behind": [],
+            "expires": False,
+            "failed": None,
+        }
+        try:
+            self._wishes.get(wish, self._ignore)(answer)
+        except CommandFailed as problem:
+            answer["failed"] = problem.failed
+        answer["expires"] = self._order["expires"]
+        return answer
+
+    def tick(self) -> None:
+        """To be called every second or so: renew what expires, and let go for a hung proxy."""
+        now = self._monotonic()
+        with suppress(CommandFailed):
+            for redirect in self._redirects:
+                redirect.note_first()
+        if now - self._heard > SILENCE and self._steers and self._waiting(self._order["port"]):
+            with suppress(CommandFailed):
+                self._remove()
+        offset = self._wall() - now
+        jumped = abs(offset - self._offset) > _JUMP
+        if self._order["expires"] and self._steers and (jumped or now - self._renewed > RENEWAL):
+            with suppress(CommandFailed):  # it is tried again at the next tick
+                for redirect in self._redirects:
+                    redirect.replace(self._rule())
+                self._renewed, self._offset = now, offset
+
+    def clean_up(self) -> None:
+        """Remove everything; raises L{CommandFailed}."""
+        self._release()
+
+    @property
+    def _steers(self) -> bool:
+        return any(redirect.stands for redirect in self._redirects)
+
+    def _rule(self) -> list[str]:
+        """The redirect, with the time until which it is valid from now on."""
+        if not self._order["expires"]:
+            return self._order["rule"]
+        end = time.gmtime(self._wall() + LIFETIME)
+        return [*self._order["rule"], *EXPIRY, time.strftime("%Y-%m-%dT%H:%M:%S", end)]
+
+    def _apply(self, answer: Answer) -> None:
+        """Insert all rules; if one cannot be, none of them stays."""
+        try:
+            self._forget_connections()
+            for keeper in self._keepers:
+                keeper.insert()
+            for redirect in self._redirects:
+                self._insert(redirect)
+        except CommandFailed:
+            with suppress(CommandFailed):
+                self._release()
+            raise
+        self._renewed = self._monotonic()
+
+    def _insert(self, redirect: Rule) -> None:
+        """Insert it, without an end of its validity where iptables or the kernel knows none."""
+        try:
+            redirect.insert()
+        except CommandFailed as problem:
+            if not self._order["expires"] or problem.code not in _NOT_UNDERSTOOD:
+                raise
+            self._order["expires"] = False
+            for each in self._redirects:
+                if each.stands:
+                    each.replace(self._rule())
+                else:
+                    each.words = self._rule()
+            redirect.insert()
+
+    def _take_over(self, answer: Answer) -> None:
+        """Go on with the rules of a guard that was killed: with new ones, and without the old."""
+        for keeper in self._keepers:
+            keeper.stands = True
+        self._restore(answer)
+        for command in self._order["commands"]:
+            listing = [*command, "-t", "nat", "-S", "PREROUTING"]
+            lines = run(listing)[1].splitlines()
+            rules = [shlex.split(line) for line in lines if f"--comment {COMMENT}" in line]
+            for _, *words in rules[1:]:
+                if is_redirect(words, self._order["port"]):
+                    run([*command, "-t", "nat", "-D", *words], _NO_SUCH_RULE)
+
+    def _look(self, answer: Answer) -> None:
+        """Find out what is missing or no longer first. Changes nothing."""
+        for redirect in self._redirects:
+            if not redirect.is_first():
+                found = answer["behind" if redirect.is_there() else "missing"]
+                found.append(redirect.program)
+        answer["missing"] += [each.program for each in self._keepers if not each.is_there()]
+
+    def _restore(self, answer: Answer) -> None:
+        """Put back what is missing, and the redirects before all other rules."""
+        for keeper in self._keepers:
+            if not keeper.is_there():
+                keeper.insert()
+        for redirect in self._redirects:
+            if not redirect.is_first():
+                redirect.remove()
+                self._insert(redirect)
+
+    def _remove(self, answer: Answer | None = None) -> None:
+        """Steer no more."""
+        for redirect in self._redirects:
+            redirect.remove()
+        self._give_back_claim()
+
+    def _release(self, answer: Answer | None = None) -> None:
+        """Remove everything, the redirects first."""
+        self._remove()
+        self._forget_connections()
+        for keeper in self._keepers:
+            keeper.remove()
+        self.ended = True
+
+    def _ignore(self, answer: Answer) -> None:
+        """A wish that there is not."""
+
+    def _forget_connections(self) -> None:
+        """Delete what connection tracking remembers of steered connections; see
+        L{acme_alpn_proxy.host.conntrack}.
+
+        Not while another instance has a keeper: its live connections look the same, and tracking
+        stays on in any case.
+        """
+        entries = translated(self._order["port"])
+        if entries and not self._others_keep():
+            forget(entries)
+
+    def _others_keep(self) -> bool:
+        own = self._order["keeper"][-1]
+        for command in self._order["commands"]:
+            listing = run([*command, "-t", "mangle", "-S", "PREROUTING"])[1]
+            if any(KEEPER in line and own not in line for line in listing.splitlines()):
+                return True
+        return False
+
+
+def main() -> None:
+    """Guard until everything is removed: standard input and output are the line to the proxy,
+    standard error is the claim."""
+    for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "PIPE"):
+        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
+    os.dup2(2, _CLAIM)  # inheritable
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+    guard = Guard(json.loads(sys.argv[-1]), give_back_claim=_close_claim)
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    buffer = b""
+    while not guard.ended:
+        if poll.poll(_TICK * 1000):
+            try:
+                data = os.read(0, _LONGEST_LINE)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            *lines, buffer = (buffer + data).split(b"\n")
+            buffer = buffer[-_LONGEST_LINE:]
+            for line in lines:
+                answer = guard.obey(line.decode("ascii", "replace"))
+                with suppress(OSError):
+                    os.write(1, json.dumps(answer).encode() + b"\n")
+        guard.tick()
+    pause = _FIRST_PAUSE
+    while not guard.ended:
+        try:
+            guard.clean_up()
+        except CommandFailed:  # whatever it is: rules to a dead port are worse
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+
+
+def _close_claim() -> None:
+    with suppress(OSError):  # it was closed before
+        os.close(_CLAIM)

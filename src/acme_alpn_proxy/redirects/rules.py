@@ -1,0 +1,36 @@
+"""The rules of this program, as iptables(8) prints them.
+
+It needs nothing but the standard library, since the guard uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+COMMENT: Final = "acme-alpn-proxy"
+"""The comment of every redirect; the original program's has the same."""
+
+KEEPER: Final = f"{COMMENT} keeper"
+"""How the comment of every keeper begins."""
+
+KEEPER_MATCH: Final = ("-m", "conntrack", "--ctstate", "INVALID")
+"""What the keeper's rule matches; it has no target."""
+
+EXPIRY: Final = ("-m", "time", "--datestop")
+"""The match of a rule that expires (iptables-extensions(8)); a time in UTC follows."""
+
+
+def word_after(words: Sequence[str], flag: str) -> str:
+    """The word after C{flag}, or nothing."""
+    return words[words.index(flag) + 1] if flag in words[:-1] else ""
+
+
+def is_redirect(words: Sequence[str], port: int) -> bool:
+    """Whether a nat rule is a redirect of ours to C{port}."""
+    target = (
+        word_after(words, "--to-ports")
+        or word_after(words, "--to-port")
+        or word_after(words, "--to-destination").rpartition(":")[2]
+    )
+    return word_after(words, "--comment") == COMMENT and target == str(port)

@@ -1,0 +1,320 @@
+"""What the guard does with the rules, in memory and on clocks of the test's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from acme_alpn_proxy.host.conntrack import Entry
+from acme_alpn_proxy.redirects import guardprocess
+from acme_alpn_proxy.redirects.guardprocess import (
+    LIFETIME,
+    RENEWAL,
+    SILENCE,
+    CommandFailed,
+    Guard,
+    Order,
+)
+
+from ..fake_iptables import LOCKED, FakeIptables
+from .iptables_case import PORT
+
+RULE = "-p tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports 21443"
+KEEPER = "-m conntrack --ctstate INVALID -m comment --comment"
+OURS = "acme-alpn-proxy keeper 7 1 1"
+BOTH = ("ip6tables", "iptables")
+
+
+class GuardCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.iptables = FakeIptables()
+        self.patch(guardprocess, "run", lambda *words: self.iptables.guarded(*words))
+        self.entries: list[Entry] = []
+        self.forgotten: list[list[Entry]] = []
+        self.patch(guardprocess, "translated", lambda port: self.entries)
+        self.patch(guardprocess, "forget", self.forgotten.append)
+        self.wall, self.monotonic, self.waiting = 0.0, 1_000.0, False
+        self.claims_given_back = 0
+        self.guard = self.new_guard()
+
+    def new_guard(self, **order: Any) -> Guard:
+        usual: Order = {
+            "commands": [[binary, "-w", "5"] for binary in BOTH],
+            "keeper": [*KEEPER.split(), OURS],
+            "rule": RULE.split(),
+            "expires": True,
+            "port": PORT,
+        }
+        usual |= order  # type: ignore[typeddict-item]
+        return Guard(
+            usual,
+            wall=lambda: self.wall,
+            monotonic=lambda: self.monotonic,
+            waiting=lambda port: self.waiting,
+            give_back_claim=self.give_back_claim,
+        )
+
+    def give_back_claim(self) -> None:
+        self.claims_given_back += 1
+
+    def advance(self, seconds: float, wall: float | None = None) -> None:
+        """Time passes, of the wall clock another one if it is set; the guard looks."""
+        self.monotonic += seconds
+        self.wall += seconds if wall is None else wall
+        self.guard.tick()
+
+    def ask(self, wish: str) -> Any:
+        answer = self.guard.obey(f"5 {wish}")
+        self.assertEqual(answer["number"], 5)
+        self.guard.tick()
+        return answer
+
+    def steers(self, until: str, *before: str) -> None:
+        """There is one redirect in each family, valid until then, before the others."""
+        expected = [f"{RULE} -m time --datestop 1970-01-01T{until}", *before]
+        self.assertEqual(self.iptables.rules("nat"), dict.fromkeys(BOTH, expected))
+
+    def add(self, table: str, *rule: str, binary: str = "iptables") -> None:
+        self.iptables.chains[binary, table, "PREROUTING"].insert(0, list(rule))
+
+    def break_call(self, number: int = 1, code: int = 4) -> None:
+        self.iptables.failures[len(self.iptables.calls) + number] = code, LOCKED
+
+
+class ExpiryTests(GuardCase):
+    """The redirect is valid for a while, and renewed as long as the guard is there."""
+
+    def test_renewal(self) -> None:
+        """It is renewed in time, and there is never a moment without one."""
+        self.ask("apply")
+        self.steers("00:01:30")
+        self.assertLess(RENEWAL, LIFETIME / 2)
+        self.iptables.calls.clear()
+        self.advance(RENEWAL - 1)
+        self.assertEqual(self.iptables.calls, [])
+        self.advance(2)
+        self.steers("00:02:01")
+        changes = [call[5] for call in self.iptables.calls if call[0] == "iptables"]
+        self.assertEqual([change for change in changes if change != "-S"], ["-I", "-D"])
+
+    def test_renewal_fails(self) -> None:
+        """A renewal that fails is tried again soon, and leaves nothing behind."""
+        for number in range(1, 7):
+            self.iptables = FakeIptables()
+            self.guard = self.new_guard()
+            self.ask("apply")
+            self.break_call(number)
+            self.advance(RENEWAL + 1)
+            self.advance(1)
+            self.assertEqual({len(rules) for rules in self.iptables.rules("nat").values()}, {1})
+            self.ask("remove")
+            self.assertEqual(self.iptables.rules("nat"), {})
+
+    def test_clock_is_set(self) -> None:
+        """If the wall clock is set, forwards or backwards, the redirect is renewed at once."""
+        self.wall = 7_200.0
+        self.guard = self.new_guard()
+        self.ask("apply")
+        self.steers("02:01:30")
+        self.advance(1, wall=-3_600)
+        self.steers("01:01:30")
+        self.advance(1, wall=7_200)
+        self.steers("03:01:30")
+        self.advance(1, wall=2)
+        self.steers("03:01:30")
+
+    def test_own_rule(self) -> None:
+        """The operator's own rule stays as it was written."""
+        self.guard = self.new_guard(expires=False)
+        self.assertFalse(self.ask("apply")["expires"])
+        self.advance(1_000, wall=-1_000)
+        self.assertEqual(self.iptables.rules("nat"), {binary: [RULE] for binary in BOTH})
+
+    def test_no_such_match(self) -> None:
+        """Where iptables lacks the match for the time, all redirects go without; any other failure
+        is a failure."""
+        for number in (3, 4):
+            self.iptables = FakeIptables()
+            self.guard = self.new_guard()
+            self.break_call(number, code=2)
+            answer = self.ask("apply")
+            self.assertEqual((answer["failed"], answer["expires"]), (None, False))
+            self.assertEqual(self.iptables.rules("nat"), {binary: [RULE] for binary in BOTH})
+            self.ask("release")
+            self.assertEqual(self.iptables.snapshot(), {})
+        self.guard = self.new_guard()
+        self.break_call(3, code=4)
+        self.assertEqual(self.ask("apply")["failed"][1:], (4, LOCKED))
+        self.assertEqual(self.iptables.snapshot(), {})
+
+
+class LookTests(GuardCase):
+    """What other programs do to the rules."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add("nat", "-j", "DOCKER")
+        self.add("nat", "-j", "DOCKER", binary="ip6tables")
+        self.ask("apply")
+
+    def test_all_is_well(self) -> None:
+        """A look finds nothing, and changes nothing."""
+        before = self.iptables.snapshot()
+        answer = self.ask("look")
+        self.assertEqual((answer["missing"], answer["behind"]), ([], []))
+        self.assertEqual(self.iptables.snapshot(), before)
+
+    def test_missing(self) -> None:
+        """Missing rules are told by their programs, and put back only when that is asked for."""
+        self.iptables.chains.clear()
+        answer = self.ask("look")
+        self.assertEqual(answer["missing"], [*BOTH, *BOTH])
+        self.assertEqual(self.iptables.snapshot(), {})
+        self.ask("restore")
+        self.steers("00:01:30")
+        self.assertEqual(set(self.iptables.rules("mangle")), set(BOTH))
+
+    def test_behind(self) -> None:
+        """A rule before the redirect is told, and the redirect is put before it again."""
+        self.add("nat", "-j", "OTHER")
+        answer = self.ask("look")
+        self.assertEqual((answer["missing"], answer["behind"]), ([], ["iptables"]))
+        self.ask("restore")
+        rules = self.iptables.rules("nat")["iptables"]
+        self.assertEqual(
+            [rule.split()[-1] for rule in rules], ["1970-01-01T00:01:30", "OTHER", "DOCKER"]
+        )
+        self.assertEqual(self.ask("look")["behind"], [])
+
+    def test_failure(self) -> None:
+        """What cannot be seen is told as a failure, not as a missing rule."""
+        self.iptables.chains.clear()
+        self.break_call(2)
+        answer = self.ask("look")
+        self.assertEqual(answer["failed"][1:], (4, LOCKED))
+
+    def test_stays_after_a_removal(self) -> None:
+        """A rule that cannot be deleted is told, even if the command says there is none."""
+        self.iptables._do = (  # type: ignore[method-assign]
+            lambda argv: (1, "") if "-D" in argv else (0, "")
+        )
+        self.assertEqual(self.ask("remove")["failed"][2], "the rule is still there")
+        self.assertEqual(self.claims_given_back, 0)
+
+
+class EndTests(GuardCase):
+    def test_order(self) -> None:
+        """The redirects go before the keepers, and with them the claim."""
+        self.ask("apply")
+        self.assertFalse(self.guard.ended)
+        self.iptables.calls.clear()
+        self.guard.clean_up()
+        self.assertTrue(self.guard.ended)
+        self.assertEqual(self.iptables.snapshot(), {})
+        self.assertEqual(self.claims_given_back, 1)
+        tables = [call[4] for call in self.iptables.calls if "-D" in call]
+        self.assertEqual(tables, ["nat", "nat", "mangle", "mangle"])
+
+    def test_failure(self) -> None:
+        """Whatever fails is told; tried again, it goes on where it was."""
+        self.ask("apply")
+        for number in range(1, 9):
+            self.break_call(number)
+            with self.assertRaises(CommandFailed):
+                self.guard.clean_up()
+            self.iptables.failures.clear()
+            self.iptables.calls.clear()
+            self.guard.ended = False
+            self.guard.clean_up()
+            self.assertEqual(self.iptables.snapshot(), {})
+            self.guard = self.new_guard()
+            self.ask("apply")
+
+    def test_nothing_was_made(self) -> None:
+        """Where no rule could be made none is looked for: that would fail for ever."""
+        self.break_call(1)
+        self.ask("apply")
+        calls = len(self.iptables.calls)
+        self.guard.clean_up()
+        self.assertEqual(len(self.iptables.calls), calls)
+
+    def test_killed_too_late(self) -> None:
+        """A command that was killed at its deadline may have made its rule: it is removed."""
+        made = self.iptables._do
+
+        def make_and_hang(argv: Any) -> tuple[int, str]:
+            answer = made(argv)
+            return (137, "not finished") if "-I" in argv else answer
+
+        self.iptables._do = make_and_hang  # type: ignore[method-assign]
+        self.assertEqual(self.ask("apply")["failed"][1], 137)
+        self.assertEqual(self.iptables.snapshot(), {})
+
+    def test_unknown_wish(self) -> None:
+        """A word that it does not know, and a line without a number, do no harm."""
+        self.ask("apply")
+        before = self.iptables.snapshot()
+        self.assertIsNone(self.ask("sing")["failed"])
+        self.assertEqual(self.guard.obey("look")["number"], 0)
+        self.assertEqual(self.iptables.snapshot(), before)
+
+
+class HungProxyTests(GuardCase):
+    def test_visitors_wait(self) -> None:
+        """If the proxy has given no sign of life while visitors wait, the redirect goes; when it
+        comes back, it may be restored."""
+        self.ask("apply")
+        self.waiting = True
+        self.advance(SILENCE)
+        self.steers("00:01:30")
+        self.advance(1)
+        self.assertEqual(self.iptables.rules("nat"), {})
+        self.assertEqual(self.ask("look")["missing"], list(BOTH))
+        self.ask("restore")
+        self.assertEqual(len(self.iptables.rules("nat")), 2)
+
+    def test_nobody_waits(self) -> None:
+        """While no visitor waits it stays."""
+        self.ask("apply")
+        self.advance(SILENCE + 1)
+        self.steers("00:01:30")
+
+
+class TakeOverTests(GuardCase):
+    def test_rules_of_a_killed_guard(self) -> None:
+        """A new guard goes on with the rules of a killed one: its own redirect replaces that."""
+        self.ask("apply")
+        keepers = self.iptables.rules("mangle")
+        self.wall = 10.0
+        self.guard = self.new_guard()
+        self.ask("take over")
+        self.steers("00:01:40")
+        self.assertEqual(self.iptables.rules("mangle"), keepers)
+        self.ask("release")
+        self.assertEqual(self.iptables.snapshot(), {})
+
+
+class ConnectionTrackingTests(GuardCase):
+    """Entries of steered connections are forgotten before tracking may go off or come on."""
+
+    def test_forgotten(self) -> None:
+        """Before the first rule, and before the last one goes."""
+        self.entries = [Entry(2, b"entry")]
+        seen: list[int] = []
+        self.patch(
+            guardprocess, "forget", lambda entries: seen.append(len(self.iptables.rules("mangle")))
+        )
+        self.ask("apply")
+        self.ask("remove")
+        self.assertEqual(seen, [0])
+        self.ask("release")
+        self.assertEqual(seen, [0, 2])
+
+    def test_another_instance(self) -> None:
+        """Not while another instance has a keeper: its live connections look the same."""
+        self.entries = [Entry(2, b"entry")]
+        self.add("mangle", *KEEPER.split(), "acme-alpn-proxy keeper 8 1 1", binary="ip6tables")
+        self.ask("apply")
+        self.ask("release")
+        self.assertEqual(self.forgotten, [])
