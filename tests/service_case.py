@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
+from acme_alpn_proxy import service
+from acme_alpn_proxy.host.tcpsockets import Handshake
 from acme_alpn_proxy.interfaces import ICommands, IPIDFile, IRedirect
 from acme_alpn_proxy.proxy.protocols import ProxyServerFactory
 from acme_alpn_proxy.proxy.routing import Route, Routing
-from acme_alpn_proxy.service import ProxyService
+from acme_alpn_proxy.redirects import lostvisitors
+from acme_alpn_proxy.redirects.lostvisitors import Syn
+from acme_alpn_proxy.service import LINGER_STEP, ProxyService
 
 from .memory import MemoryReactor
 
@@ -130,8 +134,30 @@ class Live:
     def look(self) -> None:
         """It is never idle."""
 
+    def dialled(self) -> None:
+        """It has no target."""
+
     def end(self) -> None:
         self._factory.live.leave(self)
+
+
+class FakeSynSockets:
+    """SYNs that a test says have come."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.came: list[tuple[Syn, float]] = []
+        self.closed = False
+
+    def listen(self, listening: bool) -> None:
+        self.listening = listening
+
+    def read(self) -> Iterator[tuple[Syn, float]]:
+        came, self.came = self.came, []
+        yield from came
+
+    def close(self) -> None:
+        self.closed = True
 
 
 STARTED = ["claim PID file", "listen", "steer"]
@@ -143,6 +169,10 @@ class ServiceCase(SynchronousTestCase):
     """A proxy service whose every step is noted in C{story}."""
 
     def setUp(self) -> None:
+        self.syn_sockets: list[FakeSynSockets] = []
+        self.patch(lostvisitors, "SynSockets", self.new_syn_sockets)
+        self.patch(service, "half_open", lambda *ports: set(self.half_open))
+        self.half_open: set[Handshake] = set()
         self.reactor = NotingReactor()
         self.story = self.reactor.story
         self.redirect = NotingRedirect(self.story)
@@ -151,6 +181,10 @@ class ServiceCase(SynchronousTestCase):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.proxy = self.make_proxy()
+
+    def new_syn_sockets(self) -> FakeSynSockets:
+        self.syn_sockets.append(FakeSynSockets())
+        return self.syn_sockets[-1]
 
     def make_factory(self, **options: Any) -> ProxyServerFactory:
         routing = Routing(Route("acme", ""), Route("fallback", ""))
@@ -162,6 +196,10 @@ class ServiceCase(SynchronousTestCase):
         )
         self.addCleanup(proxy.listener.abandon)
         return proxy
+
+    def linger(self, seconds: float = 0.5) -> None:
+        """Let the time pass for which a stop goes on accepting."""
+        self.reactor.pump([LINGER_STEP] * round(seconds / LINGER_STEP))
 
     def told(self, *steps: str) -> None:
         """These steps were taken since the last look, in this order."""

@@ -79,7 +79,7 @@ def test_no_words() -> None:
     options = ProxyOptions()
     options.environment = {}
     options.parseOptions()
-    assert options["linger"] == 3.0
+    assert options["linger"] == 15.0
 
 
 @pytest.mark.parametrize(

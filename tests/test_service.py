@@ -7,8 +7,10 @@ import errno
 from twisted.application.service import Service
 from twisted.logger import formatEvent
 
+from acme_alpn_proxy import service
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.host.processes import BlockingCommands, SpawningCommands, commands_for
+from acme_alpn_proxy.host.tcpsockets import Handshake
 from acme_alpn_proxy.proxy.listener import listening_socket
 
 from .memory import log_of
@@ -97,7 +99,7 @@ class StartTests(ServiceCase):
         self.told(*STARTED)
         steering.callback(None)
         self.told(*LET_GO)
-        self.reactor.advance(3)
+        self.linger()
         self.successResultOf(stopped)
 
     def test_fails_while_running(self) -> None:
@@ -124,20 +126,56 @@ class StopTests(ServiceCase):
         live = Live(self.factory, self.story)
         stopped = self.proxy.stopService()
         self.told(*LET_GO)
-        self.reactor.advance(2.9)
+        self.linger(0.25)
         self.told()
-        self.reactor.advance(0.2)
+        self.linger(0.25)
         self.told("close listener")
         self.assertNoResult(stopped)
         live.end()
         self.told(*ENDED)
         self.successResultOf(stopped)
 
+    def test_handshakes_under_way(self) -> None:
+        """It goes on accepting while a handshake that began before is half-way, for 15 s at most;
+        those that begin later are not waited for."""
+        early = (("192.0.2.1", 443), ("192.0.2.9", 1))
+        later = (("192.0.2.1", 443), ("192.0.2.9", 2))
+        self.half_open = {early}
+        self.proxy.stopService()
+        self.half_open = {early, later}
+        self.linger(4)
+        self.told(*LET_GO)
+        self.half_open = {later}
+        self.linger(0.25)
+        self.told("close listener", *ENDED)
+        self.proxy.startService()
+        self.half_open = {early}
+        self.proxy.stopService()
+        self.story.clear()
+        self.linger(14.75)
+        self.told()
+        self.linger(0.25)
+        self.told("close listener", *ENDED)
+
+    def test_handshakes_unknown(self) -> None:
+        """Where the kernel does not tell, it goes on accepting for all of that time."""
+
+        def unknown(*ports: int) -> set[Handshake]:
+            raise OSError(errno.ENOENT, "no inet_diag")
+
+        self.patch(service, "half_open", unknown)
+        self.proxy.stopService()
+        self.story.clear()
+        self.linger(14.75)
+        self.told()
+        self.linger(0.25)
+        self.told("close listener", *ENDED)
+
     def test_drain_timeout(self) -> None:
         """Connections that live on are reset after the drain timeout."""
         Live(self.factory, self.story)
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.story.clear()
         self.reactor.advance(179)
         self.told()
@@ -159,7 +197,7 @@ class StopTests(ServiceCase):
         self.proxy.stopService()
         visitors.pop().end()
         told()
-        self.reactor.advance(3)
+        self.linger()
         self.assertEqual(told(), [("info", "Draining 4 live connections")])
         visitors.pop().end()
         visitors.pop().end()
@@ -175,7 +213,7 @@ class StopTests(ServiceCase):
         """Told not to wait any longer, it resets what lives and ends."""
         Live(self.factory, self.story)
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.story.clear()
         again = self.proxy.stopService()
         self.told("reset a connection", *ENDED)
@@ -203,7 +241,7 @@ class StopTests(ServiceCase):
     def test_again(self) -> None:
         """It can be started again after a stop."""
         stopped = self.proxy.stopService()
-        self.reactor.advance(3)
+        self.linger()
         self.successResultOf(stopped)
         self.story.clear()
         self.proxy.startService()

@@ -111,10 +111,10 @@ class Address:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):  # the latter for what can be no host name
             return False
-        return any(_is_ours(family, address) for family, _, _, _, address in found)
+        return any(is_ours(family, address) for family, _, _, _, address in found)
 
 
-def _is_ours(family: int, address: Any) -> bool:
+def is_ours(family: int, address: Any) -> bool:
     """Whether C{address} belongs to this host: only then can a socket be bound to it."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -36,6 +36,15 @@ class AlreadyRunning(StartError):
         self.path = path
 
 
+class VisitorsLost(StartError):
+    """The proxy steers, and to go on would lose visitors: it must let go at once."""
+
+    @classmethod
+    def because_of(cls, problem: StartError) -> VisitorsLost:
+        """For a reason not to start that has come up meanwhile."""
+        return cls(str(problem), problem.status)
+
+
 def not_permitted(reason: str) -> StartError:
     """A step failed because this process lacks a privilege over the network."""
     return StartError(f"{reason}; {AS_ADMINISTRATOR}", os.EX_NOPERM)

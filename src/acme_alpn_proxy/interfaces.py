@@ -45,31 +45,36 @@ class Result:
 
     @ivar code: its exit status; L{NOT_FOUND} if there is no such program, L{CANNOT_RUN} if it
         cannot be run, L{KILLED} if it was killed, for its deadline too.
-    @ivar output: what it wrote to both its outputs.
+    @ivar output: what it wrote to its standard output. Bytes that are no UTF-8 are lone surrogates
+        (C{surrogateescape}), so that they can be given back to a command as they were.
+    @ivar errors: what it wrote to its standard error, or why it could not be run.
     """
 
     argv: tuple[str, ...]
     code: int
     output: str
+    errors: str = ""
 
     @classmethod
-    def of(cls, argv: Sequence[str], code: int, output: bytes) -> Result:
+    def of(cls, argv: Sequence[str], code: int, output: bytes, errors: bytes = b"") -> Result:
         """From raw output."""
-        return cls(tuple(argv), code, output.decode("utf-8", "backslashreplace"))
+        told, complaints = (raw.decode("utf-8", "surrogateescape") for raw in (output, errors))
+        return cls(tuple(argv), code, told, complaints)
 
     @classmethod
     def not_found(cls, argv: Sequence[str]) -> Result:
         """There is no program of that name."""
-        return cls(tuple(argv), NOT_FOUND, f"{argv[0]}: not found on PATH")
+        return cls(tuple(argv), NOT_FOUND, "", f"{argv[0]}: not found on PATH")
 
     @property
     def one_line(self) -> str:
-        """The output for an error message."""
-        return " ".join(self.output.split()) or "it printed nothing"
+        """Both outputs for an error message; bytes that are no UTF-8 are escaped."""
+        words = " ".join(f"{self.output}\n{self.errors}".split()) or "it printed nothing"
+        return words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
     @property
     def failure(self) -> str:
-        """The command, its exit status and its output, on one line."""
+        """The command, its exit status and its outputs, on one line."""
         return f"'{shlex.join(self.argv)}' failed with status {self.code}: {self.one_line}"
 
 
@@ -181,6 +186,7 @@ class IRedirect(Interface):
 
         @return: a Deferred of the numeric addresses to listen on; C{"::"} is every address of both
             families. Addresses that this host does not have are skipped, as long as one is left.
+            The port is the proxy's, 21443; C{"127.0.0.1:0"} and C{"[::1]:0"} are for any port.
         """
 
     def apply(commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:

@@ -215,8 +215,8 @@ class ProxyOptions(usage.Options):
         [
             "linger",
             None,
-            3.0,
-            "Seconds to go on accepting at stop, after the redirect is gone",
+            15.0,
+            "Seconds to go on accepting at stop, at most, while handshakes are under way",
             _seconds("linger"),
         ],
         [

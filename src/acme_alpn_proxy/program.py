@@ -15,8 +15,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 
-from .errors import StartError
+from .errors import StartError, VisitorsLost
 from .interfaces import Reactor
+from .monitoring.statussocket import Holders
 from .service import ProxyService
 
 _END: Final = (signal.SIGINT, signal.SIGTERM)
@@ -31,7 +32,10 @@ class Program(MultiService):
     Python did, which it did not where it was inherited as ignored (C{start &} in a script).
 
     @ivar ending: whether a signal to end has come.
+    @ivar holders: other commands that need the proxy.
     @ivar on_refusal: is called with the L{StartError} of a start that fails, before that is raised.
+    @ivar problem: why it has ended by itself, if it has.
+    @ivar on_loss: is called with that at once.
     """
 
     _log = Logger()
@@ -41,7 +45,11 @@ class Program(MultiService):
         self._reactor = reactor
         self._proxy = proxy
         self.ending = False
+        self.holders = Holders(self.end)
         self.on_refusal: Callable[[StartError], None] = self.log_refusal
+        self.problem: VisitorsLost | None = None
+        self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None
+        proxy.on_loss = self._lost
         proxy.setServiceParent(self)
 
     def when_started(self) -> Deferred[None]:
@@ -69,6 +77,12 @@ class Program(MultiService):
         else:
             self.ending = True
             self._reactor.callWhenRunning(self._stop_reactor)
+
+    def _lost(self, problem: VisitorsLost) -> None:
+        self.problem = problem
+        self.on_loss(problem)
+        if not self.ending:
+            self.end()
 
     def _stop_reactor(self) -> None:
         try:

@@ -7,7 +7,7 @@ them working.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final
 
 from twisted.application.service import IService, MultiService, Service
@@ -20,19 +20,31 @@ from twisted.internet.defer import (
     succeed,
 )
 from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .errors import StartError
+from .errors import StartError, VisitorsLost
 from .host.pidfile import NoPIDFile
 from .host.processes import commands_for
+from .host.tcpsockets import Handshake, half_open
 from .interfaces import INetwork, IPIDFile, IRedirect, Reactor
 from .monitoring.status import ProxyStatus
 from .proxy.listener import ListenerService, highest_limits
 from .proxy.protocols import ProxyServerFactory
+from .redirects.lostvisitors import LostVisitorsWatch
 from .redirects.steering import RedirectService
 from .transports.hangup import hangup_watch
 from .transports.network import TwistedNetwork
+
+FEW_VISITORS: Final = 500
+"""With room for fewer visitors at a time, the operator is warned."""
+
+LEAST_LINGER: Final = 0.5
+"""Seconds to go on accepting after the redirect is gone, for packets that are on their way."""
+
+LINGER_STEP: Final = 0.25
+"""Seconds between two looks whether handshakes are still under way."""
 
 DRAIN_NEWS_INTERVAL: Final = 1.0
 """Seconds between two reports of how many connections a stop still waits for."""
@@ -46,6 +58,10 @@ class ProxyService(MultiService):
     reactor already runs, nothing blocks, and L{when_started} tells how it went. C{stopService}
     gives a Deferred that fires when the last connection has ended; calling it again, or
     L{end_wait}, ends the wait.
+
+    If to go on would lose visitors, it stops by itself.
+
+    @ivar on_loss: is called with the reason then.
     """
 
     _log = Logger()
@@ -60,19 +76,22 @@ class ProxyService(MultiService):
         network: INetwork | None = None,
         port: int = 21443,
         max_connections: int = 0,
-        linger: float = 3.0,
+        linger: float = 15.0,
         drain_timeout: float = 180.0,
         beside: Iterable[IService] = (),
+        precheck: Callable[[], None] | None = None,
     ) -> None:
         """
         @param network: the kind of transports; Twisted's own by default.
         @param port: where to listen; the redirect must know the same.
         @param max_connections: how many visitors there may be at a time, more wait to be accepted;
             0: as many as the limit on open files allows.
-        @param linger: seconds to go on accepting after the redirect is gone: handshakes that began
-            before are then still under way.
+        @param linger: seconds to go on accepting, at most, after the redirect is gone: while
+            handshakes that began before are still under way.
         @param drain_timeout: seconds to wait for live connections before they are reset.
         @param beside: services that start before the proxy steers, and stop when it steers no more.
+        @param precheck: refuses to start by raising L{StartError}. It may block: when the reactor
+            runs, it is called in a thread.
         """
         super().__init__()
         self._reactor = reactor
@@ -88,8 +107,16 @@ class ProxyService(MultiService):
         self._network = network if network is not None else TwistedNetwork(reactor)
         self._max_connections = max_connections
         self._beside = tuple(beside)
+        self._precheck = precheck
         self.listener = ListenerService(reactor, factory, self._network, port, linger + 2)
-        self.steering = RedirectService(reactor, redirect, lambda: self.listener.sockets)
+        self.steering = RedirectService(
+            reactor,
+            redirect,
+            lambda: self.listener.sockets,
+            LostVisitorsWatch(lambda: factory.live.entered, lambda: self.listener.is_full),
+        )
+        self.steering.on_loss = self._let_go
+        self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None
         for service in (*self._beside, self.listener, self.steering):
             service.setServiceParent(self)
 
@@ -172,6 +199,11 @@ class ProxyService(MultiService):
     def _start_in_order(self) -> Generator[Deferred[Any], Any, None]:
         self._pidfile.claim()
         try:
+            if self._precheck is not None:
+                if self._reactor.running:
+                    yield deferToThread(self._precheck)
+                else:
+                    self._precheck()
             self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
         except Exception:
             self._pidfile.release()
@@ -237,16 +269,28 @@ class ProxyService(MultiService):
         yield live.drained(self._reactor, self._drain_timeout)
         reports.stop()
 
+    def _let_go(self, problem: VisitorsLost) -> None:
+        self.on_loss(problem)
+        if self._stopping is None:
+            self.stopService()
+
     def _say(self, text: str, **fields: object) -> None:
         """Log a line that also is the service's status (sd_notify(3))."""
         self._log.info(text, is_status=True, **fields)
 
     def _open(self) -> None:
         """Be ready for connections."""
+        limits = highest_limits(self._max_connections)
+        if not self._max_connections and limits.visitors < FEW_VISITORS:
+            self._log.warn(
+                "The limit on open files allows {count} visitors at a time, and more wait; raise it"
+                " (ulimit -Hn, LimitNOFILE=)",
+                count=limits.visitors,
+            )
         self._network.open()
         self._factory.open(
             hangup_watch(self._reactor),
-            highest_limits(self._max_connections),
+            limits,
             full=self.listener.pause,
             room=self.listener.resume,
         )
@@ -261,14 +305,34 @@ class ProxyService(MultiService):
 
     @inlineCallbacks
     def _linger_on(self) -> Generator[Deferred[Any], Any, None]:
-        if self._hurried:
-            return
-        self._lingering = deferLater(self._reactor, self._linger, lambda: None)
-        try:
-            yield self._lingering
-        except CancelledError:
-            pass
-        self._lingering = None
+        """Go on accepting until no handshake that began before is under way: its last packet may
+        have been lost, and come again."""
+        handshakes = _half_open(self.listener.port)
+        waited = 0.0
+        while not self._hurried and waited < self._linger:
+            pause = min(LINGER_STEP, self._linger - waited)
+            self._lingering = deferLater(self._reactor, pause, lambda: None)
+            try:
+                yield self._lingering
+            except CancelledError:
+                pass
+            self._lingering = None
+            waited += pause
+            if handshakes is not None and waited >= LEAST_LINGER:
+                handshakes &= _half_open(self.listener.port) or set()
+                if not handshakes:
+                    return
+
+
+def _half_open(port: int) -> set[Handshake] | None:
+    """The handshakes with this host's web address that are under way; L{None} if unknown.
+
+    How visitors are steered decides which port the kernel sees, that of the listener or 443.
+    """
+    try:
+        return half_open(port, 443)
+    except OSError:
+        return None
 
 
 def _result_of(shared: Deferred[Any]) -> Deferred[Any]:

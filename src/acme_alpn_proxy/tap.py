@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn, cast
 
 from twisted.application.service import IService
@@ -17,6 +18,7 @@ from .options import ProxyOptions as Options
 from .program import Program
 from .proxy.protocols import ProxyServerFactory
 from .proxy.routing import Route, Routing
+from .proxy.webserver import require_web_server
 from .redirects.auto import AutoRedirect
 from .redirects.iptables import IptablesRedirect
 from .redirects.none import NoRedirect
@@ -86,6 +88,7 @@ def make_proxy(
         linger=options["linger"],
         drain_timeout=options["drain-timeout"],
         beside=make_metrics(options, reactor, lambda: proxy.status()),
+        precheck=partial(require_web_server, options["fallback"], patience),
     )
     return proxy
 
@@ -101,7 +104,7 @@ def make_metrics(
 
     from .monitoring.metrics import MetricsService
 
-    return [MetricsService(serverFromString(reactor, text), text, describe)]
+    return [MetricsService(reactor, serverFromString(reactor, text), text, describe)]
 
 
 def make_program(
@@ -111,7 +114,8 @@ def make_program(
     proxy = make_proxy(options, reactor, pidfile=pidfile)
     program = Program(reactor, proxy)
     if pidfile is not None:
-        StatusService(reactor, options["pidfile"], proxy.status).setServiceParent(program)
+        service = StatusService(reactor, options["pidfile"], proxy.status, program.holders)
+        service.setServiceParent(program)
     return program
 
 

@@ -19,6 +19,7 @@ from acme_alpn_proxy.console import daemon
 from acme_alpn_proxy.console.daemon import CallerWatch
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
 from acme_alpn_proxy.host.pidfile import NoPIDFile
+from acme_alpn_proxy.monitoring.statussocket import Holders
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.program import Program
 
@@ -31,7 +32,7 @@ class CallerWatchTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = MemoryReactor()
-        self.program = SimpleNamespace(ending=False, end=self.end)
+        self.program = SimpleNamespace(ending=False, holders=Holders(self.end))
         self.ends = 0
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)

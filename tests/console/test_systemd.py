@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -75,7 +76,10 @@ class ServiceManagerTests(SynchronousTestCase):
         self.told: list[dict[str, object]] = []
         self.patch(systemd, "notify", lambda environment, **fields: self.told.append(fields))
         self.program = SimpleNamespace(ending=False)
-        self.manager = ServiceManager(cast(Program, self.program), 1.5)
+        self.clock = Clock()
+        self.environment: dict[str, str] = {}
+        self.patch(os, "environ", self.environment)
+        self.manager = ServiceManager(self.clock, cast(Program, self.program), 1.5)
 
     def test_start_and_stop(self) -> None:
         """It is told when the proxy steers, by which process, and how long a stop may take."""
@@ -88,6 +92,19 @@ class ServiceManagerTests(SynchronousTestCase):
                 {"STOPPING": 1, "EXTEND_TIMEOUT_USEC": 1_500_000},
             ],
         )
+
+    def test_watchdog(self) -> None:
+        """A manager that wants signs of life gets three within its time, also while a stop takes
+        its time; one that means another process gets none."""
+        self.environment["WATCHDOG_USEC"] = "15000000"
+        self.manager.startService()
+        self.manager.stopService()
+        self.told.clear()
+        self.clock.pump([1] * 15)
+        self.assertEqual(self.told, [{"WATCHDOG": 1}] * 3)
+        for pid, usec in (("1", "15000000"), (str(os.getpid()), "often"), ("me", "1")):
+            self.environment |= {"WATCHDOG_PID": pid, "WATCHDOG_USEC": usec}
+            self.assertEqual(systemd.watchdog_seconds(self.environment), 0)
 
     def test_signalled_meanwhile(self) -> None:
         """It is not told that the proxy is ready when a signal has come that ends it."""

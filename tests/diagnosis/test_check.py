@@ -28,16 +28,17 @@ from acme_alpn_proxy.diagnosis.handshake import OnlyAlert
 from acme_alpn_proxy.diagnosis.probe import Tell
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.firewall import xtables
+from acme_alpn_proxy.host.facts import pid_namespace
 from acme_alpn_proxy.interfaces import NOT_FOUND
 from acme_alpn_proxy.options import ConsoleOptions
-from acme_alpn_proxy.redirects.guard import claim_redirect
+from acme_alpn_proxy.redirects.claim import claim_redirect
 
 from ..fake_iptables import FakeIptables
 from ..memory import MemoryReactor
 from .folders import folder_for
 
 LEFTOVER = "-p tcp --dport 443 -m comment --comment acme-alpn-proxy -j REDIRECT --to-ports 21443"
-DEAD_KEEPER = ["-m", "comment", "--comment", "acme-alpn-proxy keeper 1 1"]
+DEAD_KEEPER = ["-m", "comment", "--comment", f"acme-alpn-proxy keeper 1 1 {pid_namespace()}"]
 
 
 class OwnerFile:

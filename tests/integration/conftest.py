@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from .machine import Machine
 from .netns import NotRoot, Street, require_root, street
 from .packages import make_packages
 from .proxy import Proxy
@@ -33,16 +35,23 @@ def road() -> Iterator[Street]:
 
 
 @pytest.fixture
-def site(road: Street, tmp_path: Path) -> Iterator[Website]:
-    """The site, on the host."""
-    with website(road.host.namespace, tmp_path / "site") as running:
+def site(request: pytest.FixtureRequest, road: Street, tmp_path: Path) -> Iterator[Website]:
+    """The site, on the host; where the test boots a machine, the web server is one of its own."""
+    wrapper: tuple[str, ...] = ()
+    if "debian" in request.fixturenames:
+        booted: Machine = request.getfixturevalue("debian")
+        wrapper = ("nsenter", f"--target={booted.init}", "--pid", "--no-fork")
+    with website(road.host.namespace, tmp_path / "site", wrapper) as running:
         yield running
 
 
 @pytest.fixture
-def proxy(road: Street, tmp_path: Path) -> Proxy:
-    """The proxy of the host, not started."""
-    return Proxy(road.host.namespace, tmp_path)
+def proxy(request: pytest.FixtureRequest, road: Street, tmp_path: Path) -> Iterator[Proxy]:
+    """The proxy of the host, not started. In a test without a site something listens there."""
+    with ExitStack() as ends:
+        if "site" not in request.fixturenames:
+            ends.enter_context(road.host.namespace.listen("::", 443))
+        yield Proxy(road.host.namespace, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -62,22 +62,37 @@ class Machine:
 
     init: int
 
-    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str | Path, check: bool = True, stdin: Path = Path(os.devnull)
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in there to its end."""
         enter = ("nsenter", f"--target={self.init}", "--all", "--root", "--wd")
         path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-        done = subprocess.run(
-            [*enter, "env", "-i", path, "DEBIAN_FRONTEND=noninteractive", *map(str, command)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        with stdin.open("rb") as given:
+            done = subprocess.run(
+                [*enter, "env", "-i", path, "DEBIAN_FRONTEND=noninteractive", *map(str, command)],
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=120,
+                check=False,
+            )
         if check and done.returncode != 0:
-            raise CommandFailed(f"exit {done.returncode} of {command}:\n{done.stdout}")
+            why = done.stdout
+            if command[0] == "systemctl":
+                why += self.run("journalctl", "--lines=20", "--output=cat").stdout
+            raise CommandFailed(f"exit {done.returncode} of {command}:\n{why}")
         return done
+
+    def copied(self, file: Path) -> str:
+        """Copy a file of the host into its /run, and give the path in there.
+
+        What is mounted on the host, such as a tmpfs at /tmp, is not in the machine.
+        """
+        path = f"/run/{file.name}"
+        self.run("sh", "-c", 'cat >"$1"', "sh", path, stdin=file)
+        return path
 
     def write(self, path: str, text: str, mode: str = "644") -> None:
         """Write a file in there, folders and all."""

@@ -84,7 +84,7 @@ class Proxy:
     @property
     def guard(self) -> int:
         """The process that removes the rules should the proxy die."""
-        pids = [pid for pid in self.namespace.pids() if _argument(pid, 3) == GUARD]
+        pids = [pid for pid in self.namespace.pids() if _argument(pid, 5) == GUARD]
         (guard,) = [pid for pid in pids if _leads_its_session(pid)]  # not what it forks meanwhile
         return guard
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from .firewalls import Firewalld, Ufw
-from .netns import Namespace, Street
-from .proxy import PORT, Proxy
+from .netns import Namespace, Street, wait_until
+from .proxy import PORT, Proxy, ends
 from .website import PAGE, Website
 
 QUICK = ("--linger", "0")
@@ -136,17 +136,18 @@ def _lost(road: Street) -> bool:
 def test_iptables_dropping_by_default(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, suffix: str
 ) -> None:
-    """INPUT lets 443 in alone: start refuses, and rightly so, as a forced one shows; with 21443 let
-    in visitors are served."""
+    """INPUT lets 443 in alone: start refuses, and rightly so, as a forced one shows, which lets go
+    by itself; with 21443 let in visitors are steered."""
     host = road.host.namespace
     _load_iptables(host, DEFAULT_DROP, tmp_path, suffix)
     _refused(road, site, proxy, "INPUT", "sk-lookup")
     proxy.start("--force", *QUICK)
     assert _lost(road)
+    wait_until(lambda: not _lost(road), "it has let go")
+    assert not _steered(road, site)
+    assert ends(proxy.pid)
     for binary in ("iptables", "ip6tables"):
         host.run(f"{binary}{suffix}", *PROXY.split())
-    assert _steered(road, site)
-    proxy.stop(wait=True)
     proxy.start(*QUICK)
     assert _steered(road, site)
     proxy.stop(wait=True)

@@ -111,7 +111,7 @@ def test_upgrade(road: Street, site: Website, debian: Machine, dist: Path, tmp_p
     control = newer / "DEBIAN" / "control"
     control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
     subprocess.run(["dpkg-deb", "--build", newer], check=True, stdout=subprocess.DEVNULL)
-    debian.run("dpkg", "--install", f"{newer}.deb")
+    debian.run("dpkg", "--install", debian.copied(tmp_path / "newer.deb"))
     assert debian.run("dpkg-query", "-W", "-f", "${Version}", "acme-alpn-proxy").stdout == "99"
     settings = debian.run("cat", "/etc/default/acme-alpn-proxy").stdout
     assert settings == "ACME_ALPN_PROXY_DISABLEV6=y\n"

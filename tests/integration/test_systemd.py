@@ -169,7 +169,7 @@ def test_killed(road: Street, site: Website, debian: Machine) -> None:
     debian.run("systemctl", "kill", "--signal=KILL", SERVICE)
     wait_until(lambda: _shown(debian, "ActiveState") == "failed", "it has ended")
     assert _shown(debian, "Result") == "signal"
-    assert road.host.namespace.rules() == []
+    wait_until(lambda: road.host.namespace.rules() == [], "the other unit has cleaned up")
     assert not steers(road, site)
 
 

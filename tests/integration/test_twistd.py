@@ -94,7 +94,7 @@ def test_daemon(road: Street, site: Website, host: Namespace, tmp_path: Path) ->
 
 def test_foreground_refusal(host: Namespace) -> None:
     """With -n a refusal is one line on stderr and its own exit status, without a traceback."""
-    with host.listen("127.0.0.1", PORT):
+    with host.listen("::", 443), host.listen("127.0.0.1", PORT):
         refused = host.run(TWISTD, "-n", "--pidfile=", *SUBCOMMAND, check=False)
     assert refused.returncode == os.EX_UNAVAILABLE
     assert re.fullmatch(
@@ -107,7 +107,7 @@ def test_foreground_refusal(host: Namespace) -> None:
 def test_daemon_refusal(host: Namespace, tmp_path: Path) -> None:
     """In the background a refusal is exit status 1, part of it on stderr, all in the log."""
     pid_file, log = tmp_path / "twistd.pid", tmp_path / "twistd.log"
-    with host.listen("127.0.0.1", PORT):
+    with host.listen("::", 443), host.listen("127.0.0.1", PORT):
         refused = host.run(
             *(TWISTD, f"--pidfile={pid_file}", f"--logfile={log}", *SUBCOMMAND), check=False
         )
@@ -165,7 +165,7 @@ def test_added_to_a_running_application(
     """Added to an application that runs, it blocks nothing, tells how it went, and can go again."""
     fake = FakeIptables(tmp_path / "fake")
     fake.instead(f"sleep {SLOW_SECONDS}; echo no; exit 4")
-    fake.reset(failing=1)
+    fake.reset(failing=2)  # the first asks for the version alone
     process = subprocess.Popen(
         host.argv(sys.executable, "-c", RUNNING_APPLICATION),
         env={**os.environ, "PATH": fake.path},

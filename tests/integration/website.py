@@ -9,7 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,8 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 class Website:
     """A running nginx, its files, and the ways to visit it."""
 
-    def __init__(self, namespace: Namespace, directory: Path) -> None:
+    def __init__(self, namespace: Namespace, directory: Path, wrapper: Sequence[str] = ()) -> None:
+        self._wrapper = wrapper
         self.namespace = namespace
         self.directory = directory
         self.authority = Authority(directory)
@@ -140,7 +141,7 @@ class Website:
         )
         log = self.directory / "error.log"
         process = self.namespace.popen(
-            nginx(), "-e", log, "-p", self.directory, "-c", configuration, log=log
+            *self._wrapper, nginx(), "-e", log, "-p", self.directory, "-c", configuration, log=log
         )
         try:
             self.namespace.wait_until_listening(process, "127.0.0.1", 443)
@@ -214,10 +215,15 @@ class SlowClient:
 
 
 @contextmanager
-def website(namespace: Namespace, directory: Path) -> Iterator[Website]:
-    """The site, served from C{directory}, which must be empty."""
+def website(
+    namespace: Namespace, directory: Path, wrapper: Sequence[str] = ()
+) -> Iterator[Website]:
+    """The site, served from C{directory}, which must be empty.
+
+    @param wrapper: a command that starts the web server, in front of its own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    site = Website(namespace, directory)
+    site = Website(namespace, directory, wrapper)
     process = site.start()
     try:
         yield site

@@ -13,15 +13,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from twisted.python.usage import UsageError
 
 from ..addresses import parse_address
 from ..errors import AlreadyRunning, StartError, refused_by_system
-from ..host.facts import ended
+from ..host.handle import ProcessHandle
 from ..host.pidfile import PIDFile
-from ..monitoring.status import SILENT, VERSION, instances, remove_stale, show
+from ..monitoring.status import SILENT, VERSION, instances, remove_stale, request, show
 from ..options import PORT, ConsoleOptions, Unusable
 from .child import CannotRun, run_command
 from .terminal import fill_standard_descriptors, tell
@@ -77,13 +78,18 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
 
 def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Start the proxy; raises L{StartError}."""
-    if options["nodaemon"]:
-        from . import daemon
+    try:
+        if options["nodaemon"]:
+            from . import daemon
 
-        _refuse_if_running(pidfile)
-        daemon.serve(options, pidfile, lambda: True)
-    else:
-        _start_in_background(options, pidfile).close()
+            _refuse_if_running(pidfile)
+            daemon.serve(options, pidfile, lambda: True)
+        else:
+            _start_in_background(options, pidfile).close()
+    except AlreadyRunning as instance:
+        if (connection := request(pidfile.path, instance.pid, "keep")) is not None:
+            connection.close()
+        raise
     return DONE
 
 
@@ -92,11 +98,13 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
     However this process ends, the proxy lets go: it holds the other end of a socket.
     """
+    from .handover import reason_of_end
+
     try:
         connection = _start_in_background(options, pidfile)
     except AlreadyRunning as instance:
         if options["shared"]:
-            return _run_command(options, _target_of_the_running(options, pidfile))
+            return _run_shared(options, pidfile, instance.pid)
         tell(f"{instance}; wait until it has ended, or run the command with it by --shared")
         return TRY_LATER
     with connection:
@@ -109,10 +117,15 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
             except StartError as problem:
                 tell(str(problem))
                 return status or FAILED
-        else:  # it was stopped, or killed
-            tell(f"the proxy has ended before the command did; see {options['logfile']}")
+        else:  # it was stopped, was killed, or has let go by itself
+            reason = reason_of_end(connection)
             if owner is None:
-                clean_up(options)
+                with suppress(StartError):  # "stop" says what is the matter
+                    clean_up(options)
+            if reason is not None:
+                tell(str(reason))
+                return status or reason.status
+            tell(f"the proxy has ended before the command did; see {options['logfile']}")
     return status
 
 
@@ -124,26 +137,23 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         tell("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
         return DONE
     try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        clean_up(options)
-        return DONE
-    try:
-        if pidfile.owner() != pid:  # it ended, and the PID may be another program's by now
-            clean_up(options)
-            return DONE
-        signal.pidfd_send_signal(process, signal.SIGTERM)
+        with ProcessHandle(pid) as process:
+            if pidfile.owner() == pid:  # else it ended, and the PID may be another program's by now
+                if _is_held(pidfile, pid):
+                    return DONE
+                process.send(signal.SIGTERM)
+                _await_let_go(process, pidfile)
+                pidfile.remove_of(pid)
+                if options["wait"]:
+                    patience = options["linger"] + options["drain-timeout"] + STOP_DEADLINE
+                    _await_end(process, patience)
+                if not process.ended(0):
+                    return DONE
     except PermissionError:
         raise StartError(f"may not signal PID {pid}; run this as root", os.EX_NOPERM) from None
-    else:
-        _await_let_go(process, pid, pidfile)
-        pidfile.remove_of(pid)
-        if options["wait"]:
-            _await_end(process, pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE)
-        if ended(process, 0):
-            clean_up(options)  # it may have been killed meanwhile
-    finally:
-        os.close(process)
+    except ProcessLookupError:
+        pass
+    clean_up(options)  # it may have been killed meanwhile
     return DONE
 
 
@@ -180,30 +190,31 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
 
 
 def clean_up(options: ConsoleOptions) -> int:
-    """Remove what instances that were killed have left, as far as that is possible now.
+    """Remove what instances that were killed have left; raises L{StartError} if that fails.
 
     @return: the number of rules removed.
     """
     remove_stale(options["pidfile"])
-    if options["redirect"] == "none" or os.geteuid() != 0:
+    if options["redirect"] == "none":
         return 0
     from ..redirects.leftovers import Leftovers
 
     return Leftovers(PORT, options["rulespec"], (4, 6)).clean_up()
 
 
-def _await_let_go(process: int, pid: int, pidfile: PIDFile) -> None:
+def _await_let_go(process: ProcessHandle, pidfile: PIDFile) -> None:
     """Wait until the instance has removed its redirect and its PID file, or has ended."""
     for _ in range(int(STOP_DEADLINE / 0.02)):
-        if pidfile.owner() != pid or ended(process, 0.02):
+        if pidfile.owner() != process.pid or process.ended(0.02):
             return
     raise StartError(
-        f"PID {pid} has not let go of :443 after {STOP_DEADLINE:g} s; its log says why"
+        f"PID {process.pid} has not let go of :443 after {STOP_DEADLINE:g} s; its log says why"
     )
 
 
-def _await_end(process: int, pid: int, seconds: float) -> None:
-    if not ended(process, seconds):
+def _await_end(process: ProcessHandle, seconds: float) -> None:
+    pid = process.pid
+    if not process.ended(seconds):
         raise StartError(
             f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
             f" kill {pid}",
@@ -236,12 +247,39 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
         await_report(ours, child, START_DEADLINE + options["linger"], tell)
     except DaemonDied:
         ours.close()
-        clean_up(options)
+        with suppress(StartError):  # "stop" says what is the matter
+            clean_up(options)
         raise StartError(f"it died before it had started; see {options['logfile']}") from None
     except BaseException:
         ours.close()
         raise
     return ours
+
+
+def _is_held(pidfile: PIDFile, pid: int) -> bool:
+    """Whether other commands hold the instance; then it stops when they have ended."""
+    for answer in instances(pidfile.path, pid):
+        if answer["pid"] == pid and answer["state"] != SILENT and answer["holders"]:
+            connection = request(pidfile.path, pid, "leave")
+            if connection is not None:
+                connection.close()
+                tell(
+                    f"PID {pid} still serves {answer['holders']} commands of 'run --shared':"
+                    " steering goes on until they have ended"
+                )
+                return True
+    return False
+
+
+def _run_shared(options: ConsoleOptions, pidfile: PIDFile, pid: int) -> int:
+    """Run the command with the instance that runs already, which goes on until it has ended."""
+    target = _target_of_the_running(options, pidfile)
+    connection = request(pidfile.path, pid, "hold")
+    try:
+        return _run_command(options, target)
+    finally:
+        if connection is not None:
+            connection.close()
 
 
 def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:

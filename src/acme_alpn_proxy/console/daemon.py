@@ -6,6 +6,7 @@ start went is sent through a socket (L{acme_alpn_proxy.console.handover}).
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ from ..monitoring.logs import observer, open_log_file, reopen
 from ..options import ConsoleOptions
 from ..program import Program
 from ..tap import make_program
-from .handover import Report
+from .handover import Report, tell_end
 from .startup import loading_done
 from .systemd import ServiceManager
 
@@ -111,7 +112,7 @@ class CallerWatch(ReadDescriptor):
         self._stream.close()
         if not self._program.ending:
             self._log.info("Stopping: 'run' has ended")
-            self._program.end()
+            self._program.holders.leave()
 
 
 @dataclass
@@ -164,7 +165,7 @@ def serve(
     _Started(program, steers).setServiceParent(program)
     if options["nodaemon"]:
         patience = options["linger"] + options["drain-timeout"] + _LET_GO_DEADLINE
-        manager = ServiceManager(program, patience)
+        manager = ServiceManager(reactor, program, patience)
         manager.setServiceParent(program)
         globalLogPublisher.addObserver(manager)
     config: Any = ServerOptions()
@@ -180,5 +181,9 @@ def serve(
     config["logger"] = lambda: log
     config.subCommand, config.subOptions = _Maker.tapname, options
     config.loadedPlugins = {_Maker.tapname: _Maker(program)}
+    if caller is not None:
+        program.on_loss = functools.partial(tell_end, caller)
     loading_done()
     runApp(config)
+    if program.problem is not None:
+        raise program.problem

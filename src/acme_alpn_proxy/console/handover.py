@@ -19,7 +19,7 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
 from ..errors import AlreadyRunning, StartError
-from ..host.facts import ended
+from ..host.handle import ProcessHandle
 
 START_DEADLINE: Final = 120.0
 """Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
@@ -98,11 +98,28 @@ def _died(child: int) -> DaemonDied:
 
 def _await_runner(child: int) -> None:
     """Twistd's first process ends when the daemon has told it, and never if that was killed."""
-    process = os.pidfd_open(child)
-    if not ended(process, RUNNER_DEADLINE):
-        os.kill(child, signal.SIGKILL)
+    with ProcessHandle(child) as process:
+        if not process.ended(RUNNER_DEADLINE):
+            os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(process)
+
+
+def tell_end(stream: socket.socket, problem: StartError) -> None:
+    """Tell C{run} why the proxy has ended by itself."""
+    told: Told = {"lines": [], "error": (str(problem), problem.status), "running": None}
+    with contextlib.suppress(OSError):
+        stream.sendall(json.dumps(told).encode() + b"\n")
+
+
+def reason_of_end(stream: socket.socket) -> StartError | None:
+    """Why the proxy has ended by itself; L{None} if it was stopped or killed."""
+    stream.settimeout(_ACK_DEADLINE)
+    try:
+        line = stream.makefile("rb").readline()
+    except OSError:
+        return None
+    error = json.loads(line)["error"] if line else None
+    return None if error is None else StartError(*error)
 
 
 @implementer(ILogObserver)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from twisted.application.service import Service
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, LogEvent, formatEvent
 from zope.interface import implementer
 
@@ -41,24 +43,40 @@ def notify(environment: Mapping[str, str], **fields: object) -> None:
         pass
 
 
+def watchdog_seconds(environment: Mapping[str, str]) -> float:
+    """Within how many seconds the manager wants a sign of life (WatchdogSec=); 0: it wants none."""
+    try:
+        microseconds = int(environment.get("WATCHDOG_USEC", "0"))
+        pid = int(environment.get("WATCHDOG_PID", os.getpid()))
+    except ValueError:
+        return 0
+    return microseconds / 1e6 if pid == os.getpid() else 0
+
+
 @implementer(ILogObserver)
 class ServiceManager(Service):
     """Tells systemd, if it has started this process, when it steers, when it stops, and what it
     does meanwhile. Starts last, and so stops first.
     """
 
-    def __init__(self, program: Program, patience: float) -> None:
+    def __init__(self, reactor: IReactorTime, program: Program, patience: float) -> None:
         """
         @param patience: seconds that a stop may take. systemd is told, so that its own deadline
             does not end the drain.
         """
         self._program = program
         self._patience = patience
+        self._alive = LoopingCall(lambda: notify(os.environ, WATCHDOG=1))
+        self._alive.clock = reactor
 
     def startService(self) -> None:
         super().startService()
         if not self._program.ending:
             notify(os.environ, READY=1, MAINPID=os.getpid())
+        seconds = watchdog_seconds(os.environ)
+        if seconds and not self._alive.running:
+            # Also while it drains: systemd expects it until the process ends.
+            self._alive.start(seconds / 3)
 
     def stopService(self) -> None:
         super().stopService()

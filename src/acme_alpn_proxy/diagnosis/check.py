@@ -27,8 +27,9 @@ from ..host.pidfile import PIDFile
 from ..host.processes import commands_for
 from ..interfaces import ICommands, Reactor, Result
 from ..options import PORT, ConsoleOptions
+from ..proxy.listener import port_taken
 from ..proxy.routing import ACME_TLS_1
-from ..redirects.guard import claim_redirect
+from ..redirects.claim import claim_redirect
 from ..redirects.leftovers import LIFE_SIGN, Leftovers
 from ..tap import make_redirect
 from .finding import Finding, FindingObject, Level, worst
@@ -119,14 +120,10 @@ class Check:
                 yield Finding(name, Level.FAILED, f"cannot write {path}: {reason}", remedy)
 
     def _look_at_port(self) -> Finding:
-        if self._running is not None or port_is_free(PORT):
+        fixed = self._redirect != "sk-lookup"
+        if self._running is not None or not fixed or port_is_free(PORT):
             return Finding("port", Level.OK)
-        return Finding(
-            "port",
-            Level.FAILED,
-            f"port {PORT} is taken by another program",
-            f"stop that one (see: ss -ltnp 'sport = :{PORT}')",
-        )
+        return Finding.refused("port", port_taken(PORT))
 
     def _look_at_ipv6(self) -> Finding:
         if not self._options["ipv6"]:

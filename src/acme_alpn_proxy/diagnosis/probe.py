@@ -292,6 +292,7 @@ def _steer_and_dial(
         return met[0]
 
     proxy = make_proxy(options, reactor, factory=factory)
+    proxy.steering.on_loss = None  # that nobody arrives is what the probe is to find out
     program = Program(reactor, proxy)
     program.on_refusal = lambda problem: None  # it is told below
     who = callers(sorted(namespace.subnets))
