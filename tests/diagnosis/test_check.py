@@ -145,7 +145,7 @@ class CheckTests(CheckCase):
                 "leftovers",
             ],
         )
-        self.assertEqual({call[5] for call in self.commands.calls}, {"-S"})
+        self.assertEqual({call[5] for call in self.commands.calls}, {"-S", "-C"})
         self.assertEqual(self.probed, [])
 
     def test_probe(self) -> None:
@@ -237,6 +237,11 @@ class RedirectTests(CheckCase):
         self.commands.calls.clear()
         self.commands.failures[1] = (4, "no lock")
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
+
+    def test_rules_cannot_expire(self) -> None:
+        """Where iptables or the kernel lacks the match for the time that is a warning."""
+        self.commands.failures = {3: (2, "Couldn't load match `time'")}
+        self.found("iptables", Level.WARNING, "no match 'time': .*; load the kernel's module")
 
     def test_iptables_would_not_reach(self) -> None:
         """So it is with what the redirect itself refuses before it does anything."""

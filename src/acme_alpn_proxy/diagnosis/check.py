@@ -30,7 +30,9 @@ from ..options import PORT, ConsoleOptions
 from ..proxy.listener import port_taken
 from ..proxy.routing import ACME_TLS_1
 from ..redirects.claim import claim_redirect
+from ..redirects.iptables import default_rulespec
 from ..redirects.leftovers import LIFE_SIGN, Leftovers
+from ..redirects.rules import EXPIRY
 from ..tap import make_redirect
 from .finding import Finding, FindingObject, Level, worst
 from .handshake import OnlyAlert, handshake
@@ -189,10 +191,25 @@ class Check:
             result: Result = yield self._commands.run(listing)
             if result.code != 0:
                 return Finding.refused(name, failed(result), level)
-        if family == 6:
-            return Finding(name, Level.OK)
-        finding: Finding = yield self._prepare("iptables")  # which looks at both families
+        finding = Finding(name, Level.OK)
+        if family == 4:
+            finding = yield self._prepare("iptables")  # which looks at both families
+        if finding.level is Level.OK and not (yield self._rules_can_expire(family)):
+            return Finding(
+                name,
+                Level.WARNING,
+                f"{name} has no match 'time': should the proxy and its guard be killed together,"
+                " 'acme-alpn-proxy stop' must remove the rules",
+                "load the kernel's module xt_time: modprobe xt_time",
+            )
         return finding
+
+    @inlineCallbacks
+    def _rules_can_expire(self, family: int) -> Generator[Deferred[Any], Any, bool]:
+        """Whether iptables and the kernel know the match; asked for a rule that is not there."""
+        rule = [*default_rulespec(PORT), *EXPIRY, "2000-01-01T00:00:00"]
+        result: Result = yield self._commands.run(command(family, "nat", "-C", "PREROUTING", *rule))
+        return "time" not in result.output
 
     @inlineCallbacks
     def _look_for_leftovers(self) -> Generator[Deferred[Any], Any, Finding]:
