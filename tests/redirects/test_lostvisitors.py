@@ -29,49 +29,49 @@ class RepetitionsTests(SynchronousTestCase):
     def test_one_visitor(self) -> None:
         """One visitor whose SYN comes a third time is lost."""
         self.add(0, 1)
-        self.assertFalse(self.repetitions.tell(2))
+        self.assertFalse(self.repetitions.show_loss(2))
         self.add(3)
-        self.assertTrue(self.repetitions.tell(3))
+        self.assertTrue(self.repetitions.show_loss(3))
 
     def test_two_visitors(self) -> None:
         """Two that repeat theirs once are lost, when they have waited for long enough."""
         self.add(0, 1, number=1)
         self.add(0.2, 1.2, number=2)
-        self.assertFalse(self.repetitions.tell(1.2))
-        self.assertTrue(self.repetitions.tell(1.5))
+        self.assertFalse(self.repetitions.show_loss(1.2))
+        self.assertTrue(self.repetitions.show_loss(1.5))
 
     def test_many_once(self) -> None:
         """Any number of SYNs that are not repeated are a scanner's, or a flood."""
         for number in range(10_000):
             self.add(number / 1_000, number=number)
-        self.assertFalse(self.repetitions.tell(10))
+        self.assertFalse(self.repetitions.show_loss(10))
 
     def test_flood_of_the_same(self) -> None:
         """SYNs that are repeated far more often than a visitor would are a flood."""
         for step in range(500):
             self.add(step / 100, number=step % 3)
-        self.assertFalse(self.repetitions.tell(5))
+        self.assertFalse(self.repetitions.show_loss(5))
 
     def test_several_interfaces(self) -> None:
         """A SYN that is seen on a bridge and on its port at the same time is one."""
         self.add(0, 0, 0.001, 1, 1.001)
-        self.assertFalse(self.repetitions.tell(2.5))
+        self.assertFalse(self.repetitions.show_loss(2.5))
         self.add(3, 3.001)
-        self.assertTrue(self.repetitions.tell(3.5))
+        self.assertTrue(self.repetitions.show_loss(3.5))
 
     def test_accepted(self) -> None:
         """What came before a connection was accepted does not count."""
         self.add(0, 1)
         self.repetitions.forget()
         self.add(3)
-        self.assertFalse(self.repetitions.tell(4))
+        self.assertFalse(self.repetitions.show_loss(4))
 
     def test_old(self) -> None:
         """Nor does what was long ago."""
         self.add(0, 1)
-        self.assertFalse(self.repetitions.tell(12))
+        self.assertFalse(self.repetitions.show_loss(12))
         self.add(12, 13)
-        self.assertFalse(self.repetitions.tell(14))
+        self.assertFalse(self.repetitions.show_loss(14))
 
 
 class WatchTests(SynchronousTestCase):

@@ -132,7 +132,7 @@ class Repetitions:
             seen.last = now
             seen.repeated += 1
 
-    def tell(self, now: float) -> bool:
+    def show_loss(self, now: float) -> bool:
         """Whether visitors are being lost."""
         for syn in [syn for syn, seen in self._seen.items() if now - seen.last > _LIFETIME]:
             del self._seen[syn]
@@ -273,7 +273,7 @@ class LostVisitorsWatch:
         self._sockets.listen(arrived < _BUSY)
         if arrived or self._full():
             self._repetitions.forget()
-        return self._repetitions.tell(self._clock())
+        return self._repetitions.show_loss(self._clock())
 
     def close(self) -> None:
         if self._sockets is not None:
