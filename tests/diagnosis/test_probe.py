@@ -177,7 +177,9 @@ class ProbeTests(SynchronousTestCase):
             stopListening=lambda: stopped.append("responder"),
         )
         proxy = SimpleNamespace(
-            when_started=lambda: succeed(None), stopService=lambda: stopped.append("proxy")
+            when_started=lambda: succeed(None),
+            stopService=lambda: stopped.append("proxy"),
+            steering=SimpleNamespace(),
         )
         program = SimpleNamespace(privilegedStartService=lambda: None)
         namespace = SimpleNamespace(close=lambda: stopped.append("namespace"), subnets={4: None})

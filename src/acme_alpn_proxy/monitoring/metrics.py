@@ -166,7 +166,9 @@ class MetricsService(Service):
         """
         registry = CollectorRegistry()
         registry.register(Collector(describe))
-        self._site = _Bounded(_Site(_Page(registry), requestFactory=_Request), clock)
+        # Without a timeout of its own, which would be by the global reactor.
+        site = _Site(_Page(registry), requestFactory=_Request, timeout=None)
+        self._site = _Bounded(site, clock)
         self._endpoint = endpoint
         self._text = text
         self._listening: Deferred[Any] | None = None
