@@ -99,12 +99,20 @@ class _Soak:
         self._listener = listener
         self._hello = openssl_hello(b"h2", b"http/1.1", server_name=b"site.example")
 
+    def _accept(self) -> socket.socket:
+        """The next connection with bytes; a start of the proxy makes one without, to look."""
+        while True:
+            theirs, _ = self._listener.accept()
+            if theirs.recv(1, socket.MSG_PEEK):
+                return theirs
+            theirs.close()
+
     @contextmanager
     def _pair(self) -> Iterator[tuple[socket.socket, socket.socket]]:
         visitor = self._road.visitor.namespace
         with visitor.connect(self._road.host.ipv4, PORT, _SECONDS) as ours:
             ours.sendall(self._hello)
-            theirs, _ = self._listener.accept()
+            theirs = self._accept()
             with theirs:
                 theirs.settimeout(_SECONDS)
                 if theirs.recv(len(self._hello), socket.MSG_WAITALL) != self._hello:

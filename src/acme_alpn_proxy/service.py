@@ -325,7 +325,7 @@ class ProxyService(MultiService):
 
 
 def _half_open(port: int) -> set[Handshake] | None:
-    """The handshakes with this host's web address that are under way; L{None} if unknown.
+    """The handshakes with this host's web address that are under way; nothing if unknown.
 
     How visitors are steered decides which port the kernel sees, that of the listener or 443.
     """
