@@ -151,7 +151,7 @@ class LimitsTests(SynchronousTestCase):
         """Of the open files that are left, a quarter are visitors' and as many their targets'; half
         are for connections that wait, or have not said what they want."""
         self.assertEqual(limits_of(256), Limits(connections=156, visitors=52, pipes=4))
-        self.assertEqual(limits_of(1_048_576).pipes, MAX_PIPES)
+        self.assertEqual(limits_of(16_384), Limits(2_048 + 7_084, 7_084, MAX_PIPES))
         self.assertEqual(limits_of(20), Limits(connections=2, visitors=1, pipes=1))
 
     def test_highest(self) -> None:

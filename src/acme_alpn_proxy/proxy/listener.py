@@ -32,6 +32,9 @@ MAX_PIPES: Final = 64
 _RESERVE: Final = 40
 """Descriptors for all but connections and pipes: the log, commands and the reactor take a dozen."""
 
+WAITING_ROOM: Final = 2_048
+"""Connections that may be here without a target."""
+
 _INFO_BYTES: Final = 28
 
 _BIND_RETRY: Final = 0.05
@@ -77,13 +80,14 @@ def _descriptor_limit() -> int:
 def limits_of(descriptors: int) -> Limits:
     """The limits that so many open files allow.
 
-    A visitor takes two of them. A quarter of them are visitors' own and a quarter their targets';
-    half are for connections that have not said yet what they want, or wait.
+    A visitor takes two of them, one of them for the target. Half of them, L{WAITING_ROOM} at most,
+    are for connections that have not said yet what they want, or wait.
     """
     pipes = min(MAX_PIPES, max(1, descriptors // 64))
     free = descriptors - _RESERVE - 2 * pipes
-    visitors = max(1, free // 4)
-    return Limits(max(2, visitors + free // 2), visitors, pipes)
+    waiting = min(free // 2, WAITING_ROOM)
+    visitors = max(1, (free - waiting) // 2)
+    return Limits(max(2, visitors + waiting), visitors, pipes)
 
 
 def highest_limits(max_connections: int) -> Limits:
