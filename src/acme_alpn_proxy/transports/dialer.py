@@ -22,7 +22,7 @@ from ..interfaces import ITarget
 from .connection import Connection
 from .deadlines import DeadlineQueue, Unanswered
 from .poller import Poller, RetryQueue
-from .sockets import RECEIVE_BUFFER, TargetFactory, tune, twisted_address
+from .sockets import TargetFactory, tune, twisted_address
 
 _WRITE: Final = select.EPOLLOUT
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -123,8 +123,6 @@ class Dialer:
         sock = SocketType(self._family, _NON_BLOCKING)
         # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-        if self._is_near:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         if self._sources:
             if monotonic() > self._source_ends:
                 self._sources.clear()

@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from .connection import DONE, Connection
 from .poller import Poller, RetryQueue
-from .sockets import MOST_UNSENT, tune, twisted_address
+from .sockets import tune, twisted_address
 
 _log = Logger()
 
@@ -105,9 +105,7 @@ class Port:
         self._waiting = False
 
     def startListening(self) -> None:
-        # On Linux what it accepts inherits this.
-        tune(self._socket)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT)
+        tune(self._socket)  # on Linux what it accepts inherits this
         self._factory.doStart()
         self._poller.add(self._socket.fileno(), self, _READ)
         self._listening = True

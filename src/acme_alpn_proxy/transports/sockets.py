@@ -11,13 +11,6 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import ITCPTransport, IUNIXTransport
 from twisted.internet.protocol import ClientFactory
 
-RECEIVE_BUFFER: Final = 262_144
-"""Bytes that a near target may send ahead of its visitor (SO_RCVBUF, which the kernel doubles).
-Without a limit they grow to several megabytes for each visitor who has stopped reading."""
-
-MOST_UNSENT: Final = 262_144
-"""Bytes that wait to be sent to a visitor, besides those on their way (TCP_NOTSENT_LOWAT)."""
-
 _SO_ORIGINAL_DST: Final = 80
 """linux/netfilter_ipv4.h, and the same for IPv6."""
 
