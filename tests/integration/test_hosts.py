@@ -1,0 +1,74 @@
+"""Hosts as people have them: few ports, tracking that comes and goes, a proxy that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+from contextlib import ExitStack
+
+from .netns import Street, wait_until
+from .proxy import AT_ONCE, Proxy, ends
+from .website import Website, steers
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+def test_local_ports_run_out(road: Street, site: Website, proxy: Proxy) -> None:
+    """More visitors than the host has ports to reach its web server from: all are served."""
+    host = road.host.namespace
+    host.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=50000 50009")
+    proxy.start(*AT_ONCE)
+    with ExitStack() as visits:
+        for _ in range(40):
+            visit = site.visit(road.visitor.namespace, road.host.ipv4)
+            assert visits.enter_context(visit).get().seen_from.startswith("127.0.0.")
+    proxy.stop(wait=True)
+
+
+def test_connection_that_began_meanwhile(road: Street, site: Website, proxy: Proxy) -> None:
+    """A visitor came through the proxy, and again without it from the same port: when the proxy
+    comes back that second connection goes on."""
+
+    def dialled() -> socket.socket:
+        connection = road.visitor.namespace.new_socket(socket.AF_INET)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        connection.bind((road.visitor.ipv4, 50_000))
+        connection.settimeout(10)
+        connection.connect((road.host.ipv4, 443))
+        return connection
+
+    proxy.start(*AT_ONCE)
+    first = site.visit_on(dialled())
+    assert first.get().steered
+    first.close()
+    proxy.stop(wait=True)
+    second = site.visit_on(dialled())
+    try:
+        assert not second.get().steered
+        proxy.start(*AT_ONCE)
+        assert not second.get().steered
+    finally:
+        second.close()
+    assert steers(road, site)
+    proxy.stop(wait=True)
+
+
+def test_proxy_hangs(road: Street, site: Website, proxy: Proxy) -> None:
+    """A proxy that was stopped by a signal while visitors wait: the guard lets go for it."""
+    proxy.start(*AT_ONCE)
+    guarded = len(road.host.namespace.rules())
+    os.kill(proxy.pid, signal.SIGSTOP)
+    try:
+        with road.visitor.namespace.connect(road.host.ipv4, 443):
+            host = road.host.namespace
+            wait_until(lambda: len(host.rules()) < guarded, "the guard has let go", 20)
+            wait_until(lambda: not any("REDIRECT" in rule for rule in host.rules()), "all of it")
+            assert not steers(road, site)
+    finally:
+        os.kill(proxy.pid, signal.SIGCONT)
+    proxy.stop(wait=True)
+    assert ends(proxy.pid)
+    assert road.host.namespace.rules() == []
