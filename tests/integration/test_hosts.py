@@ -8,8 +8,10 @@ import socket
 import struct
 from contextlib import ExitStack
 
+import pytest
+
 from .netns import Street, wait_until
-from .proxy import AT_ONCE, Proxy, ends
+from .proxy import AT_ONCE, PORT, Proxy, ends
 from .website import Website, steers
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -53,6 +55,23 @@ def test_connection_that_began_meanwhile(road: Street, site: Website, proxy: Pro
     finally:
         second.close()
     assert steers(road, site)
+    proxy.stop(wait=True)
+
+
+def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy) -> None:
+    """A rule of another program sends the proxy's connections to its web server back to it: they
+    are closed, with one line in the log, and do not go round."""
+    proxy.start(*AT_ONCE)
+    rule = ["-p", "tcp", "-d", "127.0.0.1", "--dport", "443", "-j", "REDIRECT"]
+    rule += ["--to-ports", str(PORT)]
+    road.host.namespace.run("iptables", "-t", "nat", "-I", "OUTPUT", *rule)
+    for _ in range(3):
+        with road.visitor.namespace.connect(road.host.ipv4, 443) as visitor:
+            visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with pytest.raises(ConnectionResetError):
+                visitor.recv(1)
+    assert proxy.log.count("A connection to a target came back to the proxy") == 1
+    assert len(os.listdir(f"/proc/{proxy.pid}/fd")) < 40
     proxy.stop(wait=True)
 
 
