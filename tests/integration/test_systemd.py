@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -17,7 +18,7 @@ from .machine import Machine, machine
 from .netns import Street, terminate, wait_until
 from .packages import ROOT, install, install_dependencies
 from .proxy import AT_ONCE, Proxy
-from .website import NAME, Website, steers
+from .website import NAME, Website, steers, website
 
 SERVICE = "acme-alpn-proxy.service"
 UNIT = ROOT / "packaging" / "systemd" / SERVICE
@@ -181,6 +182,18 @@ def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
     log = debian.run("journalctl", "--unit", SERVICE).stdout
     assert re.search(r"already running as PID \d+", log)
     assert steers(road, site)
+
+
+def test_web_server_outside(road: Street, debian: Machine, tmp_path: Path) -> None:
+    """In a container whose web server is outside, iptables is refused, and sk-lookup steers."""
+    with website(road.host.namespace, tmp_path / "outside") as site:
+        done = debian.run("acme-alpn-proxy", "start", check=False)
+        assert done.returncode == os.EX_CONFIG
+        assert "this is a container" in done.stdout
+        assert road.host.namespace.rules() == []
+        debian.run("acme-alpn-proxy", *AT_ONCE, "--redirect", "auto", "start")
+        assert steers(road, site)
+        debian.run("acme-alpn-proxy", "stop", "--wait")
 
 
 # The examples
