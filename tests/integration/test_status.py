@@ -1,11 +1,10 @@
-"""C{status}: what it tells of instances that run, drain, were killed; and how fast."""
+"""C{status}: what it tells of instances that run, drain, were killed; and how little it loads."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import resource
 import signal
 import stat
 import subprocess
@@ -21,7 +20,8 @@ from .netns import ended as ended_by
 from .proxy import AT_ONCE, Proxy, kill
 from .website import Website
 
-MOST_SECONDS = 0.25
+MOST_MODULES = 200
+"""160 are loaded on Python 3.14; a reactor alone would bring as many again."""
 ACME_HELLO = hellos.openssl_hello(b"acme-tls/1", server_name=b"site.example")
 
 
@@ -183,25 +183,9 @@ def test_metrics(proxy: Proxy) -> None:
     assert "GET" not in proxy.log
 
 
-def test_fast(proxy: Proxy) -> None:
-    """The whole command takes less than 250 ms of a processor, the best of a few times."""
-    environment = {name: v for name, v in os.environ.items() if "COVERAGE" not in name}
-    taken = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [proxy.program, "status"],
-            env={**environment, **proxy.env},
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(taken) < MOST_SECONDS
-
-
 def test_imports(proxy: Proxy) -> None:
-    """Neither C{status} nor C{stop} loads a reactor, twistd, or anything of twisted.internet."""
+    """Neither C{status} nor C{stop} loads a reactor, twistd, or anything of twisted.internet; they
+    load few modules, which is nearly all the time that they take."""
     line = (
         "import sys; from acme_alpn_proxy.console.startup import load_lightly; load_lightly();"
         " from acme_alpn_proxy.console import cli; cli.run_command_line(sys.argv[1:]);"
@@ -215,3 +199,4 @@ def test_imports(proxy: Proxy) -> None:
         loaded = done.stdout.splitlines()[-1].split()
         heavy = ("twisted.internet", "twisted.application", "twisted.scripts", "twisted.logger")
         assert not [name for name in loaded if name.startswith(heavy)]
+        assert len(loaded) < MOST_MODULES
