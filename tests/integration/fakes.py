@@ -40,7 +40,7 @@ class FakeIptables:
     @property
     def calls(self) -> int:
         """How many there were since the last reset."""
-        return int(self._count.read_text())
+        return int(self._count.read_text() or 0)  # empty while it is written
 
     def reset(self, *, failing: int) -> None:
         """Count anew."""
