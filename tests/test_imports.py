@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import atexit, gc, importlib, pkgutil, signal, sys
-import twisted.internet.epollreactor  # whose own effects are not ours
+import twisted.application.app, twisted.internet.epollreactor  # whose own effects are not ours
 before = gc.get_threshold(), atexit._ncallbacks(), [signal.getsignal(n) for n in range(1, 32)]
 import acme_alpn_proxy
 for found in pkgutil.walk_packages(acme_alpn_proxy.__path__, "acme_alpn_proxy."):
