@@ -136,7 +136,7 @@ class RoomTests(MemoryCase):
         self.factory = ProxyServerFactory(
             Routing(acme, WEB), {WEB: self.target, acme: self.acme}, self.clock
         )
-        self.factory.open(NoHangupWatch(), Limits(100, 2, 1), lambda: None, lambda: None)
+        self.factory.open(NoHangupWatch(), Limits(100, 2), lambda: None, lambda: None)
         self.events = log_of(self)
 
     def arrive(self, count: int, hello: bytes = WEB_HELLO) -> list[ProxyServer]:

@@ -17,7 +17,6 @@ from acme_alpn_proxy.host.tcpsockets import ESTABLISHED, LISTENING, TCPSocket
 from acme_alpn_proxy.proxy import listener
 from acme_alpn_proxy.proxy.listener import (
     BACKLOG,
-    MAX_PIPES,
     highest_limits,
     limits_of,
     listening_socket,
@@ -150,9 +149,9 @@ class LimitsTests(SynchronousTestCase):
     def test_of_open_files(self) -> None:
         """Of the open files that are left, a quarter are visitors' and as many their targets'; half
         are for connections that wait, or have not said what they want."""
-        self.assertEqual(limits_of(256), Limits(connections=156, visitors=52, pipes=4))
-        self.assertEqual(limits_of(16_384), Limits(2_048 + 7_084, 7_084, MAX_PIPES))
-        self.assertEqual(limits_of(20), Limits(connections=2, visitors=1, pipes=1))
+        self.assertEqual(limits_of(256), Limits(connections=160, visitors=53))
+        self.assertEqual(limits_of(16_384), Limits(2_048 + 7_147, 7_147))
+        self.assertEqual(limits_of(20), Limits(connections=2, visitors=1))
 
     def test_highest(self) -> None:
         """The limit on open files is raised as far as it goes; the operator's number of connections
@@ -162,6 +161,6 @@ class LimitsTests(SynchronousTestCase):
         self.patch(resource, "setrlimit", limits.__setitem__)
         self.assertEqual(highest_limits(0), limits_of(1_024))
         self.assertEqual(limits, {resource.RLIMIT_NOFILE: (1_024, 1_024)})
-        self.assertEqual(highest_limits(7), Limits(21, 7, limits_of(1_024).pipes))
+        self.assertEqual(highest_limits(7), Limits(21, 7))
         most = limits_of(1_024).connections
-        self.assertEqual(highest_limits(10_000), Limits(most, 10_000, limits_of(1_024).pipes))
+        self.assertEqual(highest_limits(10_000), Limits(most, 10_000))

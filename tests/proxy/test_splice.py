@@ -1,4 +1,4 @@
-"""The relay by splice(2) on real loopback sockets, turned by hand; and the pool of its pipes."""
+"""The relay by splice(2) on real loopback sockets, turned by hand; and the pipe of all relays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import hashlib
 import os
 import select
 import socket
+import threading
 from typing import Any
 
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
@@ -21,8 +22,9 @@ from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.proxy import splice
 from acme_alpn_proxy.proxy.relay import IRelay, TransportRelay
-from acme_alpn_proxy.proxy.splice import PIPE_SIZE, PipePool, SpliceRelay, relay_between
+from acme_alpn_proxy.proxy.splice import PIPE_SIZE, SharedPipe, SpliceRelay, relay_between
 from acme_alpn_proxy.transports.hangup import NoHangupWatch
+from acme_alpn_proxy.transports.sockets import UNSENT
 
 from ..loopback import reset, segments_in, was_reset
 from ..transports.transport_case import TransportCase
@@ -50,24 +52,19 @@ class End(Protocol):
         self.relay.lost(self.transport)
 
 
-def take_nothing(source: int, sink: int, count: int) -> int:
-    """The receiver's buffers are full for good."""
-    raise BlockingIOError
-
-
 class SpliceRelayTests(TransportCase):
     """A visitor, the relay, a server."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.pipes = PipePool(4)
-        self.addCleanup(self.pipes.close)
+        self.pipe = SharedPipe()
+        self.addCleanup(self.pipe.close)
         self.visitor, self.front = self.connect(End)
         self.server, self.back = self.connect(End)
         self.visitor.settimeout(5)
         self.server.settimeout(5)
         self.relay: Any = relay_between(
-            self.front.transport, self.back.transport, NoHangupWatch(), self.pipes
+            self.front.transport, self.back.transport, NoHangupWatch(), self.pipe
         )
         self.front.relay = self.back.relay = self.relay
         self.moves = 0
@@ -113,7 +110,6 @@ class SpliceRelayTests(TransportCase):
         """Over two lean transports it is the one by splice."""
         self.assertIsInstance(self.relay, SpliceRelay)
         verifyObject(IRelay, self.relay)
-        self.pipes.limit = 0  # else it is not by a producer that the visitor is held back
         self.fill(self.visitor)
         verifyObject(IPushProducer, self.back.transport.producer)
 
@@ -123,12 +119,12 @@ class SpliceRelayTests(TransportCase):
             (self.front.transport, StringTransport()),
             (StringTransport(), self.back.transport),
         ):
-            made = relay_between(front, back, NoHangupWatch(), self.pipes)
+            made = relay_between(front, back, NoHangupWatch(), self.pipe)
             self.assertIs(type(made), TransportRelay)
 
     def test_sent_ahead(self) -> None:
         """What the target has been sent already is not sent again."""
-        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipes)
+        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipe)
         made.start(b"hello", 3)
         self.assertEqual(self.server.recv(5), b"lo")
         self.assertEqual(made.moved, (5, 0))
@@ -160,15 +156,28 @@ class SpliceRelayTests(TransportCase):
         self.turn_all()
 
     def test_bulk(self) -> None:
-        """What comes fast goes by a pipe, which is back in the pool after; nothing is lost."""
+        """What comes fast goes by the pipe, which is empty and free for others while a receiver is
+        slow: a little waits for it instead. Nothing is lost."""
         sent = self.fill(self.visitor, os.urandom(1_000_000))
         self.assertGreater(self.moves, 0)
-        self.assertEqual(self.pipes.lent, 1)
+        self.assertFalse(self.pipe.lent)
+        self.assertTrue(0 < len(self.back.transport.waiting) <= 65_536)
         received = self.drain(self.server, len(sent))
         self.assertEqual(hashlib.sha256(received).digest(), hashlib.sha256(sent).digest())
         self.assertEqual(self.relay.moved, (5 + len(sent), 0))
         self.turn_all()
-        self.assertEqual(self.pipes.lent, 0)
+        self.assertFalse(self.pipe.lent)
+
+    def test_reads_on(self) -> None:
+        """Little waits unsent for a receiver that is new; once it has taken 8 MiB, as much as the
+        kernel likes."""
+        for size, bound in ((4 << 20, UNSENT), (5 << 20, 0)):
+            self.server.setblocking(True)
+            sender = threading.Thread(target=self.server.sendall, args=(bytes(size),))
+            sender.start()
+            self.drain(self.visitor, size)
+            sender.join()
+            self.assertEqual(self.front.transport.unsent, bound)
 
     def test_small_again(self) -> None:
         """After the bulk small pieces are copied again."""
@@ -228,21 +237,19 @@ class SpliceRelayTests(TransportCase):
         self.assertNotIn(address, map(id, relays))
 
     def test_nothing_there(self) -> None:
-        """A splice that finds nothing gives its pipe back."""
+        """A splice that finds nothing gives the pipe back."""
         self.relay._speed_up(self.front.transport)
         self.front.transport.doRead()
-        self.assertEqual((self.moves, self.pipes.lent), (1, 0))
+        self.assertEqual((self.moves, self.pipe.lent), (1, False))
 
     def test_reset_under_back_pressure(self) -> None:
-        """A reset is passed on at once while bytes wait in a pipe, and the pipe is closed."""
+        """A reset is passed on at once while bytes wait."""
         for sender, receiver in (("visitor", "server"), ("server", "visitor")):
             self.fill(getattr(self, sender))
-            self.assertEqual(self.pipes.lent, 1)
-            self.patch(splice, "_splice", take_nothing)
             reset(getattr(self, sender))
             self.turn(lambda: self.front.lost and self.back.lost)
             self.assertTrue(was_reset(getattr(self, receiver)))
-            self.assertEqual((self.pipes.lent, self.pipes._kept), (0, []))
+            self.assertFalse(self.pipe.lent)
             self.setUp()
 
     def test_receiver_resets(self) -> None:
@@ -251,7 +258,7 @@ class SpliceRelayTests(TransportCase):
         reset(self.server)
         self.turn(lambda: self.front.lost and self.back.lost)
         self.assertTrue(was_reset(self.visitor))
-        self.assertEqual(self.pipes.lent, 0)
+        self.assertFalse(self.pipe.lent)
 
     def test_reset_met_by_splice(self) -> None:
         """A reset that is met while moving is passed on, from either side."""
@@ -264,7 +271,9 @@ class SpliceRelayTests(TransportCase):
             self.assertTrue(self.front.lost)
             self.assertTrue(self.back.lost)
             self.assertTrue(was_reset(getattr(self, other)))
-            self.assertEqual(self.pipes.lent, 0)
+            self.assertFalse(self.pipe.lent)
+            if broken == "server":  # its bytes are still in the pipe, and must reach nobody
+                self.assertIsNone(self.pipe._kept)
             self.setUp()
 
     def test_reset_met_by_a_full_read(self) -> None:
@@ -275,16 +284,16 @@ class SpliceRelayTests(TransportCase):
         self.assertTrue(was_reset(self.visitor))
 
     def test_abort(self) -> None:
-        """Aborted, both sides see a reset, and the pipe is closed."""
+        """Aborted, both sides see a reset."""
         self.fill(self.visitor)
         self.relay.abort()
         self.assertTrue(was_reset(self.visitor))
         self.assertTrue(was_reset(self.server))
-        self.assertEqual(self.pipes.lent, 0)
+        self.assertFalse(self.pipe.lent)
 
     def test_no_pipe(self) -> None:
         """Without a pipe the bytes are copied."""
-        self.pipes.limit = 0
+        self.pipe.lent = True
         content = os.urandom(1_000_000)
         sent = self.fill(self.visitor, content)
         self.assertEqual(self.moves, 0)
@@ -292,7 +301,7 @@ class SpliceRelayTests(TransportCase):
 
     def test_no_pipe_at_the_end(self) -> None:
         """So they are if there is none any more when the last bytes come, with the FIN."""
-        self.pipes.limit = 0
+        self.pipe.lent = True
         self.relay._speed_up(self.front.transport)
         self.visitor.sendall(b"the end")
         self.visitor.close()
@@ -303,7 +312,7 @@ class SpliceRelayTests(TransportCase):
     def test_slow_at_once(self) -> None:
         """A target that does not take what came with the hello holds the visitor back."""
         hello = bytes(20_000_000)
-        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipes)
+        made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipe)
         self.front.relay = self.back.relay = made
         made.start(hello)
         self.assertTrue(self.back.transport.waiting)
@@ -314,25 +323,30 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(made.moved, (len(hello) + 4, 0))
 
 
-class PipePoolTests(SynchronousTestCase):
+class SharedPipeTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.pipes = PipePool(2)
-        self.addCleanup(self.pipes.close)
+        self.pipe = SharedPipe()
+        self.addCleanup(self.pipe.close)
 
     def test_lends(self) -> None:
-        """It lends large pipes that block nobody, again when they come back, up to its limit."""
-        one, two = self.pipes.borrow(), self.pipes.borrow()
+        """It lends a large pipe that blocks nobody, to one at a time, again when it comes back
+        empty, and another one when it does not."""
+        one = self.pipe.borrow()
         assert one is not None
-        assert two is not None
-        self.assertIsNone(self.pipes.borrow())
+        self.assertIsNone(self.pipe.borrow())
         self.assertEqual(fcntl.fcntl(one[1], fcntl.F_GETPIPE_SZ), PIPE_SIZE)
         with self.assertRaises(BlockingIOError):
             os.read(one[0], 1)
-        self.pipes.give_back(one)
-        self.assertEqual(self.pipes.borrow(), one)
-        self.pipes.give_back(one)
-        self.pipes.discard(two)
-        self.pipes.close()
+        self.pipe.give_back(one)
+        self.assertEqual(self.pipe.borrow(), one)
+        os.write(one[1], b"of somebody else")
+        self.pipe.discard(one)
+        two = self.pipe.borrow()
+        assert two is not None
+        with self.assertRaises(BlockingIOError):
+            os.read(two[0], 1)
+        self.pipe.give_back(two)
+        self.pipe.close()
         for end in (*one, *two):
             with self.assertRaises(OSError):
                 os.fstat(end)
@@ -343,11 +357,12 @@ class PipePoolTests(SynchronousTestCase):
     def test_no_descriptors(self) -> None:
         """Without descriptors it has none to lend."""
         self.patch(os, "pipe2", self.refuse)
-        self.assertIsNone(self.pipes.borrow())
+        self.assertIsNone(self.pipe.borrow())
+        self.assertFalse(self.pipe.lent)
 
     def test_no_memory(self) -> None:
         """Over the user's share of memory a pipe is only smaller."""
         self.patch(fcntl, "fcntl", self.refuse)
-        pipe = self.pipes.borrow()
+        pipe = self.pipe.borrow()
         assert pipe is not None
-        self.pipes.discard(pipe)
+        self.pipe.discard(pipe)

@@ -15,7 +15,7 @@ from acme_alpn_proxy.interfaces import ITarget
 from acme_alpn_proxy.transports import dialer
 from acme_alpn_proxy.transports.deadlines import DeadlineQueue, Unanswered
 from acme_alpn_proxy.transports.dialer import Connector, Dialer
-from acme_alpn_proxy.transports.sockets import twisted_address
+from acme_alpn_proxy.transports.sockets import NEAR_BUFFER, twisted_address
 
 from ..loopback import segments_in
 from .transport_case import Client, TransportCase, defect
@@ -63,6 +63,17 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
         tcp.loseConnection()
         self.assertEqual(self.client.made[0].story, ["made", "lost"])
+
+    def test_receive_buffer(self) -> None:
+        """What a target may send before a visitor takes it is limited: twice what is asked for
+        (socket(7)), or what the host allows. It does not grow."""
+        self.dial()
+        tcp = self.client.made[0].transport
+        size = tcp._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        with socket.socket() as asking:
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
+            self.assertEqual(size, asking.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+        tcp.abortConnection()
 
     def test_sent_ahead(self) -> None:
         """What the protocol is going to write first is on its way before there is a protocol."""

@@ -9,7 +9,6 @@ import resource
 import socket
 import struct
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from twisted.application.service import Service
@@ -26,11 +25,8 @@ BACKLOG: Final = 4_096
 """Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is
 this number since Linux 5.4."""
 
-MAX_PIPES: Final = 64
-"""Of 1 MiB each."""
-
-_RESERVE: Final = 40
-"""Descriptors for all but connections and pipes: the log, commands and the reactor take a dozen."""
+_RESERVE: Final = 42
+"""Descriptors for all but connections: the log, a pipe, commands and the reactor take a dozen."""
 
 WAITING_ROOM: Final = 2_048
 """Connections that may be here without a target."""
@@ -83,11 +79,10 @@ def limits_of(descriptors: int) -> Limits:
     A visitor takes two of them, one of them for the target. Half of them, L{WAITING_ROOM} at most,
     are for connections that have not said yet what they want, or wait.
     """
-    pipes = min(MAX_PIPES, max(1, descriptors // 64))
-    free = descriptors - _RESERVE - 2 * pipes
+    free = descriptors - _RESERVE
     waiting = min(free // 2, WAITING_ROOM)
     visitors = max(1, (free - waiting) // 2)
-    return Limits(max(2, visitors + waiting), visitors, pipes)
+    return Limits(max(2, visitors + waiting), visitors)
 
 
 def highest_limits(max_connections: int) -> Limits:
@@ -100,7 +95,7 @@ def highest_limits(max_connections: int) -> Limits:
     if not max_connections:
         return allowed
     connections = min(3 * max_connections, allowed.connections)
-    return replace(allowed, connections=connections, visitors=max_connections)
+    return Limits(connections, max_connections)
 
 
 def _waiting(listener: socket.socket) -> int:

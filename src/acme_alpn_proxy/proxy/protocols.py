@@ -27,7 +27,7 @@ from .clienthello import NEED_MORE, NOT_TLS, ClientHelloParser, NotClientHello, 
 from .live import LiveConnections
 from .relay import Relay
 from .routing import ACME_TLS_1, Route, Routing
-from .splice import PipePool, relay_between
+from .splice import SharedPipe, relay_between
 from .statistics import ConnectionRecord, Statistics
 
 NO_HELLO_IN_TIME: Final = "deadline"
@@ -56,12 +56,10 @@ class Limits:
     @ivar connections: all of them; more wait in the backlog.
     @ivar visitors: those that have the fallback as their target. Those above wait with their hello,
         so that the ones after them can still say that they are validations.
-    @ivar pipes: for moving bytes.
     """
 
     connections: int
     visitors: int
-    pipes: int
 
 
 def _show(peer: Any) -> str:
@@ -234,7 +232,7 @@ class ProxyServer(Protocol):
         assert self._parser is not None
         first, self._parser = bytes(self._parser.received), None
         factory = self.factory
-        self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipes)
+        self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipe)
         self.relay.start(first, sent_ahead)
 
     def target_failed(self, route: Route, failure: Failure) -> None:
@@ -304,7 +302,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar hellos: those among them that have not sent a whole hello.
     @ivar held: bytes of memory that their half hellos take.
     @ivar waiting: visitors whose turn for a target has not come, the first one first.
-    @ivar pipes: for relays.
+    @ivar pipe: for relays.
     @ivar statistics: the numbers of all connections.
     @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: reports resets on connections that are not being read.
@@ -343,7 +341,7 @@ class ProxyServerFactory(ServerFactory):
         self._full_reported = False
         self._own_addresses: frozenset[str] = frozenset()
         self._loop_reported = False
-        self.pipes = PipePool()
+        self.pipe = SharedPipe()
         self.statistics = Statistics(
             routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
         )
@@ -367,7 +365,6 @@ class ProxyServerFactory(ServerFactory):
         @param room: called when there are fewer again.
         """
         self.hangups = hangups
-        self.pipes.limit = limits.pipes
         self._most_visitors = limits.visitors
         self._own_addresses = _own_addresses()
         self.live.bound(limits.connections, full, room)
@@ -462,7 +459,7 @@ class ProxyServerFactory(ServerFactory):
             self._looking.stop()
         self.hellos.close()
         self._validations.close()
-        self.pipes.close()
+        self.pipe.close()
         self.hangups.close()
         self.hangups = NoHangupWatch()
 

@@ -106,11 +106,11 @@ class Relay:
         front.resumeProducing()
         rest = first[sent_ahead:]
         if rest:
-            self._pass_on(front, back, rest)
+            self.pass_on(front, back, rest)
 
     def received(self, source: object, data: bytes) -> None:
         self.count(source, len(data))
-        self._pass_on(source, self._other(source), data)
+        self.pass_on(source, self._other(source), data)
 
     def count(self, source: object, size: int) -> None:
         """So many bytes of C{source} are passed on."""
@@ -125,7 +125,8 @@ class Relay:
         self._back.registerProducer(Source(self, self._front), True)
         self._front.registerProducer(Source(self, self._back), True)
 
-    def _pass_on(self, source: Any, sink: Any, data: bytes) -> None:
+    def pass_on(self, source: Any, sink: Any, data: bytes) -> None:
+        """Write what C{source} gave to C{sink}; it has been counted."""
         sink.write(data)
 
     def finished(self, source: Any) -> None:
@@ -183,8 +184,8 @@ class TransportRelay(Relay):
         self._hangups = hangups
 
     def start(self, first: bytes, sent_ahead: int = 0) -> None:
-        for transport in (self._front, self._back):
-            tune_transport(transport)
+        tune_transport(self._front)
+        tune_transport(self._back, is_target=True)
         super().start(first, sent_ahead)
 
     def finished(self, source: Any) -> None:

@@ -1,4 +1,4 @@
-"""The relay that moves bytes within the kernel, by splice(2) and pipes."""
+"""The relay that moves bytes within the kernel, by splice(2) and a pipe."""
 
 from __future__ import annotations
 
@@ -11,60 +11,67 @@ from ..transports.interfaces import IDescriptorTransport, IHangupWatch
 from .relay import Relay, Source, TransportRelay
 
 PIPE_SIZE: Final = 1_048_576
-"""Bytes that a pipe takes (fs.pipe-max-size, which root may exceed): fewer system calls a byte."""
+"""Bytes of the pipe (fs.pipe-max-size, which root may exceed): fewer system calls a byte."""
 
 _ENOUGH: Final = 16_384
 """Below this, bytes are copied as fast as pages are moved, and a pipe is not worth its calls."""
 
+_READS_ON: Final = 8_388_608
+"""Bytes after which a receiver has shown that it goes on reading. To bound what waits for it costs
+CPU time with each gigabyte."""
 
 Pipe: TypeAlias = tuple[int, int]
 """The end to read from and the end to write to."""
 
 
-class PipePool:
-    """Lends pipes to flows while bytes are in them.
+class SharedPipe:
+    """The pipe by which all relays move bytes, one move at a time.
 
-    @ivar limit: how many there may be, lent and kept: each may hold L{PIPE_SIZE} of the kernel's
-        memory for as long as a receiver is slow.
+    It is empty between two moves: bytes that a receiver does not take do not wait in it, so one is
+    enough, and visitors that stop reading cannot take it from the others.
+
+    @ivar lent: whether a move is under way.
     """
 
-    def __init__(self, limit: int = 64) -> None:
-        self.limit = limit
-        self.lent = 0
-        self._kept: list[Pipe] = []
+    def __init__(self) -> None:
+        self.lent = False
+        self._kept: Pipe | None = None
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe, or L{None} if there can be no more now."""
-        if self._kept:
-            self.lent += 1
-            return self._kept.pop()
-        if self.lent >= self.limit:
+        """The pipe, or L{None} if there can be none now."""
+        if self.lent:
             return None
-        try:
-            pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return None
-        self.lent += 1
-        try:
-            fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        except OSError:
-            pass  # over the user's share (pipe-user-pages-soft): it works, only slower
+        pipe, self._kept = self._kept or _pipe(), None
+        self.lent = pipe is not None
         return pipe
 
     def give_back(self, pipe: Pipe) -> None:
         """C{pipe} is empty again."""
-        self.lent -= 1
-        self._kept.append(pipe)
+        self.lent = False
+        self._kept = pipe
 
     def discard(self, pipe: Pipe) -> None:
         """C{pipe} may hold bytes that nobody wants any more."""
-        self.lent -= 1
+        self.lent = False
         _close(pipe)
 
     def close(self) -> None:
         """Keep none."""
-        while self._kept:
-            _close(self._kept.pop())
+        pipe, self._kept = self._kept, None
+        if pipe is not None:
+            _close(pipe)
+
+
+def _pipe() -> Pipe | None:
+    try:
+        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass  # over the user's share (pipe-user-pages-soft): it works, only slower
+    return pipe
 
 
 def _close(pipe: Pipe) -> None:
@@ -73,83 +80,71 @@ def _close(pipe: Pipe) -> None:
 
 
 class _Splice:
-    """One direction between descriptors: by a pipe, in the kernel, while the source is fast.
+    """One direction between descriptors: by the pipe, in the kernel, while the source is fast."""
 
-    Into an empty pipe only, else EAGAIN has two meanings (splice(2)).
-    """
+    __slots__ = ("_moved", "_pipe", "_relay", "_sink", "_source")
 
-    __slots__ = ("_held", "_pipe", "_pipes", "_relay", "_sink", "source")
-
-    def __init__(self, relay: SpliceRelay, source: Any, sink: Any, pipes: PipePool) -> None:
+    def __init__(self, relay: SpliceRelay, source: Any, sink: Any, pipe: SharedPipe) -> None:
         self._relay = relay
-        self._pipes = pipes
-        self._pipe: Pipe | None = None
-        self._held = 0
+        self._source = source
         self._sink = sink
-        self.source = source
+        self._pipe = pipe
+        self._moved = 0
 
     def move(self) -> None:
         """The source can be read."""
-        pipe = self._pipes.borrow()
+        pipe = self._pipe.borrow()
         if pipe is None:
             self._read_bytes()
             return
+        # No more than the sink has room for, and a little, so that the kernel learns that there
+        # was more, and makes more room.
+        count = min(self._sink.room() + _ENOUGH, PIPE_SIZE)
         try:
-            got = _splice(self.source.fileno(), pipe[1], PIPE_SIZE)
+            got = _splice(self._source.fileno(), pipe[1], count)
         except BlockingIOError:
-            self._pipes.give_back(pipe)
+            self._pipe.give_back(pipe)
             return
         except OSError as problem:
-            self._pipes.give_back(pipe)
-            self.source.failed(problem)
+            self._pipe.give_back(pipe)
+            self._source.failed(problem)
             return
-        if got:
-            self._pipe, self._held = pipe, got
-            self._relay.count(self.source, got)
-            if got < _ENOUGH:
-                self.source.read_by(None)
-            if self._push():
-                self.source.rearm()
-            else:
-                self.source.pauseProducing()
-                self._sink.write_by(self._push_rest)
-        else:
-            self._pipes.give_back(pipe)
+        if not got:
+            self._pipe.give_back(pipe)
             self._read_bytes()  # the end-of-file
-
-    def drop(self) -> None:
-        """The connection has ended: what waits here is nobody's."""
-        if self._pipe is not None:
-            self._pipes.discard(self._pipe)
-            self._pipe = None
+            return
+        self._relay.count(self._source, got)
+        self._moved += got
+        if self._moved > _READS_ON:
+            self._sink.trust()
+        if got < _ENOUGH:
+            self._source.read_by(None)
+        try:
+            rest = _empty(pipe, self._sink.fileno(), got)
+        except OSError as problem:
+            self._pipe.discard(pipe)
+            self._sink.failed(problem)
+            return
+        self._pipe.give_back(pipe)
+        if rest:
+            self._relay.pass_on(self._source, self._sink, rest)
+        self._source.rearm()
 
     def _read_bytes(self) -> None:
-        self.source.read_by(None)
-        self.source.rearm()  # there may be more, or a FIN, than one read finds
-        self.source.doRead()
+        self._source.read_by(None)
+        self._source.rearm()  # there may be more, or a FIN, than one read finds
+        self._source.doRead()
 
-    def _push(self) -> bool:
-        """Whether the sink has taken all, or will take nothing any more."""
-        pipe = self._pipe
-        assert pipe is not None
-        try:
-            while self._held:
-                self._held -= _splice(pipe[0], self._sink.fileno(), self._held)
-        except BlockingIOError:
-            return False
-        except OSError as problem:
-            self._sink.failed(problem)
-            return True
-        self._pipe = None
-        self._pipes.give_back(pipe)
-        return True
 
-    def _push_rest(self) -> None:
-        """The sink takes bytes again."""
-        self._relay.quiet = 0
-        if self._push():
-            self._sink.write_by(None)
-            self.source.resumeProducing()
+def _empty(pipe: Pipe, sink: int, held: int) -> bytes:
+    """Move C{held} bytes, which are all that is in C{pipe}, to C{sink}; gives what it does not
+    take."""
+    try:
+        while held:
+            held -= _splice(pipe[0], sink, held)
+    except BlockingIOError:
+        return os.read(pipe[0], held)
+    return b""
 
 
 def _splice(source: int, sink: int, count: int) -> int:
@@ -159,11 +154,11 @@ def _splice(source: int, sink: int, count: int) -> int:
 class SpliceRelay(Relay):
     """The relay over two transports whose descriptors it may use."""
 
-    __slots__ = ("_pipes", "_splices")
+    __slots__ = ("_pipe", "_splices")
 
-    def __init__(self, front: Any, back: Any, pipes: PipePool) -> None:
+    def __init__(self, front: Any, back: Any, pipe: SharedPipe) -> None:
         super().__init__(front, back)
-        self._pipes = pipes
+        self._pipe = pipe
         self._splices: dict[Any, _Splice] | None = None
 
     def _take_over(self) -> None:
@@ -172,13 +167,13 @@ class SpliceRelay(Relay):
 
     def _to_back(self, data: bytes) -> None:
         self._from_front += len(data)
-        self._pass_on(self._front, self._back, data)
+        self.pass_on(self._front, self._back, data)
 
     def _to_front(self, data: bytes) -> None:
         self._from_back += len(data)
-        self._pass_on(self._back, self._front, data)
+        self.pass_on(self._back, self._front, data)
 
-    def _pass_on(self, source: Any, sink: Any, data: bytes) -> None:
+    def pass_on(self, source: Any, sink: Any, data: bytes) -> None:
         self.quiet = 0
         # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
         sink.write(data, socket.MSG_MORE if source.finishing else 0)
@@ -190,21 +185,19 @@ class SpliceRelay(Relay):
 
     def lost(self, source: Any) -> None:
         super().lost(source)
-        splices, self._splices = self._splices, None  # they know the relay, too
-        for splice in (splices or {}).values():
-            splice.drop()
+        self._splices = None  # they know the relay, too
 
     def _speed_up(self, source: Any) -> None:
         if self._splices is None:
             ends = (self._front, self._back)
             for end in ends:
                 os.set_blocking(end.fileno(), False)  # splice(2) can be told of pipes alone
-            self._splices = {end: _Splice(self, end, self._other(end), self._pipes) for end in ends}
+            self._splices = {end: _Splice(self, end, self._other(end), self._pipe) for end in ends}
         source.read_by(self._splices[source].move)
 
 
-def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipes: PipePool) -> Relay:
+def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipe: SharedPipe) -> Relay:
     """The relay that suits both transports."""
     if IDescriptorTransport.providedBy(front) and IDescriptorTransport.providedBy(back):
-        return SpliceRelay(front, back, pipes)
+        return SpliceRelay(front, back, pipe)
     return TransportRelay(front, back, hangups)

@@ -9,11 +9,13 @@ SO_KEEPALIVE unless its peer is this host.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from socket import SocketType
 from typing import Any, Final
@@ -35,7 +37,7 @@ from zope.interface import implementer
 
 from .interfaces import IDescriptorTransport
 from .poller import Poller
-from .sockets import twisted_address
+from .sockets import bound_unsent, twisted_address
 
 READ_SIZE: Final = 65_536
 """Bytes read at once: a read that fills this finds a sender at full speed."""
@@ -64,6 +66,15 @@ _GOES_ON, _FINISHES, _CLOSES = range(3)
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """socket(7): SO_LINGER of 0 seconds."""
+
+_SO_MEMINFO: Final = 55
+_MEMORY: Final = struct.Struct("12x3I")
+"""Of <asm-generic/socket.h>, and what it gives (<linux/sock_diag.h>): bytes of the send buffer,
+bytes set aside, and bytes that are queued to be sent."""
+
+_SIOCOUTQNSD: Final = 0x894B
+"""Of <linux/sockios.h>: how many bytes are not sent yet (tcp(7) has SIOCOUTQ, with those that are
+not acknowledged)."""
 
 _log = Logger()
 
@@ -95,6 +106,7 @@ class Connection:
 
     @ivar connected: until C{connectionLost}.
     @ivar receive, finishing, waiting, producer: see L{IDescriptorTransport}.
+    @ivar unsent: the bound on unsent bytes that its socket has; 0: none.
     """
 
     __slots__ = (
@@ -110,12 +122,12 @@ class Connection:
         "_registered",
         "_socket",
         "_streaming",
-        "_writer",
         "connected",
         "finishing",
         "producer",
         "protocol",
         "receive",
+        "unsent",
         "waiting",
     )
 
@@ -136,6 +148,7 @@ class Connection:
         self.finishing = False
         self.waiting = b""
         self.producer: Any = None
+        self.unsent = 0
         self.receive: Callable[[bytes], None]
         self._reading = True
         self._blocked = False
@@ -143,7 +156,6 @@ class Connection:
         self._ending = _GOES_ON
         self._streaming = self._paused = False
         self._reader: Callable[[], None] | None = None
-        self._writer: Callable[[], None] | None = None
 
     def begin(self, *, read: bool) -> None:
         """Give the protocol its transport, and, if C{read}, what has come by now."""
@@ -278,9 +290,6 @@ class Connection:
         self.write(b"".join(data))
 
     def doWrite(self) -> None:
-        if self._writer is not None:
-            self._writer()
-            return
         if not self.waiting:
             return
         try:
@@ -299,14 +308,19 @@ class Connection:
             else:
                 self._end()
 
-    def write_by(self, writer: Callable[[], None] | None) -> None:
-        if not self.connected:
-            return
-        self._writer = writer
-        if writer is None:
-            self._blocked = False
-        else:
-            self._block()
+    def room(self) -> int:
+        memory = self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMORY.size)
+        buffer, _, queued = _MEMORY.unpack(memory)
+        room: int = buffer - queued
+        if self.unsent:
+            unsent = fcntl.ioctl(self._descriptor, _SIOCOUTQNSD, bytes(4))
+            room = min(room, self.unsent - int.from_bytes(unsent, sys.byteorder))
+        return max(0, room)
+
+    def trust(self) -> None:
+        if self.unsent:
+            self.unsent = 0
+            bound_unsent(self._socket, 0)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.producer is not None:
@@ -379,7 +393,7 @@ class Connection:
         if producer is not None:
             producer.stopProducing()
         self.waiting = b""
-        self._reader = self._writer = None
+        self._reader = None
         self.receive = _discard
         protocol, self.protocol = self.protocol, None
         protocol.connectionLost(reason)

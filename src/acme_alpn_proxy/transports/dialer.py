@@ -7,7 +7,6 @@ import os
 import select
 import socket
 from collections import deque
-from ipaddress import ip_address
 from socket import SocketType
 from time import monotonic
 from typing import Any, Final
@@ -22,7 +21,7 @@ from ..interfaces import ITarget
 from .connection import Connection
 from .deadlines import DeadlineQueue, Unanswered
 from .poller import Poller, RetryQueue
-from .sockets import TargetFactory, tune, twisted_address
+from .sockets import TargetFactory, bound_receive_buffer, is_near, tune, twisted_address
 
 _WRITE: Final = select.EPOLLOUT
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -80,7 +79,7 @@ class Dialer:
         self.retries = retries
         self.deadlines = deadlines
         self.destination = twisted_address(address)
-        self._is_near = ip_address(self.destination.host).is_loopback
+        self._is_near = is_near(self.destination.host)
         self._sources: deque[str] = deque()
         self._source_ends = 0.0
         self._family = family
@@ -123,6 +122,8 @@ class Dialer:
         sock = SocketType(self._family, _NON_BLOCKING)
         # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        # Before it connects, so that the window is scaled for it.
+        bound_receive_buffer(sock, is_near=self._is_near)
         if self._sources:
             if monotonic() > self._source_ends:
                 self._sources.clear()

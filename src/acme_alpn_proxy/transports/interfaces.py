@@ -41,8 +41,11 @@ class IDescriptorTransport(Interface):
         The reader reads all there is, or calls C{rearm}.
         """
 
-    def write_by(writer: Callable[[], None] | None) -> None:
-        """Call C{writer()} when something can be written, until this is called with C{None}."""
+    def room() -> int:
+        """About how many bytes the kernel would take now."""
+
+    def trust() -> None:
+        """The peer reads what it is sent: the kernel may keep as many bytes for it as it likes."""
 
     def failed(problem: OSError) -> None:
         """Using the descriptor raised this: the connection is lost."""

@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from .connection import DONE, Connection
 from .poller import Poller, RetryQueue
-from .sockets import tune, twisted_address
+from .sockets import UNSENT, bound_unsent, tune, twisted_address
 
 _log = Logger()
 
@@ -75,7 +75,9 @@ def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> N
     if protocol is None:
         sock.close()
     else:
-        Connection(poller, sock, address, protocol).begin(read=True)
+        connection = Connection(poller, sock, address, protocol)
+        connection.unsent = UNSENT
+        connection.begin(read=True)
 
 
 @implementer(IListeningPort, IPushProducer)
@@ -105,7 +107,9 @@ class Port:
         self._waiting = False
 
     def startListening(self) -> None:
-        tune(self._socket)  # on Linux what it accepts inherits this
+        # On Linux what it accepts inherits both.
+        tune(self._socket)
+        bound_unsent(self._socket, UNSENT)
         self._factory.doStart()
         self._poller.add(self._socket.fileno(), self, _READ)
         self._listening = True
