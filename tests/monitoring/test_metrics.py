@@ -75,6 +75,7 @@ class MetricsTests(SynchronousTestCase):
             'acme_alpn_proxy_target_failures_total{route="acme"} 0.0',
             'acme_alpn_proxy_bytes_total{direction="to_visitors",route="fallback"} 20.0',
             'acme_alpn_proxy_fallback_reasons_total{reason="no_acme_alpn"} 1.0',
+            "acme_alpn_proxy_validations_cut_short_total 0.0",
             "acme_alpn_proxy_last_validation_timestamp_seconds 1000.0",
         ):
             self.assertIn(line, lines)

@@ -24,13 +24,12 @@ from acme_alpn_proxy.options import ProxyOptions
 from acme_alpn_proxy.proxy import protocols
 from acme_alpn_proxy.proxy.protocols import (
     IDLE_LOOKS,
-    MAX_VALIDATIONS,
-    VALIDATION_DEADLINE,
     Limits,
     ProxyServer,
     ProxyServerFactory,
 )
 from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.proxy.validations import MAX_VALIDATIONS, VALIDATION_DEADLINE
 from acme_alpn_proxy.transports.hangup import NoHangupWatch
 
 from ..hellos import ACME_HELLO, WEB_HELLO
@@ -182,18 +181,22 @@ class RoomTests(MemoryCase):
         self.assertTrue(all(server.transport.disconnecting for server in servers[2:]))
 
     def test_validations_bounded(self) -> None:
-        """There are 64 validations at a time, more are turned away, and each has a minute."""
+        """There are 64 validations at a time: for one more the oldest is reset. Each has a minute.
+        Those that are reset are counted."""
         servers = self.arrive(MAX_VALIDATIONS + 1, ACME_HELLO)
-        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS)
-        self.assertTrue(servers[-1].transport.disconnecting)
+        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS + 1)
+        self.assertEqual(len(self.factory.validations), MAX_VALIDATIONS)
+        self.assertEqual([server.transport.disconnecting for server in servers[:2]], [True, False])
         self.assertIn("Does the ACME client answer", formatEvent(self.events[-1]))
         self.clock.advance(VALIDATION_DEADLINE)
         self.assertTrue(all(server.transport.disconnecting for server in servers))
         for server in servers:
             self.leave(server)
         self.assertEqual(self.factory.statistics.acme.live, 0)
+        shown = self.factory.statistics.status("none", 0)["routes"]["acme"]
+        self.assertEqual(shown["cut_short"], MAX_VALIDATIONS + 1)
         self.arrive(1, ACME_HELLO)
-        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS + 1)
+        self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS + 2)
 
 
 class OptionsTests(SynchronousTestCase):

@@ -79,6 +79,12 @@ class Collector:
         for reason, count in fallback["reasons"].items():
             reasons.add_metric([reason], count)
         yield reasons
+        cut_short = CounterMetricFamily(
+            "acme_alpn_proxy_validations_cut_short",
+            "Validations that were reset: they took too long, or were too many.",
+        )
+        cut_short.add_metric([], about["routes"]["acme"]["cut_short"])
+        yield cut_short
         last = GaugeMetricFamily(
             "acme_alpn_proxy_last_validation_timestamp_seconds",
             "When the last validation was routed; 0 if there was none.",

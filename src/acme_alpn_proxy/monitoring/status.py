@@ -43,6 +43,12 @@ class RouteStatus(TypedDict):
     bytes_to_visitors: int
 
 
+class AcmeStatus(RouteStatus):
+    """The same of the ACME client, and how many validations the proxy has reset."""
+
+    cut_short: int
+
+
 class FallbackStatus(RouteStatus):
     """The same of the fallback, and why connections took it."""
 
@@ -52,7 +58,7 @@ class FallbackStatus(RouteStatus):
 class RoutesStatus(TypedDict):
     """Both routes."""
 
-    acme: RouteStatus
+    acme: AcmeStatus
     fallback: FallbackStatus
 
 

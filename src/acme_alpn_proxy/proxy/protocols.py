@@ -29,6 +29,7 @@ from .relay import Relay
 from .routing import ACME_TLS_1, Route, Routing
 from .splice import SharedPipe, relay_between
 from .statistics import ConnectionRecord, Statistics
+from .validations import Validations
 
 NO_HELLO_IN_TIME: Final = "deadline"
 END_OF_FILE: Final = "end_of_file"
@@ -38,12 +39,6 @@ TOO_MANY_HELLOS: Final = "crowded"
 MAX_HELD: Final = 67_108_864
 """Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
 visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
-
-MAX_VALIDATIONS: Final = 64
-"""Validations at a time. A CA makes about a dozen for a name; a stranger may make any number."""
-
-VALIDATION_DEADLINE: Final = 60.0
-"""Seconds for a validation. A CA gives one ten seconds."""
 
 IDLE_LOOKS: Final = 4
 """How often an established connection is looked at within its idle timeout."""
@@ -261,11 +256,10 @@ class ProxyServer(Protocol):
         self._leave_hellos()
         factory = self.factory
         self._route = factory.routing.route(verdict)
-        if self._route is factory.routing.acme and not factory.takes_validation(self):
-            self.abort()
-            return
         self._record = factory.decided(self.transport, self._route, verdict)
         self._connecting = True
+        if self._route is factory.routing.acme:
+            factory.validations.enter(self)
         if factory.has_room(self._route):
             self.connect_target()
         else:
@@ -304,6 +298,7 @@ class ProxyServerFactory(ServerFactory):
     @ivar waiting: visitors whose turn for a target has not come, the first one first.
     @ivar pipe: for relays.
     @ivar statistics: the numbers of all connections.
+    @ivar validations: those under way.
     @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: reports resets on connections that are not being read.
     """
@@ -332,9 +327,6 @@ class ProxyServerFactory(ServerFactory):
         self.routing = routing
         self.live = LiveConnections()
         self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
-        self._validations: DeadlineQueue[ProxyServer] = DeadlineQueue(
-            clock, VALIDATION_DEADLINE, ProxyServer.abort
-        )
         self.held = 0
         self.waiting: dict[ProxyServer, None] = {}
         self._most_visitors: float = math.inf
@@ -344,6 +336,9 @@ class ProxyServerFactory(ServerFactory):
         self.pipe = SharedPipe()
         self.statistics = Statistics(
             routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
+        )
+        self.validations = Validations(
+            clock, routing.acme.target, self.statistics.validation_cut_short
         )
         self.log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
@@ -413,22 +408,9 @@ class ProxyServerFactory(ServerFactory):
                 count=self._most_visitors,
             )
 
-    def takes_validation(self, server: ProxyServer) -> bool:
-        """Whether one more validation is taken. It has its deadline then."""
-        if self.statistics.acme.live < MAX_VALIDATIONS:
-            self._validations.add(server)
-            return True
-        self._log.warn(
-            "A validation is turned away: {count} are under way already. Does the ACME client"
-            " answer at {target}?",
-            count=MAX_VALIDATIONS,
-            target=self.routing.acme.target,
-        )
-        return False
-
     def left(self, server: ProxyServer) -> None:
         """A connection has ended on both sides."""
-        self._validations.discard(server)
+        self.validations.leave(server)
         self.live.leave(server)
         self.let_in()
 
@@ -458,7 +440,7 @@ class ProxyServerFactory(ServerFactory):
         if self._looking.running:
             self._looking.stop()
         self.hellos.close()
-        self._validations.close()
+        self.validations.close()
         self.pipe.close()
         self.hangups.close()
         self.hangups = NoHangupWatch()

@@ -111,6 +111,7 @@ class Statistics:
         self.reasons = dict.fromkeys((NO_ACME_ALPN, *self.doubts), 0)
         self.acme = RouteCount(self.routing.acme.target)
         self.fallback = RouteCount(self.routing.fallback.target)
+        self.cut_short = 0
         self._to_fallback = ConnectionRecord(self.fallback)
 
     def enter(self, state: State) -> None:
@@ -123,6 +124,10 @@ class Statistics:
         self.acme.live += 1
         self.acme.total += 1
         return ConnectionRecord(self.acme, self.last_validation)
+
+    def validation_cut_short(self) -> None:
+        """One was reset because it took too long, or because there were too many."""
+        self.cut_short += 1
 
     def visitor(self, verdict: Verdict) -> ConnectionRecord:
         """A connection goes to the web server."""
@@ -160,7 +165,7 @@ class Statistics:
             "redirect": redirect,
             "undecided": undecided,
             "routes": {
-                "acme": self.acme.status(),
+                "acme": {**self.acme.status(), "cut_short": self.cut_short},
                 "fallback": {**self.fallback.status(), "reasons": dict(self.reasons)},
             },
             "last_validation": None if last is None else last.status(),

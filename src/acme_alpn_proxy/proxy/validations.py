@@ -1,0 +1,112 @@
+"""The validations that are under way: how many at a time, and for how long.
+
+Whoever sends a hello with C{acme-tls/1} is one, and the ACME client may be one that answers nobody.
+A stranger must not be able to take all places and so keep a CA out: the newest always gets one, at
+the expense of the address that has the most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Any, Final, Protocol
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from ..transports.deadlines import DeadlineQueue
+
+MAX_VALIDATIONS: Final = 64
+"""Validations at a time. A CA makes about a dozen for a name; a stranger may make any number."""
+
+VALIDATION_DEADLINE: Final = 60.0
+"""Seconds for a validation. A CA gives one ten seconds."""
+
+_NETWORK: Final = 8
+"""Bytes of an IPv6 address that the network has given; the rest the host chooses itself."""
+
+
+class Validation(Protocol):
+    """A connection that goes to the ACME client."""
+
+    transport: Any
+
+    def abort(self) -> None:
+        """End at once, by a reset on both sides."""
+
+
+class Validations:
+    """Those under way. What has been cut short is reset."""
+
+    _log = Logger()
+
+    def __init__(self, clock: IReactorTime, target: str, cut_short: Callable[[], None]) -> None:
+        """
+        @param target: the ACME client's address, for the log.
+        @param cut_short: called for each validation that is reset here.
+        """
+        self._target = target
+        self._cut_short = cut_short
+        self._origins: dict[Validation, bytes] = {}
+        self._due: DeadlineQueue[Validation] = DeadlineQueue(
+            clock, VALIDATION_DEADLINE, self._expire
+        )
+        self._reported = False
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    def enter(self, connection: Validation) -> None:
+        """C{connection} is one. If there are too many now, another one ends."""
+        if len(self._origins) >= MAX_VALIDATIONS:
+            self._report_crowd()
+            self._reset(self._most_expendable())
+        self._origins[connection] = _origin(connection.transport.getPeer().host)
+        self._due.add(connection)
+
+    def leave(self, connection: Validation) -> None:
+        """C{connection} has ended, or was none."""
+        if self._origins.pop(connection, None) is not None:
+            self._due.discard(connection)
+            self._reported &= bool(self._origins)
+
+    def close(self) -> None:
+        """All have ended."""
+        self._due.close()
+
+    def _most_expendable(self) -> Validation:
+        """The oldest from where the most come."""
+        count = Counter(self._origins.values())
+        most = max(count.values())
+        return next(each for each, origin in self._origins.items() if count[origin] == most)
+
+    def _expire(self, connection: Validation) -> None:
+        self._log.warn(
+            "A validation has not ended within {seconds:g} s, and is reset. Does the ACME client"
+            " answer at {target}?",
+            seconds=VALIDATION_DEADLINE,
+            target=self._target,
+        )
+        self._reset(connection)
+
+    def _report_crowd(self) -> None:
+        """One line until all have ended: a stranger could fill the log."""
+        if not self._reported:
+            self._reported = True
+            self._log.warn(
+                "{count} validations are under way: for each new one an old one is reset. Does the"
+                " ACME client answer at {target}?",
+                count=MAX_VALIDATIONS,
+                target=self._target,
+            )
+
+    def _reset(self, connection: Validation) -> None:
+        self.leave(connection)
+        self._cut_short()
+        connection.abort()
+
+
+def _origin(host: str) -> bytes:
+    """Whose address it is: an IPv4 address, or the network of an IPv6 one."""
+    return ip_address(host.removeprefix("::ffff:")).packed[:_NETWORK]
