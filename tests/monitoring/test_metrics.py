@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import capturedLogs
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.test.requesthelper import DummyRequest
@@ -115,6 +117,38 @@ class MetricsTests(SynchronousTestCase):
         protocol, transport = connected
         protocol.dataReceived(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertIn(b" 200 ", transport.value().partition(b"\r\n")[0])
+
+    def test_one_request(self) -> None:
+        """A connection is for one request: a thousand in a row do not keep the proxy at work."""
+        for method, body in ((b"GET", b"acme_alpn_proxy_running"), (b"HEAD", b"")):
+            factory, _ = self.serve()
+            connected = self.connect(factory)
+            assert connected is not None
+            protocol, transport = connected
+            with capturedLogs() as events:
+                protocol.dataReceived((method + b" / HTTP/1.1\r\nHost: x\r\n\r\n") * 1_000)
+            self.assertEqual(events, [])
+            answer = transport.value()
+            self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
+            self.assertIn(b"Connection: close\r\n", answer)
+            head, _, page = answer.partition(b"\r\n\r\n")
+            self.assertEqual(bool(page), bool(body))
+            self.assertIn(body, page)
+            length = re.search(rb"(?i)content-length: ([0-9]+)", head)
+            assert length is not None
+            self.assertGreater(int(length[1]), 1_000)
+            self.assertTrue(transport.disconnecting)
+
+    def test_methods(self) -> None:
+        """Nothing but GET and HEAD is answered with the numbers."""
+        for method in (b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"FOO"):
+            factory, _ = self.serve()
+            connected = self.connect(factory)
+            assert connected is not None
+            protocol, transport = connected
+            protocol.dataReceived(method + b" / HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertRegex(transport.value(), b"^HTTP/1.1 (405|501) ")
+            self.assertNotIn(b"acme_alpn_proxy_running", transport.value())
 
     def test_idle_connections(self) -> None:
         """There are eight at a time, and each one ends after ten seconds, whatever it does."""

@@ -105,9 +105,20 @@ class _Page(Resource):
         page: bytes = generate_latest(self._registry)
         return page
 
+    def render_HEAD(self, request: Request) -> bytes:
+        request.setHeader(b"content-length", b"%d" % len(self.render_GET(request)))
+        return b""  # else there would be a warning in the log each time
+
 
 class _Request(Request):
-    """A request without a body: one with a body is refused before any of that is kept."""
+    """The only request of its connection, and without a body: one with a body is refused before
+    any of that is kept."""
+
+    def process(self) -> None:
+        self.setHeader(b"connection", b"close")
+        channel: Any = self.channel
+        channel.persistent = False  # else one connection could keep the proxy at work
+        super().process()
 
     def gotLength(self, length: int | None) -> None:
         super().gotLength(0)
