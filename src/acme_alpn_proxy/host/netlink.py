@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Final, NamedTuple
 
 ROUTE: Final = 0
 SOCK_DIAG: Final = 4
 NETFILTER: Final = 12
 """Protocols of C{linux/netlink.h}."""
 
-_REQUEST: Final = 0x01
-_ACKNOWLEDGE: Final = 0x04
+REQUEST: Final = 0x01
+ACKNOWLEDGE: Final = 0x04
+EXCLUSIVE: Final = 0x200
+CREATE: Final = 0x400
+APPEND: Final = 0x800
+"""Flags of a message. EXCLUSIVE: fail if it is there already."""
+
 _DUMP: Final = 0x300
 _MULTI: Final = 0x02
 _ERROR: Final = 2
@@ -24,6 +30,12 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
 """Without the flags that say "nested" and "network byte order"."""
+_SOL_NETLINK: Final = 270
+_CAP_ACK: Final = 10
+_EXT_ACK: Final = 11
+"""Options of a socket: an answer does not repeat the message, and says which attribute is wrong."""
+_ANSWER_OFFSET: Final = 2
+"""NLMSGERR_ATTR_OFFS."""
 _LARGEST: Final = 1 << 18
 _PATIENCE: Final = 2.0
 """Seconds; the kernel answers within milliseconds."""
@@ -52,6 +64,28 @@ def attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
+class Message(NamedTuple):
+    """One message of several that are sent together."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+
+class Refused(OSError):
+    """The kernel refuses one of several messages.
+
+    @ivar message: the one it refuses.
+    @ivar offset: where in its body the wrong attribute begins, or L{None} if the kernel does not
+        say so.
+    """
+
+    def __init__(self, number: int, message: Message, offset: int | None) -> None:
+        super().__init__(number, os.strerror(number))
+        self.message = message
+        self.offset = offset
+
+
 class Netlink:
     """A socket to one part of the kernel. A context manager; its methods raise L{OSError}."""
 
@@ -64,27 +98,51 @@ class Netlink:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def ask(self, kind: int, body: bytes) -> bytes:
         """What the kernel answers to a question with one answer."""
-        return next(self._answers(kind, body, _REQUEST))
+        return next(self._answers(kind, body, REQUEST))
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         """Everything of that kind."""
-        return self._answers(kind, body, _REQUEST | _DUMP)
+        return self._answers(kind, body, REQUEST | _DUMP)
 
     def do(self, kind: int, body: bytes) -> None:
         """Have something done, and wait until it is."""
-        for _ in self._answers(kind, body, _REQUEST | _ACKNOWLEDGE):
+        for _ in self._answers(kind, body, REQUEST | ACKNOWLEDGE):
             pass
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Send all messages in one packet, and wait for those that ask to be acknowledged.
+
+        Raises L{Refused} for the first one that the kernel refuses.
+        """
+        for option in (_CAP_ACK, _EXT_ACK):
+            with suppress(OSError):  # before Linux 4.12 there is no EXT_ACK
+                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        sent = dict(enumerate(messages, self._number + 1))
+        self._number += len(messages)
+        self._socket.send(b"".join(_packed(number, *message) for number, message in sent.items()))
+        unanswered = {number for number, each in sent.items() if each.flags & ACKNOWLEDGE}
+        while unanswered:
+            for kind, _, number, answer in self._received():
+                if kind == _ERROR and number in sent:
+                    (code,) = struct.unpack_from("=i", answer)
+                    if code:
+                        raise Refused(-code, sent[number], _offset(answer))
+                    unanswered.discard(number)
 
     def _answers(self, kind: int, body: bytes, flags: int) -> Iterator[bytes]:
         self._number += 1
-        length = _HEADER.size + len(body)
-        self._socket.send(_HEADER.pack(length, kind, flags, self._number, 0) + body)
+        self._socket.send(_packed(self._number, kind, flags, body))
         while True:
-            for kind, flags, answer in self._received():
+            for kind, flags, number, answer in self._received():
+                if number != self._number:
+                    continue
                 if kind == _DONE:
                     return
                 if kind == _ERROR:
@@ -96,8 +154,8 @@ class Netlink:
                 if not flags & _MULTI:
                     return
 
-    def _received(self) -> Iterable[tuple[int, int, bytes]]:
-        """The messages of one datagram that belong to the question asked last."""
+    def _received(self) -> Iterable[tuple[int, int, int, bytes]]:
+        """The messages of one packet: kind, flags, number of the question, and body."""
         data = self._socket.recv(_LARGEST)
         found = []
         at = 0
@@ -105,7 +163,17 @@ class Netlink:
             length, kind, flags, number, _ = _HEADER.unpack_from(data, at)
             if length < _HEADER.size:
                 break
-            if number == self._number:
-                found.append((kind, flags, data[at + _HEADER.size : at + length]))
+            found.append((kind, flags, number, data[at + _HEADER.size : at + length]))
             at += length + -length % 4
         return found
+
+
+def _packed(number: int, kind: int, flags: int, body: bytes) -> bytes:
+    header = _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0)
+    return header + body + bytes(-len(body) % 4)
+
+
+def _offset(error: bytes) -> int | None:
+    """Where the wrong attribute begins in the body of the message that this answer refuses."""
+    told = attributes(error[4 + _HEADER.size :]).get(_ANSWER_OFFSET)
+    return None if told is None else int(struct.unpack("=I", told)[0]) - _HEADER.size
