@@ -15,6 +15,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, AddressFamily, socket
+from typing import TypeVar
+
+T = TypeVar("T")
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 COMMAND_SECONDS = 60.0
@@ -145,16 +148,20 @@ class Namespace:
 
     def new_socket(self, family: AddressFamily) -> socket:
         """A new TCP socket that belongs to this namespace for good, for use from any thread."""
-        with ThreadPoolExecutor(1) as pool:  # setns(2) is per thread: this one ends with it
-            return pool.submit(self._new_socket, family).result()
+        return self.call(lambda: socket(family, SOCK_STREAM))
 
-    def _new_socket(self, family: AddressFamily) -> socket:
+    def call(self, make: Callable[[], T]) -> T:
+        """What C{make} gives when it is called in here."""
+        with ThreadPoolExecutor(1) as pool:  # setns(2) is per thread: this one ends with it
+            return pool.submit(self._call, make).result()
+
+    def _call(self, make: Callable[[], T]) -> T:
         descriptor = os.open(f"/run/netns/{self.name}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _libc.setns(descriptor, CLONE_NEWNET) != 0:
                 error = ctypes.get_errno()
                 raise OSError(error, os.strerror(error), self.name)
-            return socket(family, SOCK_STREAM)
+            return make()
         finally:
             os.close(descriptor)
 
