@@ -57,6 +57,10 @@ def rule(where: str, *expressions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+NOT_BY_LOOPBACK = {"match": {"op": "!=", "left": {"meta": {"key": "iiftype"}}, "right": "loopback"}}
+"""As in this program's own table."""
+
+
 def by(interface: str) -> dict[str, Any]:
     """A match of the interface that something comes in by."""
     return {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": interface}}
@@ -100,6 +104,7 @@ def test_iptables(listing: str, names: bool) -> None:
             True,
         ),
         ([chain("in", "input"), chain("alone"), rule("alone", by("eth0"))], False),
+        ([chain("in", "prerouting"), rule("in", NOT_BY_LOOPBACK)], False),
     ],
 )
 def test_nftables(objects: list[Mapping[str, Any]], names: bool) -> None:

@@ -684,6 +684,14 @@ class FirstTests(SynchronousTestCase):
             reason = why_not(Firewall(self.chain(priority)), NFTABLES)
             self.assertEqual(bool(reason), expected, priority)
 
+    def test_own_table(self) -> None:
+        """The table that this program itself makes sends nobody elsewhere; another's does."""
+        pinned = [dport(443), {"dnat": {"port": 443}}]
+        for table, expected in (("acme_alpn_proxy", False), ("another", True)):
+            base = {"table": table, "hook": "prerouting", "prio": -101, "type": "nat"}
+            reason = why_not(Firewall(ruleset(base, pinned)), SK_LOOKUP)
+            self.assertEqual(bool(reason), expected, table)
+
     def not_first(self, firewall: Firewall) -> str:
         return Host({4: firewall}, Surroundings(NET0)).not_first(REDIRECT) or ""
 

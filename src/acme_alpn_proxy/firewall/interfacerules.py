@@ -93,7 +93,7 @@ def _nft_rules(objects: list[Any]) -> dict[str, list[_Rule]]:
 
 def _names_interface(parts: list[dict[str, Any]]) -> bool:
     named = [part for part in parts if str(part.get("key", "")).startswith("iif")]
-    loopback = [part for part in parts if part.get("right") == "lo"]
+    loopback = [part for part in parts if part.get("right") in ("lo", "loopback")]
     return len(named) > len(loopback)
 
 

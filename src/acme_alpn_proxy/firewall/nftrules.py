@@ -21,6 +21,10 @@ from .rules import Action, Condition, Reads, Rule, Test, of_destination, of_fami
 
 Json: TypeAlias = Any
 
+OWN_TABLE: Final = "acme_alpn_proxy"
+"""The table, of the family inet, that this program makes for C{--redirect nftables}. (nft 1.0.6
+prints invalid JSON if the name of a table with an owner has more than 23 characters.)"""
+
 NFPROTO: Final = {4: ("ipv4", "ip", "2"), 6: ("ipv6", "ip6", "10")}
 
 _IGNORED: Final = (

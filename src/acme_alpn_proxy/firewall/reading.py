@@ -18,7 +18,7 @@ from ..interfaces import NOT_FOUND, ICommands, Result
 from . import nfchains
 from .iptablesrules import iptables_chains
 from .nfchains import BaseChain
-from .nftrules import NFPROTO, Json, Sets, Table, is_translated, only
+from .nftrules import NFPROTO, OWN_TABLE, Json, Sets, Table, is_translated, only
 from .rules import Action, Base, Chain, Condition, Rule, bundled
 from .xtables import command
 
@@ -100,7 +100,8 @@ def ruleset(
         for chain in base.chains.values():
             chain.rules = bundled(chain.rules)
     for hidden, reason in firewall.unreadable:
-        if hidden.family in ("inet", NFPROTO[family][1]):
+        own = (hidden.family, hidden.table) == ("inet", OWN_TABLE)
+        if hidden.family in ("inet", NFPROTO[family][1]) and not own:
             found.bases.append(_unreadable(hidden, reason))
     return found
 
@@ -143,7 +144,7 @@ def _add_nftables(
         of_tables.setdefault(f"{each['family']} {name}", []).append((kind, each))
     for name, objects in of_tables.items():
         of, _, table = name.partition(" ")
-        if of not in ("inet", NFPROTO[family][1]):
+        if of not in ("inet", NFPROTO[family][1]) or (of, table) == ("inet", OWN_TABLE):
             continue
         known = {
             each["name"]: contents.get((name, each["name"]), each.get("elem"))

@@ -1,0 +1,285 @@
+"""Redirect by a table of nftables, without nft(8) or any other program (Linux 5.12).
+
+The table belongs to the netlink socket that made it: the kernel removes it when that is closed, by
+SIGKILL too, and nobody else can change or flush it. Its rule gives a new connection to a listener
+on loopback (C{tproxy}), with the address that the visitor dialled. So INPUT sees port 443, and
+connection tracking is not used. The kernel looks for an established connection first, so those of
+the web server stay there, and steered ones go on when the table has gone.
+
+Sources: nft(8); the kernel's C{Documentation/networking/tproxy.rst} and C{nft_tproxy.c}.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+import struct
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from ..errors import StartError, not_permitted
+from ..firewall import judgement
+from ..firewall.nftrules import OWN_TABLE as TABLE
+from ..firewall.reading import CannotLook
+from ..host import facts
+from ..host.bridges import SWITCHES, filtered_bridges
+from ..host.netlink import NETFILTER, Message, Netlink, Refused
+from ..interfaces import ICommands, IRedirect
+from . import nftmessages as nft
+
+STEERED_PORT: Final = 443
+
+_SYN: Final = b"\x02"
+_FIN_SYN_RST_ACK: Final = b"\x17"
+_PORT_OFFSET: Final = 2
+_FLAGS_OFFSET: Final = 13
+"""In a TCP header (RFC 9293 section 3.1): the destination port, and the flags."""
+
+_LOOPBACK: Final = 772
+"""ARPHRD_LOOPBACK of C{linux/if_arp.h}, the type of lo."""
+
+_LOCAL: Final = 2
+"""RTN_LOCAL of C{linux/rtnetlink.h}: an address of this host."""
+
+_TRANSPARENT: Final = {
+    socket.AF_INET: (socket.IPPROTO_IP, 19),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),
+}
+"""IP_TRANSPARENT and IPV6_TRANSPARENT of C{linux/in.h} and C{in6.h}."""
+
+_ANYWHERE: Final = {4: "127.0.0.1", 6: "::1"}
+
+_MODULES: Final = {"fib": "nft_fib_inet"}
+
+def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[Message]:
+    """What makes the table.
+
+    @param addresses: host and port of the listeners, one for each family.
+    @param pin: whether to decide, before others do, that port 443 is not translated. It needs
+        connection tracking, which is on where others translate.
+    """
+    messages = [
+        nft.new_table(TABLE, nft.OWNER),
+        nft.new_chain(TABLE, "steer", "filter", nft.FILTER),  # after all translation
+    ]
+    if pin:
+        messages.append(nft.new_chain(TABLE, "pin", "nat", nft.BEFORE_DSTNAT))
+    for host, port in addresses:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        visitors = _visitors(family)
+        listener = nft.load(1, socket.inet_pton(family, host)) + nft.load(2, _packed(port))
+        steer = nft.tproxy(family, address=1, port=2)
+        # SYNs are not told apart: the last packet of a handshake by SYN cookie is steered, too.
+        messages.append(nft.new_rule(TABLE, "steer", *visitors, listener, steer))
+        if pin:
+            keep = nft.load(1, _packed(STEERED_PORT)) + nft.dnat_to_port(family, port=1)
+            messages.append(nft.new_rule(TABLE, "pin", *visitors, *_SYN_ALONE, keep))
+    return messages
+
+
+def _visitors(family: int) -> list[bytes]:
+    """Packets to port 443 of this host that do not come from itself."""
+    return [
+        nft.meta(nft.NFPROTO) + nft.compare(bytes([family])),
+        nft.meta(nft.L4PROTO) + nft.compare(bytes([socket.IPPROTO_TCP])),
+        nft.payload(_PORT_OFFSET, 2) + nft.compare(_packed(STEERED_PORT)),
+        nft.meta(nft.IIFTYPE) + nft.compare(struct.pack("=H", _LOOPBACK), nft.UNEQUAL),
+        nft.fib_type_of_destination() + nft.compare(struct.pack("=I", _LOCAL)),
+    ]
+
+
+_SYN_ALONE: Final = (
+    nft.payload(_FLAGS_OFFSET, 1) + nft.mask(_FIN_SYN_RST_ACK) + nft.compare(_SYN),
+)
+
+
+def _packed(port: int) -> bytes:
+    return struct.pack("!H", port)
+
+
+@implementer(IRedirect)
+class NftablesRedirect:
+    """Steers by a table that goes with this process; leaves nothing to remove."""
+
+    _log = Logger()
+
+    def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
+        """
+        @param ipv6: whether to steer IPv6 too, where there is any.
+        @param force: whether to steer even if visitors seem to come in by a bridge, or to be sent
+            elsewhere.
+        """
+        self._hosts = {4: "127.0.0.1:0", 6: "[::1]:0"} if ipv6 else {4: "127.0.0.1:0"}
+        self._force = force
+        self._messages: list[Message] = []
+        self._pin = False
+        self._kernel: Netlink | None = None
+
+    def __del__(self) -> None:
+        """It may have been prepared, and never applied."""
+        if self._kernel is not None:
+            self._kernel.close()
+
+    def __str__(self) -> str:
+        return "nftables"
+
+    @inlineCallbacks
+    def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
+        """On loopback alone. To see whether the kernel takes the table, it is made and deleted in
+        one transaction; no packet meets it.
+        """
+        families = [family for family in self._hosts if family == 4 or facts.has_ipv6()]
+        if not self._force:
+            self._refuse_bridge(families)
+        self._pin = yield self._look_at_firewall(commands, families)
+        if 6 in self._hosts:
+            self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
+        anywhere = [(_ANYWHERE[family], STEERED_PORT) for family in families]
+        trial = [*steering_table(anywhere, pin=self._pin), nft.delete_table(TABLE)]
+        try:
+            self._send(nft.batch(trial))
+        except OSError as problem:
+            raise _refusal(problem) from None
+        return tuple(self._hosts.values())
+
+    def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
+        try:
+            for listener in listeners:
+                listener.setsockopt(*_TRANSPARENT[listener.family], 1)
+            addresses = [listener.getsockname()[:2] for listener in listeners]
+            self._messages = nft.batch(steering_table(addresses, pin=self._pin))
+            self._send(self._messages)
+        except OSError as problem:
+            return fail(_refusal(problem))
+        if len(listeners) < len(self._hosts):
+            self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
+        return succeed(None)
+
+    def look_after(self, commands: ICommands) -> Deferred[None]:
+        """The kernel lets nobody else remove the table. Without privileges it cannot be seen."""
+        if self._kernel is None or not facts.may_administer_network():
+            return succeed(None)
+        try:
+            self._kernel.ask(nft.GET_TABLE, nft.which_table(TABLE))
+        except FileNotFoundError:
+            try:
+                self._send(self._messages)
+            except OSError as problem:
+                return fail(_refusal(problem))
+            self._log.warn("The nftables table was gone; it is back")
+        except OSError as problem:
+            self._log.debug("Cannot see the nftables table: {problem}", problem=problem)
+        return succeed(None)
+
+    def remove(self, commands: ICommands) -> Deferred[None]:
+        """Closing the socket needs no privilege and cannot fail."""
+        kernel, self._kernel = self._kernel, None
+        if kernel is not None:
+            kernel.close()
+        return succeed(None)
+
+    def release(self, commands: ICommands) -> Deferred[None]:
+        """Established connections need nothing."""
+        return succeed(None)
+
+    @inlineCallbacks
+    def _look_at_firewall(
+        self, commands: ICommands, families: Sequence[int]
+    ) -> Generator[Deferred[Any], Any, bool]:
+        """Whether another program's rule sends visitors elsewhere, so that the table must pin them.
+        What cannot be seen counts as such a rule, if it is to be steered all the same."""
+        try:
+            host: judgement.Host = yield judgement.look(commands, families)
+        except CannotLook as problem:
+            if self._force:
+                return True
+            raise judgement.refusal(str(problem), []) from None
+        if not self._force:
+            objection: str | None = yield host.why_not(judgement.NFTABLES, commands)
+            if objection is not None:
+                raise judgement.refusal(objection, [])
+        return (yield host.why_not(judgement.SK_LOOKUP, commands)) is not None
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        """Raises L{OSError}; then nothing is left. The socket stays open: the kernel takes
+        milliseconds to close one that has deleted a table."""
+        kernel = self._kernel or Netlink(NETFILTER)
+        try:
+            kernel.send(messages)
+        except OSError:
+            kernel.close()
+            self._kernel = None
+            raise
+        self._kernel = kernel
+
+    def _refuse_bridge(self, families: Iterable[int]) -> None:
+        """What comes in by such a bridge passes PREROUTING before it is this host's, and the
+        listener that C{tproxy} gives it is forgotten."""
+        for family in families:
+            try:
+                names = facts.visitor_interfaces(family) & filtered_bridges(family)
+            except OSError:
+                continue
+            if names:
+                raise StartError(
+                    f"visitors come in by the bridge {', '.join(sorted(names))}, whose packets pass"
+                    f" the firewall before they are this host's ({SWITCHES[family]}=1), so that"
+                    " nftables would not steer them; use --redirect sk-lookup, or steer all the"
+                    " same with --force",
+                    os.EX_CONFIG,
+                )
+
+
+def _refusal(problem: OSError) -> StartError:
+    kernel = f"{platform.release()} on {platform.machine()}"
+    message = problem.message if isinstance(problem, Refused) else None
+    if message is not None and message.kind == nft.NEW_TABLE:
+        if problem.errno == errno.EPERM:
+            return StartError(
+                "another instance steers by nftables here; stop it first"
+                f" (see: nft list table inet {TABLE})",
+                os.EX_TEMPFAIL,
+            )
+        if problem.errno == errno.EEXIST:
+            return StartError(
+                f"there is an nftables table 'inet {TABLE}' already, which is not this program's;"
+                f" remove it (nft delete table inet {TABLE}), or use --redirect iptables",
+                os.EX_CONFIG,
+            )
+    if problem.errno == errno.EPERM:
+        return not_permitted("nftables is not permitted")
+    if problem.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT, errno.EPROTONOSUPPORT):
+        if message is None or message.kind in (nft.BATCH_BEGIN, nft.NEW_TABLE):
+            return StartError(
+                f"this kernel ({kernel}) has no nftables whose tables can have an owner; run Linux"
+                " 5.12 or newer, or use --redirect iptables",
+                os.EX_UNAVAILABLE,
+            )
+        what, module = _missing(problem, message)
+        return StartError(
+            f"this kernel ({kernel}) lacks {what} of nftables; load the module {module}, or use"
+            " --redirect iptables",
+            os.EX_UNAVAILABLE,
+        )
+    return StartError(
+        f"cannot steer by nftables: {problem.strerror}; free some memory and look at the limits"
+        " (ulimit -a), or use --redirect iptables",
+        os.EX_OSERR,
+    )
+
+
+def _missing(problem: OSError, message: Message) -> tuple[str, str]:
+    """What the kernel does not know, and the module that has it."""
+    if message.kind == nft.NEW_CHAIN:
+        return "a type of chain, nat or filter,", "nft_chain_nat"
+    offset = getattr(problem, "offset", None)
+    if offset is None:
+        return "one of the expressions fib, tproxy and nat", "nft_fib_inet, nft_tproxy or nft_nat"
+    name = nft.expression_at(message, offset)
+    return f"the expression '{name}'", _MODULES.get(name, f"nft_{name}")
