@@ -16,6 +16,9 @@ from ..errors import StartError, VisitorsLost
 from ..host.processes import commands_for
 from ..interfaces import IRedirect, Reactor
 from .lostvisitors import LostVisitorsWatch
+from .syncookies import let_take_cookies, let_web_server_take_cookies
+
+STEERED_PORT: Final = 443
 
 LOOK_INTERVAL: Final = 3.0
 """Seconds between two looks whether the redirect is still there."""
@@ -61,7 +64,9 @@ class RedirectService(Service):
 
     def startService(self) -> None:
         super().startService()
-        self.ready = self._redirect.apply(commands_for(self._reactor), self._listeners())
+        listeners = self._listeners()
+        let_take_cookies(listener.getsockname()[:2] for listener in listeners)
+        self.ready = self._redirect.apply(commands_for(self._reactor), listeners)
         self.ready.addCallback(self._begin_watch)
 
     def _begin_watch(self, result: None) -> None:
@@ -118,6 +123,7 @@ class RedirectService(Service):
                 watch.stop()
         self._visitors.close()
         yield self._unwatched
+        let_web_server_take_cookies(STEERED_PORT)
         pause = _REMOVE_RETRY
         while True:
             commands = commands_for(self._reactor)

@@ -1,0 +1,60 @@
+"""Handshakes by SYN cookie that begin with one listener and end with another.
+
+A listener takes a cookie only if it has sent one itself in the last minutes, although all cookies
+of a host are alike (the kernel's C{tcp_synq_no_recent_overflow}). Where every handshake is by
+cookie (C{net.ipv4.tcp_syncookies=2}), a visitor whose handshake is under way at the start or the
+stop would be reset. So the other listener is made to send one cookie before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from ..host.tcpsockets import LISTENING, tcp_sockets
+
+PROC: Final = Path("/proc")
+
+_ALWAYS: Final = "2"
+_SO_ATTACH_FILTER: Final = 26
+_DROP: Final = struct.pack("=HBBI", 0x06, 0, 0, 0)
+"""A classic BPF program (linux/filter.h) that returns 0."""
+
+
+def let_web_server_take_cookies(port: int, proc: Path = PROC) -> None:
+    """Have the web server's listeners take the cookies that the proxy's have sent."""
+    if _always(proc):
+        with suppress(OSError):
+            found = [each.local for each in tcp_sockets(LISTENING) if each.local[1] == port]
+            let_take_cookies(found, proc)
+
+
+def let_take_cookies(listeners: Iterable[tuple[str, int]], proc: Path = PROC) -> None:
+    """Have the listeners at these addresses take the cookies that others have sent."""
+    if not _always(proc):
+        return
+    for host, port in listeners:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as caller:
+            caller.setblocking(False)
+            _be_deaf(caller)
+            caller.connect_ex((host, port))
+
+
+def _always(proc: Path) -> bool:
+    try:
+        return (proc / "sys/net/ipv4/tcp_syncookies").read_text().strip() == _ALWAYS
+    except OSError:  # the kernel has no SYN cookies
+        return False
+
+
+def _be_deaf(caller: socket.socket) -> None:
+    """Drop what it receives (socket(7), SO_ATTACH_FILTER): its SYN is answered, and that is all."""
+    code = ctypes.create_string_buffer(_DROP, len(_DROP))
+    program = struct.pack("@HP", 1, ctypes.addressof(code))
+    caller.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
