@@ -35,7 +35,7 @@ def test_defaults() -> None:
     options = console("start")
     assert options["command"] == "start"
     assert (options["alpn"].text, options["fallback"].text) == ("127.0.0.1:31443", "127.0.0.1:443")
-    assert options["redirect"] == "iptables"
+    assert options["redirect"] == "iptables,nftables,sk-lookup"
     assert options["drain-timeout"] == 180.0
     assert options["rulespec"] is None
     assert options["ipv6"] is True
@@ -224,8 +224,27 @@ def test_seconds(value: str, seconds: float) -> None:
 def test_unknown_redirect() -> None:
     """A way of steering that there is not is refused with those that there are."""
     assert refusal("start", "--redirect", "magic").endswith(
-        "--redirect 'magic': choose one of iptables, sk-lookup, auto, none"
+        "--redirect 'magic': choose one of iptables, nftables, sk-lookup, auto, none"
     )
+    for words in ("iptables,magic", "iptables,none", "auto,iptables", "iptables,"):
+        assert refusal("start", "--redirect", words).endswith(
+            f"--redirect {words!r}: choose from iptables, nftables, sk-lookup"
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ("nftables", "nftables"),
+        ("none", "none"),
+        ("sk-lookup,iptables", "sk-lookup,iptables"),
+        ("nftables,iptables,nftables", "nftables,iptables"),
+        ("auto", "sk-lookup,nftables,iptables"),
+    ],
+)
+def test_ways(given: str, ways: str) -> None:
+    """Ways of steering are one name or a list, in which each counts once; auto is a list."""
+    assert console("start", "--redirect", given)["redirect"] == ways
 
 
 @pytest.mark.parametrize(

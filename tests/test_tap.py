@@ -59,6 +59,20 @@ class TapTests(SynchronousTestCase):
         with self.assertRaises(UsageError):
             self.options("--redirect", "magic")
 
+    def test_lists(self) -> None:
+        """A list makes a choice, which a rule of the operator's ends in favour of iptables."""
+        for words, rule, name in (
+            ("iptables,sk-lookup", "", "iptables,sk-lookup"),
+            ("auto", "", "sk-lookup,nftables,iptables"),
+            ("auto", "-j DNAT", "iptables"),
+            ("nftables,sk-lookup", "-j DNAT", "nftables,sk-lookup"),
+            ("nftables", "-j DNAT", "nftables"),
+        ):
+            options = tap.Options()
+            options.environment = {"ACME_ALPN_PROXY_RULESPEC": rule}
+            options.parseOptions(["--redirect", words])
+            self.assertEqual(str(tap.make_redirect(options)), name)
+
     def test_no_redirect(self) -> None:
         """The null redirect fires at once, whatever it is asked."""
         redirect = tap.make_redirect(self.options("--redirect", "none"))

@@ -22,6 +22,18 @@ class StartError(Exception):
         super().__init__(text)
         self.status = status
 
+    @property
+    def cause(self) -> str:
+        """What is the matter, without the remedy."""
+        text = str(self)
+        return text.rpartition("; ")[0] or text
+
+    @property
+    def remedy(self) -> str:
+        """What to do; empty if the text does not say."""
+        cause, _, remedy = str(self).rpartition("; ")
+        return remedy if cause else ""
+
 
 class AlreadyRunning(StartError):
     """Another instance holds the PID file.

@@ -23,7 +23,12 @@ from .addresses import Address, BadAddress, parse_address
 PORT: Final = 21443
 """Where the proxy listens, as the original does. Rules in use out there name it."""
 
-REDIRECTS: Final = ("iptables", "sk-lookup", "auto", "none")
+WAYS: Final = ("iptables", "nftables", "sk-lookup")
+"""Of steering; in this order they are tried unless C{--redirect} says otherwise."""
+
+AUTO: Final = ("sk-lookup", "nftables", "iptables")
+
+REDIRECTS: Final = (*WAYS, "auto", "none")
 
 PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
@@ -102,6 +107,19 @@ def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
     return coerce
 
 
+def _ways(value: str) -> str:
+    """A list of L{WAYS}, or C{none}."""
+    if value == "auto":
+        return ",".join(AUTO)
+    names = value.split(",")
+    if value != "none" and not set(names) <= set(WAYS):
+        choices = ", ".join(WAYS if len(names) > 1 else REDIRECTS)
+        raise ValueError(
+            f"--redirect {value!r}: choose {'from' if len(names) > 1 else 'one of'} {choices}"
+        )
+    return ",".join(dict.fromkeys(names))
+
+
 def _metrics(value: str) -> str:
     """An endpoint string to listen at; on this host alone if nothing but a port is given."""
     if importlib.util.find_spec("prometheus_client") is None:
@@ -146,7 +164,7 @@ class ProxyOptions(usage.Options):
     """What both ways of starting the proxy understand.
 
     After parsing, C{alpn} and C{fallback} are L{Address}es, C{rulespec} is a list of words or
-    C{None}, C{ipv6} a C{bool}.
+    C{None}, C{ipv6} a C{bool}, C{redirect} names with commas between them.
     """
 
     synopsis = "Usage: twistd [options] acme-alpn-proxy [options]"
@@ -177,10 +195,11 @@ class ProxyOptions(usage.Options):
         [
             "redirect",
             None,
-            "iptables",
-            "How to be given new connections to :443: iptables, sk-lookup (BPF, Linux 5.9), auto"
-            f" (sk-lookup where it works, else iptables), or none (you steer them to port {PORT})",
-            _choice("redirect", REDIRECTS),
+            ",".join(WAYS),
+            "How to be given new connections to :443: a list of iptables, nftables (Linux 5.12) and"
+            " sk-lookup (BPF, Linux 5.9), of which the first that works here is taken; auto"
+            f" ({','.join(AUTO)}); or none (you steer them to port {PORT})",
+            _ways,
         ],
         [
             "hello-timeout",

@@ -19,8 +19,9 @@ from .program import Program
 from .proxy.protocols import ProxyServerFactory
 from .proxy.routing import Route, Routing
 from .proxy.webserver import require_web_server
-from .redirects.auto import AutoRedirect
+from .redirects.choice import ChosenRedirect
 from .redirects.iptables import IptablesRedirect
+from .redirects.nftables import NftablesRedirect
 from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
 from .service import ProxyService
@@ -30,22 +31,28 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirec
 
 
 def make_redirect(options: Mapping[str, Any]) -> IRedirect:
-    """The redirect that C{--redirect} names."""
-    rulespec, how = options["rulespec"], {name: bool(options[name]) for name in ("ipv6", "force")}
+    """The redirect that C{--redirect} names, or the choice from its list."""
+    names = options["redirect"].split(",")
+    if len(names) == 1:
+        return make_way(names[0], options)
+    if options["rulespec"] and "iptables" in names:
+        return ChosenRedirect([make_way("iptables", options)], f"{RULESPEC_VARIABLE} is set")
+    return ChosenRedirect([make_way(name, options, alone=False) for name in names])
 
-    def iptables() -> IRedirect:
-        return IptablesRedirect(PORT, rulespec, **how)
 
-    def sk_lookup() -> IRedirect:
-        return SkLookupRedirect(**how)
+def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IRedirect:
+    """One redirect.
 
-    def auto() -> IRedirect:
-        reason = f"{RULESPEC_VARIABLE} is set" if rulespec else None
-        return AutoRedirect(sk_lookup(), iptables(), reason)
-
-    makers = {"iptables": iptables, "sk-lookup": sk_lookup, "auto": auto, "none": NoRedirect}
-    redirect: IRedirect = makers[options["redirect"]]()
-    return redirect
+    @param alone: whether no other one will be tried if it refuses.
+    """
+    how = {each: bool(options[each]) for each in ("ipv6", "force")}
+    makers: dict[str, Callable[[], IRedirect]] = {
+        "iptables": lambda: IptablesRedirect(PORT, options["rulespec"], cautious=not alone, **how),
+        "nftables": lambda: NftablesRedirect(**how),
+        "sk-lookup": lambda: SkLookupRedirect(**how),
+        "none": NoRedirect,
+    }
+    return makers[name]()
 
 
 def make_proxy(

@@ -75,11 +75,12 @@ class CheckCase(SynchronousTestCase):
         self.patch(check, "port_is_free", lambda port: True)
         self.patch(xtables, "may_administer_network", lambda: True)
         self.refusals: dict[str, StartError] = {}
-        self.patch(check, "make_redirect", self.make_redirect)
+        self.patch(check, "make_way", self.make_way)
 
-    def make_redirect(self, options: Any) -> Any:
+    def make_way(self, name: str, options: Any, *, alone: bool) -> Any:
         """A redirect that refuses as told before it does anything."""
-        refusal = self.refusals.get(options["redirect"])
+        self.alone = alone
+        refusal = self.refusals.get(name)
         prepared = succeed(()) if refusal is None else fail(refusal)
         return SimpleNamespace(prepare=lambda commands: prepared)
 
@@ -140,6 +141,7 @@ class CheckTests(CheckCase):
                 "fallback",
                 "ACME target",
                 "sk-lookup",
+                "nftables",
                 "iptables",
                 "ip6tables",
                 "leftovers",
@@ -193,7 +195,11 @@ class CheckTests(CheckCase):
     def test_port_taken(self) -> None:
         """A port that is taken failed, with how to find who has it."""
         self.patch(check, "port_is_free", lambda port: False)
-        self.found("port", Level.FAILED, "21443 is taken by another program; .*ss -ltnp")
+        taken = "21443 is taken by another program; .*ss -ltnp"
+        self.found("port", Level.FAILED, taken)
+        self.patch(check, "taken_by_another_user", lambda port: True)
+        self.found("port", Level.WARNING, taken)
+        self.found("port", Level.FAILED, taken, "--redirect", "iptables")
 
 
 class TargetTests(CheckCase):
@@ -225,15 +231,28 @@ class RedirectTests(CheckCase):
         self.found("sk-lookup", Level.WARNING, "too old; run")
         self.found("sk-lookup", Level.FAILED, "too old; run", "--redirect", "sk-lookup")
 
+    def test_nftables(self) -> None:
+        """So it is with nftables."""
+        self.refusals["nftables"] = StartError("too old; run a newer one")
+        self.found("nftables", Level.WARNING, "too old; run")
+        self.found("nftables", Level.FAILED, "too old; run", "--redirect", "nftables")
+
+    def test_table_of_the_instance_that_runs(self) -> None:
+        """The table of an instance that runs is no failure of another's."""
+        self.refusals["nftables"] = StartError("another one; stop it first", os.EX_TEMPFAIL)
+        self.found("nftables", Level.FAILED, "another one; stop", "--redirect", "nftables")
+        self.pidfile = OwnerFile(7)
+        self.found("nftables", Level.OK, "the instance that runs has it", "--redirect", "nftables")
+
     def test_iptables(self) -> None:
         """What iptables refuses failed if it was asked for, and is a warning if not."""
+        asked = ("--redirect", "iptables")
         self.commands.failures = {1: (4, "no lock"), 3: (3, "no table")}
-        self.found(
-            "iptables", Level.FAILED, "'iptables .* status 4: no lock; another program holds"
-        )
+        pattern = "'iptables .* status 4: no lock; another program holds"
+        self.found("iptables", Level.FAILED, pattern, *asked)
         self.commands.calls.clear()
         self.commands.failures[1] = (4, "no table")
-        self.found("iptables", Level.FAILED, "'iptables .* status 4: no table; see why")
+        self.found("iptables", Level.FAILED, "'iptables .* status 4: no table; see why", *asked)
         self.commands.calls.clear()
         self.commands.failures[1] = (4, "no lock")
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
@@ -246,17 +265,35 @@ class RedirectTests(CheckCase):
     def test_iptables_would_not_reach(self) -> None:
         """So it is with what the redirect itself refuses before it does anything."""
         self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
-        self.found("iptables", Level.FAILED, "they would be dropped; use DNAT")
+        asked = ("--redirect", "iptables")
+        self.found("iptables", Level.FAILED, "they would be dropped; use DNAT", *asked)
         self.found("iptables", Level.WARNING, "dropped; use", "--redirect", "sk-lookup")
 
     def test_iptables_remedies(self) -> None:
         """It is to be installed, or run as root."""
         self.commands.failures = {1: (NOT_FOUND, "iptables: not found on PATH")}
-        self.found("iptables", Level.FAILED, "; install iptables, or put its folder")
+        asked = ("--redirect", "iptables")
+        self.found("iptables", Level.FAILED, "; install iptables, or put its folder", *asked)
         self.commands.calls.clear()
         self.commands.failures = {1: (4, "Permission denied")}
         self.patch(xtables, "may_administer_network", lambda: False)
-        self.found("iptables", Level.FAILED, "; run this as root, with CAP_NET_ADMIN where")
+        pattern = "; run this as root, with CAP_NET_ADMIN where"
+        self.found("iptables", Level.FAILED, pattern, *asked)
+
+    def test_list(self) -> None:
+        """What does not work of a list is a warning as long as another one does; those that are
+        not in the list do not count."""
+        words = ("--redirect", "iptables,nftables")
+        self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
+        self.found("iptables", Level.WARNING, "dropped; use DNAT", *words)
+        self.assertFalse(self.alone)
+        self.refusals["nftables"] = StartError("too old; run a newer one")
+        self.found("iptables", Level.FAILED, "dropped; use DNAT", *words)
+        self.found("nftables", Level.FAILED, "too old; run a newer one", *words)
+        self.found("nftables", Level.FAILED, "too old; run a newer one", "--redirect", "nftables")
+        self.assertTrue(self.alone)
+        self.refusals["sk-lookup"] = StartError("not permitted; run this as root")
+        self.found("sk-lookup", Level.WARNING, "not permitted; run", *words)
 
     def test_auto(self) -> None:
         """What C{auto} would choose is what has to work."""
@@ -268,6 +305,9 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, "no lock", *words, environment=environment)
         self.commands.calls.clear()
         self.refusals["sk-lookup"] = StartError("too old; run a newer one")
+        self.found("iptables", Level.WARNING, "no lock", *words)
+        self.commands.calls.clear()
+        self.refusals["nftables"] = StartError("too old; run a newer one")
         self.found("iptables", Level.FAILED, "no lock", *words)
 
     def test_redirect(self) -> None:

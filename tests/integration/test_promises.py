@@ -1,4 +1,4 @@
-"""What docs/steering.md promises of both redirects, each a row of its table."""
+"""What docs/steering.md promises of all redirects, each a row of its table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from acme_alpn_proxy.options import WAYS
+
 from .netns import Namespace, Street, container, gateway, street, terminate, wait_until
 from .proxy import PORT, Proxy, ends, kill
 from .visitors import visitors
 from .website import PAGE, Website, website
 
-REDIRECTS = ("iptables", "sk-lookup")
+REDIRECTS = ("iptables", "nftables", "sk-lookup")
 FAMILIES = ("IPv4", "IPv6")
-both_redirects = pytest.mark.parametrize("redirect", REDIRECTS)
+DEFAULT = ",".join(WAYS)
+all_redirects = pytest.mark.parametrize("redirect", REDIRECTS)
+by_loopback = pytest.mark.parametrize("redirect", ["nftables", "sk-lookup"])
 
 
 def start(proxy: Proxy, redirect: str, *options: str) -> None:
@@ -36,12 +40,13 @@ def visit(site: Website, road: Street, family: str) -> bool:
 
 
 def nothing_is_left(proxy: Proxy) -> None:
-    """No rule, no program, no process of the proxy's."""
+    """No rule, no table, no program, no process of the proxy's."""
     assert ends(proxy.pid)
+    assert "acme_alpn_proxy" not in proxy.namespace.run("nft", "list", "tables").stdout
     wait_until(lambda: proxy.namespace.rules() == [], "the rules are gone", 1)
 
 
-@both_redirects
+@all_redirects
 def test_both_families(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
     """Visitors by IPv4 and by IPv6 go through the proxy while it steers, and only then."""
     assert [visit(site, road, family) for family in FAMILIES] == [False, False]
@@ -52,7 +57,7 @@ def test_both_families(road: Street, site: Website, proxy: Proxy, redirect: str)
     nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_ipv6_left_alone(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
     """With ACME_ALPN_PROXY_DISABLEV6=y only IPv4 is steered."""
     proxy = Proxy(road.host.namespace, tmp_path, {"ACME_ALPN_PROXY_DISABLEV6": "y"})
@@ -62,7 +67,7 @@ def test_ipv6_left_alone(road: Street, site: Website, tmp_path: Path, redirect: 
     nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_twenty_cycles_under_load(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
     """Twenty times start and stop, and not one of the connections opened all along fails."""
     with visitors(site, road.visitor, road.host) as crowd:
@@ -75,7 +80,7 @@ def test_twenty_cycles_under_load(road: Street, site: Website, proxy: Proxy, red
     nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_killed_under_load(
     road: Street,
     site: Website,
@@ -135,7 +140,7 @@ def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
     nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
     """With --uid it steers and then is nobody, all its descriptors too; stop is in order."""
     proxy = Proxy(road.host.namespace, tmp_path)
@@ -158,42 +163,46 @@ def _bans(host: Namespace, address: str) -> None:
     )
 
 
-def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy) -> None:
-    """Who is banned from port 443 by INPUT stays so with sk-lookup; with iptables it does not."""
+@by_loopback
+def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """A visitor who is banned from port 443 by INPUT stays so, except with iptables."""
     for address in (road.visitor.ipv4, road.visitor.ipv6):
         _bans(road.host.namespace, address)
-    start(proxy, "sk-lookup")
+    start(proxy, redirect)
     for family in FAMILIES:
         with pytest.raises(ConnectionRefusedError):
             visit(site, road, family)
     proxy.stop(wait=True)
 
 
-def test_listener_is_on_loopback_alone(road: Street, site: Website, proxy: Proxy) -> None:
-    """With sk-lookup nobody outside reaches the listener by its own port."""
-    start(proxy, "sk-lookup")
+@by_loopback
+def test_listener_is_on_loopback_alone(
+    road: Street, site: Website, proxy: Proxy, redirect: str
+) -> None:
+    """Nobody outside reaches the listener by its own port, except with iptables."""
+    start(proxy, redirect)
     for family in FAMILIES:
         assert not road.visitor.namespace.accepts(road.host.address(family), PORT)
     assert visit(site, road, "IPv4")
     proxy.stop(wait=True)
 
 
-@both_redirects
+@all_redirects
 def test_connection_tracking_stays_idle(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """Where nothing tracks connections, sk-lookup does not begin to; iptables does."""
+    """Where nothing tracks connections, iptables begins to; the others do not."""
     start(proxy, redirect)
     assert visit(site, road, "IPv4")
     tracked = road.host.namespace.run("conntrack", "-C").stdout.strip()
-    assert (tracked == "0") is (redirect == "sk-lookup")
+    assert (tracked == "0") is (redirect != "iptables")
     proxy.stop(wait=True)
     nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """Where :443 is exempt from connection tracking sk-lookup steers; iptables refuses."""
+    """Where :443 is exempt from connection tracking iptables refuses; the others steer."""
     for binary in ("iptables", "ip6tables"):
         proxy.namespace.run(*f"{binary} -t raw -A PREROUTING -p tcp --dport 443 -j NOTRACK".split())
         proxy.namespace.run(*f"{binary} -t raw -A OUTPUT -p tcp --sport 443 -j NOTRACK".split())
@@ -212,11 +221,12 @@ def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, redirec
 
 
 @pytest.mark.parametrize("firewall", ["iptables", "nftables"])
-@pytest.mark.parametrize("redirect", ["iptables", "sk-lookup", "auto"])
+@pytest.mark.parametrize("redirect", [*REDIRECTS, "auto", DEFAULT])
 def test_default_drop_firewall(
     road: Street, site: Website, proxy: Proxy, firewall: str, redirect: str
 ) -> None:
-    """Where the firewall lets in 443 alone sk-lookup steers; iptables refuses, changes nothing."""
+    """Where the firewall lets in 443 alone iptables refuses, and changes nothing; the others
+    steer, and by default nftables is taken."""
     _let_in_443_alone(proxy.namespace, firewall)
     before = proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout
     if redirect == "iptables":
@@ -226,7 +236,12 @@ def test_default_drop_firewall(
         assert proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout == before
         assert [visit(site, road, family) for family in FAMILIES] == [False, False]
     else:
-        start(proxy, redirect)
+        started = proxy.start("--redirect", redirect, "--linger", "1")
+        if redirect == DEFAULT:
+            assert re.search(
+                "Steering by nftables: not iptables, since visitors by IPv. would be redirected",
+                started.stderr,
+            )
         assert [visit(site, road, family) for family in FAMILIES] == [True, True]
         proxy.stop(wait=True)
 
@@ -251,9 +266,9 @@ def _let_in_443_alone(host: Namespace, firewall: str) -> None:
             host.run(binary, *rule.split())
 
 
-@pytest.mark.parametrize("redirect", ["iptables", "sk-lookup", "auto"])
+@pytest.mark.parametrize("redirect", [*REDIRECTS, "auto"])
 def test_published_by_a_container_engine(road: Street, tmp_path: Path, redirect: str) -> None:
-    """Where a container has :443, iptables steers and gives it back; sk-lookup refuses."""
+    """Where a container has :443, sk-lookup refuses; the others steer, and give it back."""
     host = road.host.namespace
     proxy = Proxy(host, tmp_path)
     with container(host) as box, website(box.namespace, tmp_path / "site") as site:
@@ -273,14 +288,14 @@ def test_published_by_a_container_engine(road: Street, tmp_path: Path, redirect:
             assert re.search("sent elsewhere: .* DOCKER.*--redirect iptables", started.stderr)
         else:
             if redirect == "auto":
-                assert "Steering by iptables: not sk-lookup, since visitors" in started.stderr
+                assert "Steering by nftables: not sk-lookup, since visitors" in started.stderr
             assert seen_from() == "172.17.0.1", "not by way of the proxy"
             proxy.stop(wait=True)
         assert host.rules() == rules
         assert seen_from() == road.visitor.ipv4
 
 
-@both_redirects
+@all_redirects
 def test_forwarded_traffic(tmp_path: Path, redirect: str) -> None:
     """What a neighbour sends through this host to another web server goes there, untouched."""
     with (
@@ -298,7 +313,7 @@ def test_forwarded_traffic(tmp_path: Path, redirect: str) -> None:
         nothing_is_left(proxy)
 
 
-@both_redirects
+@all_redirects
 def test_two_network_namespaces(tmp_path: Path, redirect: str) -> None:
     """Two network namespaces of one machine are steered at once, and neither minds the other."""
     with (
@@ -343,7 +358,7 @@ def test_nothing_to_wipe(road: Street, site: Website, proxy: Proxy) -> None:
     proxy.stop(wait=True)
 
 
-@both_redirects
+@all_redirects
 def test_own_connections_are_left_alone(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
@@ -363,7 +378,7 @@ def _host_reaches_its_own_web_server(road: Street, site: Website) -> None:
             assert '"nginx"' in road.host.namespace.run(*query).stdout
 
 
-@both_redirects
+@all_redirects
 def test_web_server_by_an_address_of_the_host(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
@@ -375,9 +390,10 @@ def test_web_server_by_an_address_of_the_host(
     proxy.stop(wait=True)
 
 
-def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy) -> None:
-    """With sk-lookup a connection's own address is the one that was dialled, port 443."""
-    start(proxy, "sk-lookup")
+@by_loopback
+def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """A connection's own address is the one that was dialled, port 443, except with iptables."""
+    start(proxy, redirect)
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
         query = ["ss", "-Htnp", "state", "established", "sport = :443"]
@@ -385,10 +401,11 @@ def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy) -> 
     proxy.stop(wait=True)
 
 
-def test_syn_cookies(road: Street, site: Website, proxy: Proxy) -> None:
-    """SYN cookies are no matter to sk-lookup."""
+@all_redirects
+def test_syn_cookies(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
+    """Where every handshake is by SYN cookie, visitors are steered, and none fails."""
     road.host.namespace.run("sysctl", "-qw", "net.ipv4.tcp_syncookies=2")
-    start(proxy, "sk-lookup")
+    start(proxy, redirect)
     with visitors(site, road.visitor, road.host) as crowd:
         crowd.wait_for(20, steered=True)
         report = crowd.leave()

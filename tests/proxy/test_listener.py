@@ -102,7 +102,7 @@ class PortTests(ServiceCase):
         sockets = {LISTENING: [], ESTABLISHED: [found]}
         self.patch(tcpsockets, "tcp_sockets", lambda *states: sockets[states[0]])
         self.assertEqual(
-            str(listener.port_taken(7)),
+            str(tcpsockets.port_taken(7)),
             "port 7 is used by a connection with 192.0.2.9:443; wait until that has ended, and keep"
             " the port free from now on: sysctl net.ipv4.ip_local_reserved_ports=7",
         )

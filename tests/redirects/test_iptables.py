@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import LogLevel
+from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.errors import StartError, VisitorsLost
@@ -331,3 +333,64 @@ class ConnectionTrackingTests(IptablesCase):
         for fact in ({"tcp_connections": 500}, {"tracked_connections": 1}):
             self.assertEqual(self.warnings(**(busy | fact)), [], fact)
         self.assertEqual(self.warnings(**(busy | {"max_tracked_connections": None})), [])
+
+
+class CautionTests(IptablesCase):
+    """Where there are other redirects to try, it refuses what may hurt."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.programs = {"iptables", "ip6tables"}
+        self.patch(shutil, "which", lambda name: name if name in self.programs else None)
+
+    def prepare(self, *, cautious: bool = True, **host: object) -> None:
+        self.host(**host)
+        redirect = IptablesRedirect(PORT, cautious=cautious)
+        self.refusal = ""
+        redirect.prepare(self.iptables).addErrback(self.note)
+
+    def note(self, failure: Failure) -> None:
+        failure.trap(StartError)
+        self.refusal = str(failure.value)
+
+    def test_nothing_hurts(self) -> None:
+        """Where both programs are there and tracking is in use, or large enough, it works."""
+        self.prepare(max_tracked_connections=1_000, tcp_connections=501)
+        self.assertEqual(self.refusal, "")
+        self.prepare(tracked_connections=0, max_tracked_connections=1_000, tcp_connections=500)
+        self.assertEqual(self.refusal, "")
+
+    def test_missing(self) -> None:
+        """A program that is missing is found before anything is done."""
+        for name in ("iptables", "ip6tables"):
+            self.programs = {"iptables", "ip6tables"} - {name}
+            self.prepare()
+            self.assertRegex(self.refusal, f"'{name}' failed .*not found on PATH; install {name}")
+        self.programs = {"iptables"}
+        self.prepare(has_ipv6=False)
+        self.assertEqual(self.refusal, "")
+
+    def test_port_of_another_user(self) -> None:
+        """A local user on the port cannot keep the other redirects from steering."""
+        self.patch(iptables, "taken_by_another_user", lambda port: port == PORT)
+        self.prepare()
+        self.assertRegex(self.refusal, "^port 21443 is taken by another program; stop that one")
+        self.prepare(cautious=False)
+        self.assertEqual(self.refusal, "")
+
+    def test_small_table(self) -> None:
+        """Idle tracking with too small a table is a reason, also where it is not loaded yet."""
+        pattern = "^connection tracking is idle, .* over half .*; raise net.netfilter.nf_conn"
+        for limit, count in ((1_000, 501), (None, 32_769)):
+            idle: Any = {"tracked_connections": 0, "max_tracked_connections": limit}
+            self.prepare(**idle, tcp_connections=count)
+            self.assertRegex(self.refusal, pattern)
+            self.prepare(**idle, tcp_connections=count - 1)
+            self.assertEqual(self.refusal, "")
+
+    def test_alone(self) -> None:
+        """Where it is the only one asked for, none of that is."""
+        self.programs = set()
+        idle = {"tracked_connections": 0, "max_tracked_connections": 1_000}
+        self.prepare(cautious=False, **idle, tcp_connections=501)
+        self.assertEqual(self.refusal, "")

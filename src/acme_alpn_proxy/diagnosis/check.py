@@ -25,15 +25,15 @@ from ..firewall.xtables import BINARIES, command, failed
 from ..host.facts import has_ipv6
 from ..host.pidfile import PIDFile
 from ..host.processes import commands_for
+from ..host.tcpsockets import port_taken, taken_by_another_user
 from ..interfaces import ICommands, Reactor, Result
 from ..options import PORT, ConsoleOptions
-from ..proxy.listener import port_taken
 from ..proxy.routing import ACME_TLS_1
 from ..redirects.claim import claim_redirect
 from ..redirects.iptables import default_rulespec
 from ..redirects.leftovers import LIFE_SIGN, Leftovers
 from ..redirects.rules import EXPIRY
-from ..tap import make_redirect
+from ..tap import make_way
 from .finding import Finding, FindingObject, Level, worst
 from .handshake import OnlyAlert, handshake
 from .probe import Probe, Tell, probe
@@ -70,7 +70,8 @@ class Check:
         self._commands = commands
         self._report = tell
         self._probe = probe
-        self._redirect: str = options["redirect"]
+        self._ways: list[str] = options["redirect"].split(",")
+        self._works = ""
         self._running: int | None = None
         self.findings: list[Finding] = []
 
@@ -83,9 +84,8 @@ class Check:
         self._tell(self._look_at_ipv6())
         self._tell((yield self._look_at_fallback()))
         self._tell((yield self._look_at_acme_target()))
-        self._tell((yield self._look_at_sk_lookup()))
-        for family in self._families:
-            self._tell((yield self._look_at_iptables(family)))
+        for finding in (yield self._look_at_ways()):
+            self._tell(finding)
         self._tell((yield self._look_for_leftovers()))
         if self._options["probe"]:
             yield self._try_it()
@@ -97,10 +97,6 @@ class Check:
     @property
     def _families(self) -> list[int]:
         return [4, 6] if self._options["ipv6"] and has_ipv6() else [4]
-
-    def _level(self, redirect: str) -> Level:
-        """How bad it is if this redirect does not work."""
-        return Level.FAILED if self._redirect == redirect else Level.WARNING
 
     def _look_at_files(self) -> Iterator[Finding]:
         try:
@@ -122,10 +118,12 @@ class Check:
                 yield Finding(name, Level.FAILED, f"cannot write {path}: {reason}", remedy)
 
     def _look_at_port(self) -> Finding:
-        fixed = self._redirect != "sk-lookup"
+        fixed = not {"iptables", "none"}.isdisjoint(self._ways)
         if self._running is not None or not fixed or port_is_free(PORT):
             return Finding("port", Level.OK)
-        return Finding.refused("port", port_taken(PORT))
+        finding = Finding.refused("port", port_taken(PORT))
+        another_way = len(self._ways) > 1 and taken_by_another_user(PORT)
+        return finding.at_most(Level.WARNING) if another_way else finding
 
     def _look_at_ipv6(self) -> Finding:
         if not self._options["ipv6"]:
@@ -166,31 +164,44 @@ class Check:
         return Finding("ACME target", Level.WARNING, seen, remedy)
 
     @inlineCallbacks
-    def _look_at_sk_lookup(self) -> Generator[Deferred[Any], Any, Finding]:
-        finding: Finding = yield self._prepare("sk-lookup")
-        if self._redirect == "auto":
-            works = finding.level is Level.OK and self._options["rulespec"] is None
-            self._redirect = "sk-lookup" if works else "iptables"
-        return finding
+    def _look_at_ways(self) -> Generator[Deferred[Any], Any, list[Finding]]:
+        """What does not work has failed if start would not take another way instead."""
+        found: dict[str, list[Finding]] = {}
+        for way in ("sk-lookup", "nftables"):
+            found[way] = [(yield self._prepare(way))]
+        found["iptables"] = []
+        for family in self._families:
+            found["iptables"].append((yield self._look_at_iptables(family)))
+        wanted = [way for way in self._ways if way in found]
+        if self._options["rulespec"] is not None and "iptables" in wanted:
+            wanted = ["iptables"]
+        working = (way for way in wanted if worst(found[way]) is not Level.FAILED)
+        self._works = next(working, "")
+        for way, findings in found.items():
+            if self._works or way not in wanted:
+                found[way] = [finding.at_most(Level.WARNING) for finding in findings]
+        return [finding for findings in found.values() for finding in findings]
 
     @inlineCallbacks
-    def _prepare(self, redirect: str) -> Generator[Deferred[Any], Any, Finding]:
+    def _prepare(self, way: str) -> Generator[Deferred[Any], Any, Finding]:
         """What the redirect itself knows before it does anything."""
-        options = {**self._options, "redirect": redirect}
+        alone = len(self._ways) == 1 or self._options["rulespec"] is not None
         try:
-            yield make_redirect(options).prepare(self._commands)
+            yield make_way(way, self._options, alone=alone).prepare(self._commands)
         except StartError as problem:
-            return Finding.refused(redirect, problem, self._level(redirect))
-        return Finding(redirect, Level.OK)
+            if self._running is not None and problem.status == os.EX_TEMPFAIL:
+                return Finding(way, Level.OK, "the instance that runs has it")
+            return Finding.refused(way, problem)
+        return Finding(way, Level.OK)
 
     @inlineCallbacks
     def _look_at_iptables(self, family: int) -> Generator[Deferred[Any], Any, Finding]:
-        name, level = BINARIES[family], self._level("iptables")
+        name = BINARIES[family]
         for table in ("nat", "mangle"):
             listing = command(family, table, "-S", "PREROUTING")
             result: Result = yield self._commands.run(listing)
             if result.code != 0:
-                return Finding.refused(name, failed(result), level)
+                return Finding.refused(name, failed(result))
         finding = Finding(name, Level.OK)
         if family == 4:
             finding = yield self._prepare("iptables")  # which looks at both families
@@ -218,7 +229,8 @@ class Check:
         try:
             claim = yield claim_redirect(self._commands, LIFE_SIGN)
         except StartError as problem:
-            return Finding.refused("leftovers", problem, self._level("iptables"))
+            level = Level.FAILED if self._works == "iptables" else Level.WARNING
+            return Finding.refused("leftovers", problem, level)
         leftovers = Leftovers(PORT, self._options["rulespec"], self._families)
         found = []
         with claim:

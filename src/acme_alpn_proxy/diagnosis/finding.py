@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypedDict
 
@@ -47,6 +47,10 @@ class Finding:
         """Of an error for the operator: the cause, a semicolon, the remedy."""
         cause, _, remedy = str(problem).rpartition("; ")
         return cls(name, level, cause, remedy) if cause else cls(name, level, remedy)
+
+    def at_most(self, level: Level) -> Finding:
+        """The same, but no worse than this."""
+        return replace(self, level=min(self.level, level))
 
     def __str__(self) -> str:
         told = "; ".join(filter(None, [self.cause, self.remedy]))

@@ -307,8 +307,9 @@ def _steer_and_dial(
         yield maybeDeferred(port.stopListening)
     if program.ending:
         raise StartError("interrupted; run it again")
+    redirect = proxy.status()["redirect"]
     for caller, call in zip(who, calls, strict=True):
-        finding = judge(caller, call, met[0].met, seen, options["redirect"])
+        finding = judge(caller, call, met[0].met, seen, redirect)
         if finding.level is not Level.OK and (yield names(commands_for(reactor), caller.family)):
             finding = softened(finding)
         tell(finding)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from ..errors import StartError
 from .netlink import SOCK_DIAG, Netlink
 
 ESTABLISHED: Final = 1
@@ -97,6 +98,20 @@ def taken_by_another_user(port: int) -> bool:
     except OSError:
         return False
     return bool(owners - {0, os.geteuid()})
+
+
+def port_taken(port: int) -> StartError:
+    """The proxy cannot listen on its port: who has it."""
+    if not listeners(port) and (peers := connections_from(port)):
+        return StartError(
+            f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"
+            f" keep the port free from now on: sysctl net.ipv4.ip_local_reserved_ports={port}",
+            os.EX_UNAVAILABLE,
+        )
+    return StartError(
+        f"port {port} is taken by another program; stop that one (see: ss -ltnp 'sport = :{port}')",
+        os.EX_UNAVAILABLE,
+    )
 
 
 def connections_from(port: int) -> list[str]:

@@ -17,7 +17,7 @@ from twisted.internet.protocol import Factory
 
 from ..errors import StartError
 from ..host.processes import commands_for
-from ..host.tcpsockets import connections_from, listeners, taken_by_another_user
+from ..host.tcpsockets import port_taken, taken_by_another_user
 from ..interfaces import ICommands, INetwork, Reactor
 from .protocols import Limits
 
@@ -111,20 +111,6 @@ def _host_and_port(text: str, port: int) -> tuple[str, int]:
     if bare != text and ("." in bare or bare.startswith("[")):
         return bare.strip("[]"), 0
     return text, port
-
-
-def port_taken(port: int) -> StartError:
-    """The proxy cannot listen on its port: who has it."""
-    if not listeners(port) and (peers := connections_from(port)):
-        return StartError(
-            f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"
-            f" keep the port free from now on: sysctl net.ipv4.ip_local_reserved_ports={port}",
-            os.EX_UNAVAILABLE,
-        )
-    return StartError(
-        f"port {port} is taken by another program; stop that one (see: ss -ltnp 'sport = :{port}')",
-        os.EX_UNAVAILABLE,
-    )
 
 
 class ListenerService(Service):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import socket
 from collections.abc import Generator, Sequence
 from typing import Any, Final
@@ -25,7 +26,7 @@ from ..firewall import judgement
 from ..firewall.reading import CannotLook
 from ..firewall.xtables import LOCK_WAIT, failed, pinned
 from ..host import facts, routes
-from ..host.tcpsockets import served_from_elsewhere
+from ..host.tcpsockets import port_taken, served_from_elsewhere, taken_by_another_user
 from ..interfaces import ICommands, IRedirect, Result
 from .claim import claim_redirect
 from .guard import Guard, GuardGone
@@ -38,6 +39,10 @@ STEERED_PORT: Final = 443
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
+
+_USUAL_LIMIT: Final = 65_536
+"""Entries that connection tracking takes, where it is not loaded yet: no kernel on a host with more
+than 1 GB of memory has a lower default."""
 
 
 def default_rulespec(port: int) -> list[str]:
@@ -73,18 +78,21 @@ class IptablesRedirect:
         *,
         ipv6: bool = True,
         force: bool = False,
+        cautious: bool = False,
     ) -> None:
         """
         @param port: where the listener is.
         @param rulespec: what stands behind C{-t nat -I PREROUTING}, one word an item.
         @param ipv6: whether to steer IPv6 too, where there is any.
         @param force: whether to steer even if the firewall seems to drop who is steered.
+        @param cautious: whether to refuse, too, where another redirect should rather be tried.
         """
         self._port = port
         self._custom = rulespec
         self._rulespec = list(rulespec) if rulespec is not None else default_rulespec(port)
         self._ipv6 = ipv6
         self._force = force
+        self._cautious = cautious
         self._families: list[int] = []
         self._guard: Guard | None = None
 
@@ -103,6 +111,11 @@ class IptablesRedirect:
             self._families = [6, 4]
         self._refuse_unnumbered()
         self._refuse_container()
+        if self._cautious:
+            if taken_by_another_user(self._port):
+                raise port_taken(self._port)
+            self._refuse_missing_binary()
+            self._refuse_small_table()
         if not self._force:
             yield self._refuse_firewall(commands)
         return ("::",)
@@ -267,6 +280,23 @@ class IptablesRedirect:
                 return found
             found.append("use --redirect sk-lookup, for which the firewall need not be changed")
         return found
+
+    def _refuse_missing_binary(self) -> None:
+        for family in self._families:
+            name = pinned(family)
+            if shutil.which(name) is None:
+                raise failed(Result.not_found([name]))
+
+    def _refuse_small_table(self) -> None:
+        limit = facts.max_tracked_connections() or _USUAL_LIMIT
+        count = facts.tcp_connections()
+        if facts.tracked_connections() == 0 and count > limit / 2:
+            raise StartError(
+                "connection tracking is idle, and a redirect would switch it on for the whole host,"
+                f" whose {count} TCP connections are over half of what the table takes ({limit});"
+                " raise net.netfilter.nf_conntrack_max",
+                os.EX_CONFIG,
+            )
 
     def _warn_of_small_table(self) -> None:
         limit = facts.max_tracked_connections()

@@ -57,6 +57,7 @@ _ANYWHERE: Final = {4: "127.0.0.1", 6: "::1"}
 
 _MODULES: Final = {"fib": "nft_fib_inet"}
 
+
 def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[Message]:
     """What makes the table.
 

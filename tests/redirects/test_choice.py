@@ -1,0 +1,140 @@
+"""The choice of the redirect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from socket import socket
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import formatEvent
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host.processes import BlockingCommands
+from acme_alpn_proxy.interfaces import ICommands, IRedirect
+from acme_alpn_proxy.redirects.choice import ChosenRedirect
+
+from ..memory import log_of
+
+COMMANDS = BlockingCommands()
+
+
+@implementer(IRedirect)
+class Candidate:
+    """A redirect that refuses if told to, and notes what it is asked for."""
+
+    def __init__(self, name: str, refusal: str | None = None, status: int = 1) -> None:
+        self._name = name
+        self._refusal = refusal
+        self._status = status
+        self.asked: list[str] = []
+
+    def __str__(self) -> str:
+        return self._name
+
+    def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
+        if self._refusal is not None:
+            return fail(StartError(self._refusal, self._status))
+        return succeed((f"host of {self._name}",))
+
+    def _note(self, what: str) -> Deferred[None]:
+        self.asked.append(what)
+        return succeed(None)
+
+    def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
+        return self._note("apply")
+
+    def look_after(self, commands: ICommands) -> Deferred[None]:
+        return self._note("look after")
+
+    def remove(self, commands: ICommands) -> Deferred[None]:
+        return self._note("remove")
+
+    def release(self, commands: ICommands) -> Deferred[None]:
+        return self._note("release")
+
+
+class ChosenRedirectTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.events = log_of(self)
+
+    def takes(self, redirect: ChosenRedirect, taken: Candidate, why: str) -> None:
+        """It takes that one, says why in one line to the operator, and leaves all else to it."""
+        verifyObject(IRedirect, redirect)
+        hosts = self.successResultOf(redirect.prepare(COMMANDS))
+        self.assertEqual(hosts, (f"host of {taken}",))
+        self.assertEqual(str(redirect), str(taken))
+        self.assertEqual([formatEvent(event) for event in self.events], [why])
+        self.assertTrue(self.events[0]["for_operator"])
+        for step in (
+            redirect.apply(COMMANDS, []),
+            redirect.look_after(COMMANDS),
+            redirect.remove(COMMANDS),
+            redirect.release(COMMANDS),
+        ):
+            self.successResultOf(step)
+        self.assertEqual(taken.asked, ["apply", "look after", "remove", "release"])
+
+    def refusal(self, *ways: Candidate) -> StartError:
+        """What the operator reads where all refuse."""
+        redirect = ChosenRedirect(ways)
+        problem = self.failureResultOf(redirect.prepare(COMMANDS), StartError).value
+        assert isinstance(problem, StartError)
+        self.assertEqual(self.events, [])
+        return problem
+
+    def test_name(self) -> None:
+        """Before the choice it is called as the option was."""
+        self.assertEqual(str(ChosenRedirect([Candidate("one"), Candidate("two")])), "one,two")
+
+    def test_first(self) -> None:
+        """The first one is taken where it works, and no other one is used."""
+        first, second = Candidate("first"), Candidate("second")
+        self.takes(ChosenRedirect([first, second]), first, "Steering by first: it works here")
+        self.assertEqual(second.asked, [])
+
+    def test_reason(self) -> None:
+        """Why the first one is taken can be given."""
+        only = Candidate("only")
+        redirect = ChosenRedirect([only], "RULESPEC is set")
+        self.takes(redirect, only, "Steering by only: RULESPEC is set")
+
+    def test_refused(self) -> None:
+        """Where the first ones refuse the next is taken, and their causes are the reason."""
+        first = Candidate("first", "the firewall drops them; use another one")
+        second = Candidate("second", "the kernel is too old")
+        third = Candidate("third")
+        why = "not first, since the firewall drops them; not second, since the kernel is too old"
+        self.takes(ChosenRedirect([first, second, third]), third, f"Steering by third: {why}")
+
+    def test_all_refuse(self) -> None:
+        """Where all refuse it is the first one's refusal, with the causes of the others."""
+        problem = self.refusal(
+            Candidate("first", "it is dropped; let it in, or use --redirect second", 78),
+            Candidate("second", "the kernel is too old; run a newer one", 69),
+            Candidate("third", "not permitted; run this as root", 77),
+        )
+        expected = (
+            "it is dropped (nor by second: the kernel is too old; nor by third: not permitted)"
+        )
+        self.assertEqual(str(problem), f"{expected}; let it in")
+        self.assertEqual(problem.status, 78)
+
+    def test_remedy(self) -> None:
+        """The remedy is one that helps: not another way, which refuses as well."""
+        problem = self.refusal(
+            Candidate("first", "it is dropped; use --redirect second, which is better"),
+            Candidate("second", "too old; run Linux 5 or 6, or use --redirect first"),
+        )
+        self.assertEqual(str(problem), "it is dropped (nor by second: too old); run Linux 5 or 6")
+
+    def test_no_other_remedy(self) -> None:
+        """If no remedy is left it is the first one's, and one way alone refuses as it is."""
+        dropped, old = "it is dropped; use --redirect second", "too old; use --redirect first"
+        problem = self.refusal(Candidate("first", dropped), Candidate("second", old))
+        self.assertEqual(
+            str(problem), "it is dropped (nor by second: too old); use --redirect second"
+        )
+        self.assertEqual(str(self.refusal(Candidate("first", dropped))), dropped)
