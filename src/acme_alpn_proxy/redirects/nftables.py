@@ -138,15 +138,12 @@ class NftablesRedirect:
         families = [family for family in self._hosts if family == 4 or facts.has_ipv6()]
         if not self._force:
             self._refuse_bridge(families)
-        self._pin = yield self._look_at_firewall(commands, families)
         if 6 in self._hosts:
             self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
-        anywhere = [(_ANYWHERE[family], STEERED_PORT) for family in families]
-        trial = [*steering_table(anywhere, pin=self._pin), nft.delete_table(TABLE)]
-        try:
-            self._send(nft.batch(trial))
-        except OSError as problem:
-            raise _refusal(problem) from None
+        self._try_table(families)
+        self._pin = yield self._look_at_firewall(commands, families)
+        if self._pin:
+            self._try_table(families)
         return tuple(self._hosts.values())
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
@@ -206,6 +203,15 @@ class NftablesRedirect:
             if objection is not None:
                 raise judgement.refusal(objection, [])
         return (yield host.why_not(judgement.SK_LOOKUP, commands)) is not None
+
+    def _try_table(self, families: Iterable[int]) -> None:
+        """Raises L{StartError} if the kernel does not take it."""
+        anywhere = [(_ANYWHERE[family], STEERED_PORT) for family in families]
+        trial = [*steering_table(anywhere, pin=self._pin), nft.delete_table(TABLE)]
+        try:
+            self._send(nft.batch(trial))
+        except OSError as problem:
+            raise _refusal(problem) from None
 
     def _send(self, messages: Sequence[Message]) -> None:
         """Raises L{OSError}; then nothing is left. The socket stays open: the kernel takes
