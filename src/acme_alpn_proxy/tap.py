@@ -13,7 +13,7 @@ from .errors import StartError
 from .interfaces import IPIDFile, IRedirect, Reactor
 from .monitoring.status import ProxyStatus
 from .monitoring.statussocket import StatusService
-from .options import PORT, RULESPEC_VARIABLE
+from .options import PORT, RULESPEC_VARIABLE, WAYS
 from .options import ProxyOptions as Options
 from .program import Program
 from .proxy.protocols import ProxyServerFactory
@@ -35,9 +35,12 @@ def make_redirect(options: Mapping[str, Any]) -> IRedirect:
     names = options["redirect"].split(",")
     if len(names) == 1:
         return make_way(names[0], options)
+    by_default = names == list(WAYS)
     if options["rulespec"] and "iptables" in names:
-        return ChosenRedirect([make_way("iptables", options)], f"{RULESPEC_VARIABLE} is set")
-    return ChosenRedirect([make_way(name, options, alone=False) for name in names])
+        why = f"{RULESPEC_VARIABLE} is set"
+        return ChosenRedirect([make_way("iptables", options)], why, by_default=by_default)
+    ways = [make_way(name, options, alone=False) for name in names]
+    return ChosenRedirect(ways, by_default=by_default)
 
 
 def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IRedirect:

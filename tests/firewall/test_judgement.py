@@ -305,6 +305,42 @@ class ToldApartTests(SynchronousTestCase):
         self.assertIn("or one of the 4999 rules after it", lost(WEB + bans + BOTH, "DROP"))
 
 
+class SparedTests(SynchronousTestCase):
+    """Who is kept out today must not be let in."""
+
+    def spared(self, rules: str, policy: str = "ACCEPT", way: judgement.Way = REDIRECT) -> str:
+        firewall = tables(("filter", f"-P INPUT {policy}\n{rules}"))
+        host = Host({4: firewall}, Surroundings(NET0))
+        return self.successResultOf(host.why_spared(way, Recorded({}))) or ""
+
+    def test_ban(self) -> None:
+        """A ban from port 443 alone would not hold; it does by a way that keeps the port."""
+        for rule in (
+            "-A INPUT -s 192.0.2.66/32 -p tcp -m tcp --dport 443 -j DROP",
+            "-A INPUT -p tcp -m multiport --dports 80,443 -m set --match-set f2b src -j REJECT",
+            "-A INPUT -p tcp -m tcp --dport 443 -m connlimit --connlimit-above 20 -j REJECT",
+        ):
+            self.assertIn(rule.replace("-A", "-t filter -A"), self.spared(rule), rule)
+            self.assertEqual(self.spared(rule, way=SK_LOOKUP), "")
+            self.assertEqual(self.spared(rule, way=NFTABLES), "")
+
+    def test_same_for_both(self) -> None:
+        """Who is banned from all ports stays banned, and who may come in is no matter."""
+        for rules in (
+            "-A INPUT -s 192.0.2.66/32 -j DROP",
+            f"-A INPUT -s 192.0.2.66/32 -p tcp -m multiport --dports 443,{PORT} -j DROP",
+            "-A INPUT -p tcp -m tcp --dport 22 -j DROP",
+            "-A INPUT -m conntrack --ctstate INVALID -j DROP",
+        ):
+            self.assertEqual(self.spared(rules), "", rules)
+        self.assertEqual(self.spared(BOTH, "DROP"), "")
+
+    def test_redirect_alone(self) -> None:
+        """Where nobody comes in today but by a redirect, nobody is banned."""
+        rule = "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT"
+        self.assertEqual(self.spared(rule, "DROP"), "")
+
+
 class AnswerTests(SynchronousTestCase):
     """Answers leave from port 21443 until they are translated back."""
 

@@ -295,9 +295,9 @@ def test_files_not_writable(site: Website, proxy: Proxy, tmp_path: Path) -> None
 def test_not_root(site: Website, proxy: Proxy) -> None:
     """Run by nobody, what needs root says so."""
     proxy.wrapper = NOBODY_WHO_MAY_WRITE
-    done = check(proxy, "--probe")
+    done = check(proxy, "--probe", "--redirect", "iptables")
     assert done.returncode == 1
-    for name in ("sk-lookup", "iptables", "ip6tables"):
+    for name in ("sk-lookup", "nftables", "iptables", "ip6tables"):
         assert "run this as root" in line_of(done.stdout, name)
     assert levels(done.stdout)["sk-lookup"] == "warning", "it was not asked for"
 

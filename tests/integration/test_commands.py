@@ -469,9 +469,14 @@ def test_standard_descriptors_are_closed(proxy: Proxy) -> None:
 
 
 def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
-    """No iptables on PATH: C{start} says so."""
+    """No iptables on PATH: C{start} says so. By default another way is taken."""
     without = ("env", "PATH=/nowhere", proxy.program)
-    done = host.run(*without, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
+    by_default = proxy.start_words(*AT_ONCE)
+    done = host.run(*without, *by_default, env=proxy.env)
+    _said(done, "Steering by nftables: not iptables, since .*ip6tables: not found on PATH")
+    proxy.stop(wait=True)
+    words = proxy.start_words(*AT_ONCE, "--redirect", "iptables")
+    done = host.run(*without, *words, check=False, env=proxy.env)
     why = "ip6tables: not found on PATH; install ip6tables, .*on PATH"
     _refused(done, why, os.EX_UNAVAILABLE)
     _nothing_is_left(proxy)
@@ -588,7 +593,7 @@ def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: P
         for _ in range(5):
             stack.enter_context(proxy.namespace.connect("127.0.0.1", 8443))
             stack.enter_context(listener.accept()[0])
-        line = f"{mount} && {proxy.start_line(*AT_ONCE)}"
+        line = f"{mount} && {proxy.start_line(*AT_ONCE, '--redirect', 'iptables')}"
         done = proxy.namespace.run("sh", "-c", line, env=proxy.env)
     _said(done, r"warning: Connection tracking was idle .* \(8\).*; raise .*nf_conntrack_max")
     proxy.stop(wait=True)

@@ -22,6 +22,7 @@ USUAL = """
 """
 WEB = "-A INPUT -p tcp -m multiport --dports 80,443 -j ACCEPT\n"
 PROXY = f"-A INPUT -p tcp -m tcp --dport {PORT} -j ACCEPT\n"
+IPTABLES = ("--redirect", "iptables")
 DEFAULT_DROP = f"*filter\n:INPUT DROP [0:0]\n{USUAL}{WEB}COMMIT\n"
 UNTRACKED = "*raw\n-A PREROUTING -p tcp -m tcp --dport 443 -j CT --notrack\nCOMMIT\n"
 
@@ -99,13 +100,23 @@ def _refused(road: Street, site: Website, proxy: Proxy, *words: str) -> None:
     host = road.host.namespace
     ruleset = ["nft", "--stateless", "list", "ruleset"]  # without the counters
     before = host.rules(), host.run(*ruleset).stdout
-    refused = proxy.start(check=False)
+    refused = proxy.start(*IPTABLES, check=False)
     assert refused.returncode == os.EX_CONFIG, refused
     for word in (*words, "--force"):
         assert word in refused.stderr
     assert len(refused.stderr.splitlines()) == 1, refused.stderr
     assert (host.rules(), host.run(*ruleset).stdout) == before
     assert not proxy.pid_file.exists()
+    assert not _steered(road, site)
+    _steered_in_another_way(road, site, proxy)
+
+
+def _steered_in_another_way(road: Street, site: Website, proxy: Proxy) -> None:
+    """By default another way is taken, which start tells with the reason."""
+    done = proxy.start(*QUICK)
+    assert "Steering by nftables: not iptables, since visitors by IPv" in done.stderr
+    assert _steered(road, site)
+    proxy.stop(wait=True)
     assert not _steered(road, site)
 
 
@@ -141,14 +152,14 @@ def test_iptables_dropping_by_default(
     host = road.host.namespace
     _load_iptables(host, DEFAULT_DROP, tmp_path, suffix)
     _refused(road, site, proxy, "INPUT", "sk-lookup")
-    proxy.start("--force", *QUICK)
+    proxy.start("--force", *IPTABLES, *QUICK)
     assert _lost(road)
     wait_until(lambda: not _lost(road), "it has let go")
     assert not _steered(road, site)
     assert ends(proxy.pid)
     for binary in ("iptables", "ip6tables"):
         host.run(f"{binary}{suffix}", *PROXY.split())
-    proxy.start(*QUICK)
+    proxy.start(*IPTABLES, *QUICK)
     assert _steered(road, site)
     proxy.stop(wait=True)
 
@@ -160,7 +171,7 @@ def test_nftables_dropping(
     """Rules of nftables that drop what is redirected: start refuses, and rightly so."""
     _load_nft(road.host.namespace, DROPPING[name], tmp_path)
     _refused(road, site, proxy, "inet firewall")
-    proxy.start("--force", *QUICK)
+    proxy.start("--force", *IPTABLES, *QUICK)
     assert _lost(road)
     proxy.stop(wait=True)
 
@@ -180,7 +191,7 @@ def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, tmp_pat
     """Where :443 is exempt from tracking start refuses: forced, it would steer nobody."""
     _load_iptables(road.host.namespace, UNTRACKED, tmp_path)
     _refused(road, site, proxy, "exempt from connection tracking")
-    proxy.start("--force", *QUICK)
+    proxy.start("--force", *IPTABLES, *QUICK)
     assert not _steered(road, site)
     proxy.stop(wait=True)
 
@@ -191,11 +202,11 @@ def test_ufw(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
     ufw.run("allow", "443/tcp")
     ufw.run("--force", "enable")
     _refused(road, site, proxy, "INPUT")
-    proxy.start("--force", *QUICK)
+    proxy.start("--force", *IPTABLES, *QUICK)
     assert _lost(road)
     proxy.stop(wait=True)
     ufw.run("allow", f"{PORT}/tcp")
-    proxy.start(*QUICK)
+    proxy.start(*IPTABLES, *QUICK)
     assert _steered(road, site)
     proxy.stop(wait=True)
 

@@ -163,9 +163,9 @@ def _bans(host: Namespace, address: str) -> None:
     )
 
 
-@by_loopback
+@pytest.mark.parametrize("redirect", ["nftables", "sk-lookup", DEFAULT])
 def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """A visitor who is banned from port 443 by INPUT stays so, except with iptables."""
+    """A visitor who is banned from port 443 by INPUT stays so, except with iptables alone."""
     for address in (road.visitor.ipv4, road.visitor.ipv6):
         _bans(road.host.namespace, address)
     start(proxy, redirect)

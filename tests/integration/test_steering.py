@@ -158,7 +158,7 @@ def test_redirect_that_would_reach_nobody(tmp_path: Path) -> None:
     """Visitors come in by an interface without address: start refuses, and names DNAT."""
     with unnumbered_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         proxy = Proxy(road.host.namespace, tmp_path)
-        refused = proxy.start(check=False)
+        refused = proxy.start("--redirect", "iptables", check=False)
         assert refused.returncode == os.EX_CONFIG
         assert "DNAT" in refused.stderr
         assert not proxy.pid_file.exists()

@@ -95,6 +95,16 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.takes(ChosenRedirect([first, second]), first, "Steering by first: it works here")
         self.assertEqual(second.asked, [])
 
+    def test_by_default(self) -> None:
+        """Where nobody chose, the first one is taken without a word but in the log; another one is
+        told."""
+        ways = Candidate("first"), Candidate("second")
+        self.successResultOf(ChosenRedirect(ways, by_default=True).prepare(COMMANDS))
+        self.assertFalse(self.events.pop()["for_operator"])
+        second = Candidate("second")
+        redirect = ChosenRedirect([Candidate("first", "it is dropped"), second], by_default=True)
+        self.takes(redirect, second, "Steering by second: not first, since it is dropped")
+
     def test_reason(self) -> None:
         """Why the first one is taken can be given."""
         only = Candidate("only")

@@ -167,6 +167,22 @@ class Host:
             return _printable(str(reason))
         return None
 
+    @inlineCallbacks
+    def why_spared(
+        self, way: Way, commands: ICommands
+    ) -> Generator[Deferred[Any], Any, str | None]:
+        """Which rule keeps some visitors out today, and would not if they were steered this way.
+
+        @return: a Deferred of one line, or of L{None}; it never fails.
+        """
+        for family in self._firewalls:
+            reason = self._judge(family, way).spares()
+            while reason is not None and (yield self._read_contents(family, commands)):
+                reason = self._judge(family, way).spares()
+            if reason is not None:
+                return _printable(reason)
+        return None
+
     def not_first(self, way: Way) -> str | None:
         """While this way steers: why visitors are sent elsewhere before; L{None}: they are not."""
         for family in self._firewalls:
@@ -231,6 +247,19 @@ class _Judge:
                 return reason
             caught.append(all_caught)
         self.useless = caught[0] if all(caught) and caught else None
+        return None
+
+    def spares(self) -> str | None:
+        """The first rule that catches some visitors today, and would let them through."""
+        for arrival in self._around.arrivals[self._family]:
+            choices = Choices()
+            today, steered = (
+                Course(packet, choices).through(self._met())
+                for packet in (self._packet(arrival), self._steered(arrival))
+            )
+            reason = choices.lost(steered, today) if choices.may_pass(today) else None
+            if reason is not None:
+                return reason
         return None
 
     def taken_away(self, arrival: Arrival) -> str | None:

@@ -20,13 +20,17 @@ class ChosenRedirect:
 
     _log = Logger()
 
-    def __init__(self, ways: Sequence[IRedirect], first: str = "it works here") -> None:
+    def __init__(
+        self, ways: Sequence[IRedirect], first: str = "it works here", *, by_default: bool = False
+    ) -> None:
         """
         @param ways: one or more, the preferred one first.
         @param first: why the first one is taken, if it is.
+        @param by_default: whether nobody chose: that the first one is taken, is for the log alone.
         """
         self._ways = ways
         self._first = first
+        self._by_default = by_default
         self._chosen: IRedirect | None = None
 
     def __str__(self) -> str:
@@ -70,7 +74,7 @@ class ChosenRedirect:
             "Steering by {redirect}: {reason}",
             redirect=way,
             reason=why or self._first,
-            for_operator=True,
+            for_operator=bool(refusals) or not self._by_default,
         )
 
 

@@ -256,10 +256,25 @@ class IptablesRedirect:
         else:
             objection: str | None = yield host.why_not(way, commands)
             if objection is None:
+                if self._cautious:
+                    yield self._refuse_to_spare(commands, host, way)
                 return
             reason = objection
             remedies = yield self._other_ways(commands, host)
         raise judgement.refusal(reason, remedies)
+
+    @inlineCallbacks
+    def _refuse_to_spare(
+        self, commands: ICommands, host: judgement.Host, way: judgement.Way
+    ) -> Generator[Deferred[Any], Any, None]:
+        """Who is banned from port 443 must stay so."""
+        rule = yield host.why_spared(way, commands)
+        if rule is not None:
+            raise StartError(
+                "the firewall keeps some visitors out of port 443, and would let them in to port"
+                f" {self._port}: {rule}; have it keep them out of port {self._port}, too",
+                os.EX_CONFIG,
+            )
 
     @inlineCallbacks
     def _other_ways(
