@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.host import bridges
 from acme_alpn_proxy.host.netlink import attribute, nested
+
+from ..diagnosis.folders import folder_for
 
 
 def link(name: str, kind: str = "", own: tuple[int, int] = (0, 0)) -> bytes:
@@ -23,7 +24,7 @@ def link(name: str, kind: str = "", own: tuple[int, int] = (0, 0)) -> bytes:
 
 class BridgeTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.proc = Path(self.mktemp())
+        self.proc = folder_for(self)
         self.links = [link("lo"), link("eth0", "veth"), link("br0", "bridge", (0, 1))]
         links = self.links
 

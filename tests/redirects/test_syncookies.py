@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from acme_alpn_proxy.host.tcpsockets import LISTENING, TCPSocket
 from acme_alpn_proxy.redirects import syncookies
 
+from ..diagnosis.folders import folder_for
+
 
 class SynCookieTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.proc = Path(self.mktemp())
+        self.proc = folder_for(self)
         self.switch = self.proc / "sys/net/ipv4/tcp_syncookies"
         self.switch.parent.mkdir(parents=True)
         self.switch.write_text("2\n")

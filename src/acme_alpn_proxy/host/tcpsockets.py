@@ -101,7 +101,7 @@ def taken_by_another_user(port: int) -> bool:
 
 
 def port_taken(port: int) -> StartError:
-    """The proxy cannot listen on its port: who has it."""
+    """The refusal where the proxy cannot listen on its port; it says who has the port."""
     if not listeners(port) and (peers := connections_from(port)):
         return StartError(
             f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"

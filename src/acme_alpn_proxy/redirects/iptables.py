@@ -267,7 +267,7 @@ class IptablesRedirect:
     def _refuse_to_spare(
         self, commands: ICommands, host: judgement.Host, way: judgement.Way
     ) -> Generator[Deferred[Any], Any, None]:
-        """Who is banned from port 443 must stay so."""
+        """Refuse if a visitor who is banned from port 443 could come in by the redirect."""
         rule = yield host.why_spared(way, commands)
         if rule is not None:
             raise StartError(
