@@ -23,7 +23,7 @@ from acme_alpn_proxy.monitoring.statussocket import Holders
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.program import Program
 
-from ..memory import MemoryReactor
+from ..memory import AlwaysSteers, MemoryReactor
 from .report_case import ReportCase
 
 
@@ -32,7 +32,7 @@ class CallerWatchTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = MemoryReactor()
-        self.program = SimpleNamespace(ending=False, holders=Holders(self.end))
+        self.program = SimpleNamespace(ending=False, holders=Holders(self.end, AlwaysSteers()))
         self.ends = 0
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)

@@ -24,6 +24,7 @@ from ..host.handle import ProcessHandle
 from ..host.pidfile import PIDFile
 from ..monitoring.status import SILENT, VERSION, instances, remove_stale, request, show
 from ..options import PORT, ConsoleOptions, Unusable
+from ..responder.client import ControlError, ask, control_path
 from .child import CannotRun, run_command
 from .terminal import fill_standard_descriptors, tell
 
@@ -70,6 +71,9 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
     except StartError as problem:
         tell(str(problem))
         return problem.status
+    except ControlError as problem:
+        tell(str(problem))
+        return FAILED
     except OSError as problem:
         refusal = refused_by_system(problem)
         tell(str(refusal))
@@ -173,6 +177,17 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
         time.sleep(WATCH_SECONDS)
 
 
+def hook(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Do for an ACME client what it asks its hook for; raises L{ControlError}."""
+    from .hook import HOOKS
+
+    client, *words = options["argv"] or [""]
+    if client not in HOOKS:
+        raise UsageError(f"hook: name the ACME client, one of {', '.join(HOOKS)}, not {client!r}")
+    path = options["control"] or control_path(pidfile.path)
+    return HOOKS[client](words, lambda line: ask(path, line))
+
+
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Look whether the proxy would work here."""
     from ..diagnosis.check import check_this_host
@@ -186,6 +201,7 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "run": run,
     "status": status,
     "check": check,
+    "hook": hook,
 }
 
 

@@ -25,8 +25,9 @@ from ..host.facts import has_capabilities
 from ..host.pidfile import PIDFile
 from ..interfaces import Reactor
 from ..monitoring.logs import observer, open_log_file, reopen
-from ..options import ConsoleOptions
+from ..options import ConsoleOptions, responder_is_installed
 from ..program import Program
+from ..responder.client import control_path
 from ..tap import make_program
 from .handover import Report, tell_end
 from .startup import loading_done
@@ -151,6 +152,8 @@ def serve(
     from ..transports.reactor import install  # exists on Linux only
 
     _refuse_other_user(options["uid"], options["gid"])
+    if options["control"] is None and responder_is_installed():
+        options["control"] = control_path(pidfile.path)
     reactor = install()
     program = make_program(options, reactor, pidfile)
     if options["nodaemon"]:

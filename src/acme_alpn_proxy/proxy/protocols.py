@@ -115,6 +115,9 @@ class ProxyClientFactory(TargetFactory):
     def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
         self._server.target_failed(self._route, reason)
 
+    def tell(self, answer: str) -> None:
+        self._server.told(answer)
+
 
 @implementer(IHalfCloseableProtocol)
 class ProxyServer(Protocol):
@@ -237,6 +240,11 @@ class ProxyServer(Protocol):
             self.factory.unreachable(self._record, route, failure)
             self.abort()
 
+    def told(self, answer: str) -> None:
+        """What came of this validation, in words."""
+        assert self._record is not None
+        self.factory.statistics.told(self._record, answer)
+
     def dialled(self) -> Dial | None:
         """Both ends of the connection to the target, if there is one: here, and there."""
         if self._parser is not None or not self.relay.back.connected:
@@ -289,6 +297,11 @@ class ProxyServer(Protocol):
         self._held = 0
 
 
+def statistics_for(routing: Routing) -> Statistics:
+    """Numbers that begin with zero."""
+    return Statistics(routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS))
+
+
 class ProxyServerFactory(ServerFactory):
     """Makes a L{ProxyServer} for each visitor, and holds what they share.
 
@@ -315,6 +328,7 @@ class ProxyServerFactory(ServerFactory):
         hello_timeout: float = 5.0,
         idle_timeout: float = 0.0,
         log_visitors: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         """
         @param targets: how to connect each route's target.
@@ -323,6 +337,7 @@ class ProxyServerFactory(ServerFactory):
             never.
         @param log_visitors: log a line for each visitor, at C{debug}. An event that no observer
             takes would cost more time than the parser and the choice of the route together.
+        @param statistics: to count in, where several factories have one of the same routing.
         """
         self.routing = routing
         self.live = LiveConnections()
@@ -334,9 +349,7 @@ class ProxyServerFactory(ServerFactory):
         self._own_addresses: frozenset[str] = frozenset()
         self._loop_reported = False
         self.pipe = SharedPipe()
-        self.statistics = Statistics(
-            routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
-        )
+        self.statistics = statistics if statistics is not None else statistics_for(routing)
         self.validations = Validations(
             clock, routing.acme.target, self.statistics.validation_cut_short
         )
