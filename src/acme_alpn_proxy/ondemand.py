@@ -156,7 +156,12 @@ class OnDemandProxy(Service):
     def _rest(self) -> None:
         """Let go."""
         proxy = self._proxy
-        self._draining[proxy] = proxy.stopService().addBoth(lambda _: self._draining.pop(proxy))
+
+        def drained(result: None) -> None:
+            del self._draining[proxy]
+
+        self._draining[proxy] = proxy.stopService()
+        self._draining[proxy].addCallback(drained)
         self._let_go = proxy.when_let_go()
         self._enter("idle")
 

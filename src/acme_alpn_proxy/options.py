@@ -309,7 +309,7 @@ class ProxyOptions(usage.Options):
                 )
         for name in ("control", "alpn-certs"):
             if self[name] is not None:
-                self._need_responder(f"--{name}")
+                self.check_responder(f"--{name}")
         self["ipv6"] = self.environment.get(DISABLE_IPV6_VARIABLE) != "y"
         rulespec = self.environment.get(RULESPEC_VARIABLE, "")
         try:
@@ -320,7 +320,8 @@ class ProxyOptions(usage.Options):
                 os.EX_CONFIG,
             ) from None
 
-    def _need_responder(self, option: str) -> None:
+    def check_responder(self, option: str) -> None:
+        """Raises L{Unusable} if what C{option} needs is not installed."""
         if not responder_is_installed():
             raise Unusable(
                 f"{option} needs pyOpenSSL and service_identity; pip install"
@@ -453,6 +454,6 @@ class ConsoleOptions(ProxyOptions):
             raise UsageError("--probe steers: choose one by --redirect, not none")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         if self["on-demand"]:
-            self._need_responder("--on-demand")
+            self.check_responder("--on-demand")
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
-from twisted.python.usage import UsageError
-
 Ask: TypeAlias = Callable[[str], str]
 """Sends a line to the control socket."""
+
+UACME_METHODS: Final = ("begin", "done", "failed")
+
+class WrongWords(ValueError):
+    """These are not what the client gives to its hook; the message says what is."""
+
 
 DONE: Final = 0
 DECLINED: Final = 1
@@ -20,8 +24,8 @@ DECLINED: Final = 1
 
 def uacme(words: Sequence[str], ask: Ask) -> int:
     """C{begin|done|failed TYPE IDENT TOKEN AUTH}. For C{tls-alpn-01}, C{AUTH} is the digest."""
-    if len(words) != 5 or words[0] not in ("begin", "done", "failed"):
-        raise UsageError("hook uacme: begin, done or failed is needed, with TYPE IDENT TOKEN AUTH")
+    if len(words) != 5 or words[0] not in UACME_METHODS:
+        raise WrongWords("begin, done or failed is needed, with TYPE IDENT TOKEN AUTH")
     method, kind, identifier, _, digest = words
     if kind != "tls-alpn-01":
         return DECLINED
@@ -35,7 +39,7 @@ def dehydrated(words: Sequence[str], ask: Ask) -> int:
     operation, *values = words or [""]
     if operation in ("deploy_challenge", "clean_challenge"):
         if not values or len(values) % 3:
-            raise UsageError(f"hook dehydrated: {operation} is to have IDENT TOKEN DIGEST")
+            raise WrongWords(f"{operation} is to have IDENT TOKEN DIGEST")
         for identifier, digest in zip(values[::3], values[2::3], strict=True):
             ask(
                 f"auth {identifier} {digest}"
@@ -43,6 +47,11 @@ def dehydrated(words: Sequence[str], ask: Ask) -> int:
                 else f"unauth {identifier}"
             )
     return DONE
+
+
+def client_of(words: Sequence[str]) -> str:
+    """The client that gives such words to its hook."""
+    return "uacme" if words[:1] and words[0] in UACME_METHODS else "dehydrated"
 
 
 HOOKS: Final[Mapping[str, Callable[[Sequence[str], Ask], int]]] = {

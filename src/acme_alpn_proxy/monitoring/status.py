@@ -196,27 +196,35 @@ def ask(path: str) -> InstanceStatus | None:
         return _checked(stream.makefile("rb").readline(_LONGEST_ANSWER))
 
 
-def request(pidfile: str, pid: int, word: str) -> socket.socket | None:
+def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> socket.socket | None:
     """Send a request to the instance C{pid}: C{hold}, C{leave} or C{keep}; see
     L{acme_alpn_proxy.monitoring.statussocket}.
 
+    @param patience: seconds to wait for each line of the answer.
+
     @return: the connection, which holds the instance until it is closed; L{None} if there is none.
+
+    Raises L{StartError} if the instance cannot do it.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    answer = b""
     try:
         with short(socket_path(pidfile, pid)) as name:
-            stream.settimeout(_PATIENCE)
+            stream.settimeout(patience)
             stream.connect(name)
             stream.sendall(f"{word}\n".encode())
             reader = stream.makefile("rb")
             reader.readline(_LONGEST_ANSWER)  # its status, which every connection gets
-            done = reader.readline(_LONGEST_ANSWER) == b"OK\n"
+            answer = reader.readline(_LONGEST_ANSWER)
     except OSError:
-        done = False
-    if not done:
-        stream.close()
-        return None
-    return stream
+        pass
+    if answer == b"OK\n":
+        return stream
+    stream.close()
+    refusal = re.fullmatch(rb"ERR ([0-9]{1,3}) (.*)\n", answer)
+    if refusal is not None:
+        raise StartError(*(refusal[2].decode(errors="replace"), int(refusal[1])))
+    return None
 
 
 def _checked(line: bytes) -> InstanceStatus | None:

@@ -1,7 +1,7 @@
 """The socket by which C{status} asks, and other commands hold an instance.
 
 Every connection gets the status, one line. It may then send a word on a line, answered by C{OK}, or
-by C{ERR WHY} where the proxy cannot steer:
+by C{ERR STATUS WHY} where the proxy cannot steer:
 
   - C{hold}: go on until this connection is closed, even if C{leave} comes meanwhile;
   - C{leave}: stop when nothing holds the instance;
@@ -116,8 +116,9 @@ class _Client(ReadDescriptor):
         self._tell("OK")
 
     def _refused(self, failure: Failure) -> None:
-        failure.trap(StartError)
-        self._tell(f"ERR {failure.value}")
+        problem = failure.value
+        assert isinstance(problem, StartError)
+        self._tell(f"ERR {problem.status} {problem}")
 
     def _tell(self, text: str) -> None:
         with suppress(OSError):  # the client has gone
