@@ -13,6 +13,7 @@ Ask: TypeAlias = Callable[[str], str]
 
 UACME_METHODS: Final = ("begin", "done", "failed")
 
+
 class WrongWords(ValueError):
     """These are not what the client gives to its hook; the message says what is."""
 

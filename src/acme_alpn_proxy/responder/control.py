@@ -78,6 +78,11 @@ class Report(TypedDict):
     asked: list[Asked]
 
 
+def load_in_thread() -> Deferred[object]:
+    """Import the TLS, which takes a tenth of a second the first time, while visitors are served."""
+    return deferToThread(importlib.import_module, ".tls", __package__)
+
+
 class Control:
     """Does what the clients ask for."""
 
@@ -89,12 +94,15 @@ class Control:
         proxy: ISteerable,
         validations: Callable[[], Iterable[ValidationStatus]],
         leave: Callable[[], None],
+        load: Callable[[], Deferred[object]] = load_in_thread,
     ) -> None:
         """
         @param proxy: is needed while something is pending.
         @param validations: gives the last ones.
         @param leave: is called when nothing is pending any more, if a client has asked for it.
+        @param load: loads what answers; its Deferred fires when that is so.
         """
+        self._load = load
         self._pending = pending
         self._proxy = proxy
         self._validations = validations
@@ -113,7 +121,7 @@ class Control:
         return cast("Deferred[str]", maybeDeferred(self._do, line, asked_by))
 
     def _do(self, line: str, asked_by: str) -> Any:
-        word, *words = line.split(" ")
+        word, *words = line.split() or [""]
         requests: dict[str, tuple[range, Callable[..., Any]]] = {
             "auth": (range(2, 4), self._auth),
             "unauth": (range(1, 2), self._unauth),
@@ -133,8 +141,7 @@ class Control:
     ) -> Generator[Deferred[Any], Any, str]:
         identifier, lifetime = parse_identifier(identifier), parse_lifetime(seconds)
         checked = parse_digest(digest)
-        # It takes a tenth of a second, the first time; visitors must not wait for it.
-        yield deferToThread(importlib.import_module, ".tls", __package__)
+        yield self._load()
         self._pending.add(identifier, checked, asked_by, lifetime)
         self._log.info(
             "Answering validations of {identifier} for {seconds:g} s, asked by {asked_by}",
