@@ -12,7 +12,7 @@ from acme_alpn_proxy import __version__
 from acme_alpn_proxy.console import cli
 from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions, Unusable
 
-COMMAND_NEEDED = "one command is needed, start, stop, run, status, check or hook"
+COMMAND_NEEDED = "one command is needed, start, stop, run, status, check, explain or hook"
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
 
 
@@ -108,7 +108,7 @@ def test_check() -> None:
     options = console("doctor", "--probe", "--json")
     assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
     assert refusal("start", "--probe") == "--probe goes with check"
-    assert refusal("stop", "-json") == "--json goes with status or check"
+    assert refusal("stop", "-json") == "--json goes with status or check or explain"
     words = ("check", "--probe", "--redirect", "none")
     assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
     assert console("check", "--redirect", "none")["probe"] == 0
@@ -163,7 +163,7 @@ def test_run() -> None:
 def test_shared() -> None:
     """C{--shared} goes with run alone, C{--json} and C{--watch} with status."""
     assert console("status", "--json", "--watch")["watch"]
-    assert refusal("stop", "--json") == "--json goes with status or check"
+    assert refusal("stop", "--json") == "--json goes with status or check or explain"
     assert refusal("stop", "--watch") == "--watch goes with status"
     assert console("run", "--shared", "--", "true")["shared"]
     assert refusal("start", "--shared") == "--shared goes with run"

@@ -35,7 +35,7 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
-COMMANDS: Final = ("start", "stop", "run", "status", "check", "hook")
+COMMANDS: Final = ("start", "stop", "run", "status", "check", "explain", "hook")
 ALIASES: Final = {"doctor": "check"}
 
 GO_WITH: Final = {
@@ -44,7 +44,7 @@ GO_WITH: Final = {
     "wait": ("stop", "run"),
     "shared": ("run",),
     "probe": ("check",),
-    "json": ("status", "check"),
+    "json": ("status", "check", "explain"),
     "watch": ("status",),
 }
 """The commands that a flag goes with."""
@@ -337,6 +337,7 @@ class ConsoleOptions(ProxyOptions):
     synopsis = (
         "Usage: acme-alpn-proxy [options] start|stop|status|check\n"
         "       acme-alpn-proxy [options] run -- COMMAND...\n"
+        "       acme-alpn-proxy [options] explain [NAME...]\n"
         "       acme-alpn-proxy [options] hook uacme|dehydrated WORDS..."
     )
     longdesc = (
@@ -347,6 +348,7 @@ class ConsoleOptions(ProxyOptions):
         "status show what runs, and what it has done so far\n"
         "check  look whether it would work here: one line each, ok, warning or failed\n"
         "doctor the same\n"
+        "explain after an order that failed: say what was seen here, for each NAME\n"
         "hook   for the hook of an ACME client, with the words that this one gives to it\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
@@ -374,7 +376,7 @@ class ConsoleOptions(ProxyOptions):
         ["on-demand", None, "start: steer only while an identifier is pending or run needs it"],
         ["wait", None, "stop, run: wait until the last connection has ended"],
         ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
-        ["json", None, "status, check: print one JSON document"],
+        ["json", None, "status, check, explain: print one JSON document"],
         ["watch", None, "status: show it again every second"],
         ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
@@ -437,6 +439,9 @@ class ConsoleOptions(ProxyOptions):
             raise UsageError(
                 "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
             )
+        if words[:1] == ("explain",):
+            words, self["argv"] = words[:1], list(words[1:])
+            argv = []
         command = ALIASES.get(words[0], words[0]) if len(words) == 1 else None
         if command not in COMMANDS or (argv and command not in ("run", "hook")):
             got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""

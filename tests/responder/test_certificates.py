@@ -106,7 +106,7 @@ def test_extension_twice() -> None:
     """An extension that comes twice is a fault (Boulder refuses it, pebble does not)."""
     builder = x509.CertificateBuilder()
     builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), False)
-    builder._extensions *= 2  # type: ignore[attr-defined]
+    builder._extensions *= 2
     key = ec.generate_private_key(ec.SECP256R1())
     twice = (
         builder.subject_name(_name("one"))

@@ -63,7 +63,7 @@ class ControlCase(SynchronousTestCase):
         self.transport = StringTransport()
         self.client = ControlProtocol("a client (PID 7)")
         self.client.factory = self.factory
-        self.client.callLater = self.clock.callLater  # type: ignore[method-assign]
+        self.client.callLater = self.clock.callLater  # type: ignore[method-assign,assignment]
         self.client.makeConnection(self.transport)
 
     def leave(self) -> None:
@@ -72,7 +72,7 @@ class ControlCase(SynchronousTestCase):
     def send(self, *lines: str) -> list[str]:
         """The answers to these lines."""
         self.client.dataReceived("".join(f"{line}\n" for line in lines).encode())
-        answers = self.transport.value().decode().splitlines()
+        answers: list[str] = self.transport.value().decode().splitlines()
         self.transport.clear()
         return answers
 

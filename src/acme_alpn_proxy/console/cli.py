@@ -185,6 +185,24 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
         time.sleep(WATCH_SECONDS)
 
 
+def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Say what was seen of the last validations; raises L{StartError}."""
+    from ..diagnosis.check import document
+    from ..diagnosis.explanation import explain_last_order
+    from ..diagnosis.finding import Level, worst
+    from ..proxy.identifiers import BadIdentifier
+
+    try:
+        findings = explain_last_order(options, instances(pidfile.path, pidfile.owner()))
+    except BadIdentifier as problem:
+        raise UsageError(f"explain: {problem}") from None
+    if options["json"]:
+        print(document(findings))
+    else:
+        print(*findings, sep="\n")
+    return FAILED if worst(findings) is Level.FAILED else DONE
+
+
 def hook(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Do for an ACME client what it asks its hook for; raises L{ControlError} or L{StartError}."""
     from .hook import HOOKS, WrongWords
@@ -212,7 +230,8 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
         _start_in_background(options, pidfile).close()
     except AlreadyRunning as instance:
         raise StartError(
-            f"{instance}, without the control socket {path}; stop it, or give its path by --control"
+            f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
+            " of its own by --control"
         ) from None
     answer = ask(path, line)
     ask(path, "leave")
@@ -232,6 +251,7 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "run": run,
     "status": status,
     "check": check,
+    "explain": explain,
     "hook": hook,
 }
 

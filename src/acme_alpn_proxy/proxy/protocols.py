@@ -28,7 +28,7 @@ from .live import LiveConnections
 from .relay import Relay
 from .routing import ACME_TLS_1, Route, Routing
 from .splice import SharedPipe, relay_between
-from .statistics import ConnectionRecord, Statistics
+from .statistics import NO_NAME, VALIDATION_ENDED, ConnectionRecord, Statistics
 from .validations import Validations
 
 NO_HELLO_IN_TIME: Final = "deadline"
@@ -202,7 +202,7 @@ class ProxyServer(Protocol):
         if not self._ends:
             if self._record is not None:
                 moved = self.relay.moved if self._parser is None else (0, 0)
-                self.factory.statistics.ended(self._record, *moved)
+                self.factory.ended(self._record, *moved)
             self.factory.left(self)
 
     def abort(self) -> None:
@@ -483,6 +483,19 @@ class ProxyServerFactory(ServerFactory):
                 why=getattr(verdict, "reason", "no ACME validation"),
             )
         return self.statistics.visitor(verdict)
+
+    def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
+        """A connection has ended, after so many bytes each way. What came of a validation is
+        logged."""
+        self.statistics.ended(record, from_visitor, to_visitor)
+        validation = record.validation
+        if validation is not None:
+            self._log.info(
+                VALIDATION_ENDED,
+                server_name=validation.server_name or NO_NAME,
+                peer=validation.peer,
+                result=validation.result,
+            )
 
     def unreachable(self, record: ConnectionRecord | None, route: Route, failure: Failure) -> None:
         """Count it, and log which target, and why."""

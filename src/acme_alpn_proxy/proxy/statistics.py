@@ -21,6 +21,11 @@ UNDER_WAY: Final = "under way"
 ANSWERED: Final = "answered"
 NOT_ANSWERED: Final = "not answered"
 
+VALIDATION_ENDED: Final = "Validation of {server_name} by {peer}: {result}"
+"""A line of the log, which C{explain} reads."""
+
+NO_NAME: Final = "no name"
+
 REMEMBERED: Final = 16
 """Validations that C{status} shows: more than a CA makes for a name."""
 

@@ -16,10 +16,9 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ..proxy.statistics import ANSWERED
 from .certificates import in_words
 from .pending import Authorization
-
-ANSWERED: Final = "answered"
 
 FAILED: Final = "the handshake failed: {why}"
 
