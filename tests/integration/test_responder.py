@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import ssl
 import warnings
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from acme_alpn_proxy.diagnosis.hellos import acme_hello
+from acme_alpn_proxy.options import WAYS
 from acme_alpn_proxy.proxy.identifiers import server_name_for
 from acme_alpn_proxy.responder.certificates import ChallengeCertificates, faults
 from acme_alpn_proxy.responder.client import ControlError, ask, control_path
@@ -257,12 +260,16 @@ def test_cannot_steer(road: Street, proxy: Proxy, site: Website) -> None:
     run("iptables", "-P", "INPUT", "ACCEPT")
     here.auth(NAME)
     assert road.host.namespace.rules() != rules
-    proxy.stop()
+    proxy.stop(wait=True)
     assert road.host.namespace.rules() == rules
 
 
-def test_one_after_the_other(road: Street, site: Website, on_demand: OnDemand) -> None:
-    """Orders that follow each other at once, each steering and letting go, lose no visitor."""
+@pytest.mark.parametrize("way", WAYS)
+def test_one_after_the_other(road: Street, site: Website, proxy: Proxy, way: str) -> None:
+    """Orders that follow each other at once, each steering and letting go, lose no visitor; when
+    the daemon is killed in the middle of one, the web server serves on."""
+    proxy.start("--on-demand", "--redirect", way)
+    on_demand = OnDemand(proxy)
     with visitors(site, road.visitor, road.host) as crowd:
         for number in range(10):
             on_demand.auth(f"{number}.{NAME}")
@@ -270,6 +277,20 @@ def test_one_after_the_other(road: Street, site: Website, on_demand: OnDemand) -
             on_demand.ask(f"unauth {number}.{NAME}")
         crowd.wait_for(10)
         assert crowd.leave().failed == 0
+    on_demand.auth(NAME)
+    os.kill(proxy.pid, signal.SIGKILL)
+
+    def is_served() -> bool:
+        try:
+            with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+                return not visit.get().steered
+        except OSError:
+            return False
+
+    wait_until(is_served, "the web server serves on")
+    proxy.start("--on-demand", "--redirect", way, *AT_ONCE)
+    assert OnDemand(proxy).status()["state"] == "idle"
+    proxy.stop()
 
 
 def test_another_user(on_demand: OnDemand) -> None:
