@@ -129,6 +129,42 @@ class OtherUserTests(SynchronousTestCase):
             self.assertEqual(no.exception.status, os.EX_NOPERM)
 
 
+class BecomesOtherUserTests(SynchronousTestCase):
+    """The service that gives up the privileges."""
+
+    def setUp(self) -> None:
+        self.became: list[object] = []
+
+    def start(self, uid: int | None, gid: int | None) -> list[object]:
+        """What it does with these options, by the name of the function."""
+        self.patch(daemon, "drop_privileges", lambda *ids: self.became.append(("drop", *ids)))
+        self.patch(os, "setresgid", lambda *ids: self.became.append(("setresgid", *ids)))
+        daemon._OtherUser(uid, gid).privilegedStartService()
+        return self.became
+
+    def test_user(self) -> None:
+        """With C{--uid} all privileges are given up."""
+        self.assertEqual(self.start(1, 2), [("drop", 1, 2)])
+
+    def test_root(self) -> None:
+        """Root stays what it is, with the options that say so and without any."""
+        self.assertEqual(self.start(0, None) + self.start(None, None), [])
+
+    def test_group(self) -> None:
+        """C{--gid} alone changes the group."""
+        self.assertEqual(self.start(None, 2), [("setresgid", 2, 2, 2)])
+
+    def test_filter(self) -> None:
+        """A filter of system calls that is in the way is told in the words of the other refusal."""
+
+        def refuse(*ids: int | None) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        self.patch(daemon, "drop_privileges", refuse)
+        with self.assertRaisesRegex(StartError, "^may not become another user or group; run this"):
+            daemon._OtherUser(1, None).privilegedStartService()
+
+
 class StartedTests(SynchronousTestCase):
     """The last service of the daemon to start."""
 

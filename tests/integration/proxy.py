@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -115,6 +116,13 @@ def kill(pid: int) -> None:
     with pidfd(pid) as descriptor:
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         assert ended(descriptor, 5)
+
+
+def is_powerless(status: str) -> bool:
+    """Whether a process has no capability, and can get none (/proc/PID/status, proc(5))."""
+    sets = re.findall(r"^Cap\w+:\t(\w+)$", status, re.MULTILINE)
+    assert len(sets) == 5
+    return "\nNoNewPrivs:\t1\n" in status and not any(int(each, 16) for each in sets)
 
 
 def ends(pid: int, seconds: float = DRAIN_SECONDS) -> bool:

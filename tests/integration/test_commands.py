@@ -446,6 +446,16 @@ def test_user_that_is_not_there(proxy: Proxy, option: str) -> None:
 
 
 @pytest.mark.parametrize("foreground", [[], ["-n"]])
+def test_user_of_another_namespace(proxy: Proxy, foreground: list[str]) -> None:
+    """In a user namespace without that user, which is known only when it steers, the proxy ends."""
+    proxy.wrapper = ("unshare", "--user", "--map-root-user")
+    options = ("--redirect", "none", "--uid", "nobody", *foreground)
+    _refused(proxy.start(*AT_ONCE, *options, check=False), "may not become", os.EX_NOPERM)
+    assert proxy.run("status", check=False).stdout == "not running\n"
+    wait_until(lambda: proxy.namespace.pids() == [], "it has ended")
+
+
+@pytest.mark.parametrize("foreground", [[], ["-n"]])
 def test_few_descriptors(proxy: Proxy, foreground: list[str]) -> None:
     """With next to no files to open it is said where to look, and no process stays behind."""
     line = f"ulimit -n 10; exec {proxy.start_line(*AT_ONCE, *foreground)}"

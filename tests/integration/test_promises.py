@@ -15,7 +15,7 @@ import pytest
 from acme_alpn_proxy.options import WAYS
 
 from .netns import Namespace, Street, container, gateway, street, terminate, wait_until
-from .proxy import PORT, Proxy, ends, kill
+from .proxy import NOBODY, PORT, Proxy, ends, is_powerless, kill
 from .visitors import visitors
 from .website import PAGE, Website, website
 
@@ -142,13 +142,19 @@ def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
 
 @all_redirects
 def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
-    """With --uid it steers and then is nobody, all its descriptors too; stop is in order."""
+    """With --uid it steers and then is nobody, who can get no capability and whose other processes
+    cannot look into it; stop is in order."""
     proxy = Proxy(road.host.namespace, tmp_path)
     start(proxy, redirect, "--uid", "nobody")
-    status = Path(f"/proc/{proxy.pid}/status").read_text()
-    assert re.search(r"Uid:\t65534\t65534\t65534\t65534", status)
-    assert re.search(r"CapEff:\t0{16}", status)
     assert [visit(site, road, family) for family in FAMILIES] == [True, True]
+    for thread in Path(f"/proc/{proxy.pid}/task").iterdir():
+        status = (thread / "status").read_text()
+        assert re.search(r"Uid:\t65534\t65534\t65534\t65534", status)
+        assert re.search(r"Gid:\t65534\t65534\t65534\t65534", status)
+        assert is_powerless(status)
+    for name in ("mem", "environ", "fd/0"):
+        done = proxy.namespace.run(*NOBODY, "head", f"/proc/{proxy.pid}/{name}", check=False)
+        assert "Permission denied" in done.stderr
     proxy.stop()
     assert not proxy.pid_file.exists()
     assert [visit(site, road, family) for family in FAMILIES] == [False, False]

@@ -23,6 +23,7 @@ from ..errors import StartError, refused_by_system
 from ..host.descriptors import ReadDescriptor
 from ..host.facts import has_capabilities
 from ..host.pidfile import PIDFile
+from ..host.privileges import drop_privileges
 from ..interfaces import Reactor
 from ..monitoring.logs import observer, open_log_file, reopen
 from ..options import ConsoleOptions, responder_is_installed
@@ -127,15 +128,40 @@ class _Maker:
         return self.program
 
 
+class _OtherUser(Service):
+    """Becomes the user of C{--uid} and the group of C{--gid} when the services before it, which may
+    need privileges, have started.
+
+    Not left to twistd, which keeps the bounding set and does not set no_new_privs.
+    """
+
+    def __init__(self, uid: int | None, gid: int | None) -> None:
+        self._uid = uid
+        self._gid = gid
+
+    def privilegedStartService(self) -> None:
+        try:
+            if self._uid:
+                drop_privileges(self._uid, self._gid)
+            elif self._gid is not None:
+                os.setresgid(self._gid, self._gid, self._gid)
+        except OSError:  # a filter of system calls
+            raise _may_not_become_it() from None
+
+
 def _refuse_other_user(uid: int | None, gid: int | None) -> None:
-    """Unless this process can become it: twistd would end it only when connections are steered."""
+    """Unless this process can become it: else that is known only when connections are steered."""
     is_own = uid in (None, os.geteuid()) and gid in (None, os.getegid())
     if not is_own and not has_capabilities(_CAP_SETGID, _CAP_SETUID):
-        raise StartError(
-            "may not become another user or group; run this as root, with CAP_SETUID and CAP_SETGID"
-            " where it runs in a container, or without --uid and --gid",
-            os.EX_NOPERM,
-        )
+        raise _may_not_become_it()
+
+
+def _may_not_become_it() -> StartError:
+    return StartError(
+        "may not become another user or group; run this as root, with CAP_SETUID and CAP_SETGID"
+        " where it runs in a container, or without --uid and --gid",
+        os.EX_NOPERM,
+    )
 
 
 def serve(
@@ -165,6 +191,7 @@ def serve(
             CallerWatch(reactor, program, caller).begin()
         return heard
 
+    _OtherUser(options["uid"], options["gid"]).setServiceParent(program)
     _Started(program, steers).setServiceParent(program)
     if options["nodaemon"]:
         patience = options["linger"] + options["drain-timeout"] + _LET_GO_DEADLINE
@@ -175,7 +202,6 @@ def serve(
     config.parseOptions(["--pidfile=", "--rundir=/"])
     config["no_save"] = True
     config["nodaemon"] = bool(options["nodaemon"])
-    config["uid"], config["gid"] = options["uid"], options["gid"]
     stream: Any = sys.__stderr__
     if not options["nodaemon"]:
         stream = file = open_log_file(options["logfile"])
