@@ -460,5 +460,10 @@ class ConsoleOptions(ProxyOptions):
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         if self["on-demand"]:
             self.check_responder("--on-demand")
+            if self["uid"] and self["redirect"] == "iptables":
+                raise UsageError(
+                    "--on-demand with --uid cannot steer by iptables, which only root can run: name"
+                    " another way with --redirect, or leave --uid away"
+                )
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])

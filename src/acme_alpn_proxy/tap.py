@@ -34,6 +34,10 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirec
 def make_redirect(options: Mapping[str, Any]) -> IRedirect:
     """The redirect that C{--redirect} names, or the choice from its list."""
     names = options["redirect"].split(",")
+    if (
+        options.get("on-demand") and options["uid"]
+    ):  # the programs that iptables needs have no rights
+        names = [name for name in names if name != "iptables"]
     if len(names) == 1:
         return make_way(names[0], options)
     by_default = names == list(WAYS)

@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from acme_alpn_proxy.diagnosis.hellos import acme_hello
+from acme_alpn_proxy.host.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW
 from acme_alpn_proxy.options import WAYS
 from acme_alpn_proxy.proxy.identifiers import server_name_for
 from acme_alpn_proxy.responder.certificates import ChallengeCertificates, faults
@@ -302,3 +303,28 @@ def test_another_user(on_demand: OnDemand) -> None:
     assert refused.returncode == 1
     assert "run this as root" in refused.stderr
     assert on_demand.status()["pending_count"] == 0
+
+
+@pytest.mark.parametrize("way", ["nftables", "sk-lookup"])
+def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) -> None:
+    """A daemon that has become another user steers and lets go, again and again, with the
+    capabilities for that and no other; with nothing but iptables it is refused."""
+    proxy.start("--on-demand", "--redirect", f"iptables,{way}", "--uid", "nobody", *AT_ONCE)
+    status = Path(f"/proc/{proxy.pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    assert fields["Uid"].split() == ["65534"] * 4
+    kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW | 1 << CAP_BPF
+    assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == kept
+    assert int(fields["CapBnd"], 16) == int(fields["CapInh"], 16) == int(fields["CapAmb"], 16) == 0
+    on_demand = OnDemand(proxy)
+    for number in range(3):
+        on_demand.auth(f"{number}.{NAME}")
+        assert on_demand.status()["redirect"] == way
+        answer(road.visitor, road.host.ipv4, f"{number}.{NAME}")
+        on_demand.ask(f"unauth {number}.{NAME}")
+    wait_until(lambda: on_demand.status()["state"] == "idle", "letting go")
+    proxy.stop()
+    words = ("--on-demand", "--redirect", "iptables", "--uid", "nobody", "start")
+    refused = proxy.run(*words, check=False)
+    assert refused.returncode == 2
+    assert "cannot steer by iptables" in refused.stderr
