@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec
 
+from twisted.application.service import IService
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -190,10 +191,12 @@ class ServiceCase(SynchronousTestCase):
         routing = Routing(Route("acme", ""), Route("fallback", ""))
         return ProxyServerFactory(routing, {}, self.reactor, **options)
 
-    def make_proxy(self, **options: Any) -> ProxyService:
+    def make_proxy(self, *beside: IService, **options: Any) -> ProxyService:
         proxy = ProxyService(
             self.reactor, self.factory, self.redirect, self.pidfile, port=self.port, **options
         )
+        for each in beside:
+            proxy.run_beside(each)
         self.addCleanup(proxy.listener.abandon)
         return proxy
 

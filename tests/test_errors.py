@@ -16,7 +16,7 @@ from acme_alpn_proxy.interfaces import Result
 
 from .documents import ROOT
 
-ERRORS = ("StartError", "VisitorsLost", "CannotRun", "Unusable")
+ERRORS = ("StartError", "VisitorsLost", "CannotRun", "Unusable", "ControlError", "NotListening")
 SYSEXITS = {f"os.{name}": getattr(os, name) for name in dir(os) if name.startswith("EX_")}
 PLACEHOLDER = "X"
 

@@ -12,6 +12,7 @@ from acme_alpn_proxy import __version__
 from acme_alpn_proxy.console import cli
 from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions, Unusable
 
+COMMAND_NEEDED = "one command is needed, start, stop, run, status, check, explain or hook"
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
 
 
@@ -55,7 +56,6 @@ def test_defaults() -> None:
         ("start", "-alpn", "[::1]:5001"),
         ("start", "-alpn=[::1]:5001"),
         ("start", "--alpn", "[::1]:5001"),
-        ("--al", "[::1]:5001", "start"),
     ],
 )
 def test_dashes_and_order(words: tuple[str, ...]) -> None:
@@ -108,7 +108,7 @@ def test_check() -> None:
     options = console("doctor", "--probe", "--json")
     assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
     assert refusal("start", "--probe") == "--probe goes with check"
-    assert refusal("stop", "-json") == "--json goes with status or check"
+    assert refusal("stop", "-json") == "--json goes with status or check or explain"
     words = ("check", "--probe", "--redirect", "none")
     assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
     assert console("check", "--redirect", "none")["probe"] == 0
@@ -117,17 +117,23 @@ def test_check() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), "one command is needed, start, stop, run, status or check"),
-        (("restart",), "one command is needed, start, stop, run, status or check, not 'restart'"),
+        ((), COMMAND_NEEDED),
+        (
+            ("restart",),
+            f"{COMMAND_NEEDED}, not 'restart'",
+        ),
         (
             ("start", "stop"),
-            "one command is needed, start, stop, run, status or check, not 'start stop'",
+            f"{COMMAND_NEEDED}, not 'start stop'",
         ),
         (
             ("start", "--", "-x"),
-            "one command is needed, start, stop, run, status or check, not 'start -x'",
+            f"{COMMAND_NEEDED}, not 'start -x'",
         ),
-        (("--", "start"), "one command is needed, start, stop, run, status or check, not 'start'"),
+        (
+            ("--", "start"),
+            f"{COMMAND_NEEDED}, not 'start'",
+        ),
         (("run",), RUN_NEEDS),
         (("run", "--"), RUN_NEEDS),
         (("run", "lego"), RUN_NEEDS),
@@ -157,7 +163,7 @@ def test_run() -> None:
 def test_shared() -> None:
     """C{--shared} goes with run alone, C{--json} and C{--watch} with status."""
     assert console("status", "--json", "--watch")["watch"]
-    assert refusal("stop", "--json") == "--json goes with status or check"
+    assert refusal("stop", "--json") == "--json goes with status or check or explain"
     assert refusal("stop", "--watch") == "--watch goes with status"
     assert console("run", "--shared", "--", "true")["shared"]
     assert refusal("start", "--shared") == "--shared goes with run"

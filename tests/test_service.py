@@ -278,7 +278,7 @@ class BesideTests(ServiceCase):
 
     def test_order(self) -> None:
         """It starts before anybody is steered, and stops when nobody is steered any more."""
-        proxy = self.make_proxy(beside=[Beside(self.story)])
+        proxy = self.make_proxy(Beside(self.story))
         proxy.privilegedStartService()
         proxy.startService()
         self.told("claim PID file", "start beside", "listen", "steer")
@@ -287,7 +287,7 @@ class BesideTests(ServiceCase):
 
     def test_cannot_start(self) -> None:
         """If it cannot start, nobody is steered, and nothing is left."""
-        proxy = self.make_proxy(beside=[Beside(self.story, StartError("port taken"))])
+        proxy = self.make_proxy(Beside(self.story, StartError("port taken")))
         with self.assertRaisesRegex(StartError, "port taken"):
             proxy.privilegedStartService()
         self.told("claim PID file", "release PID file")
@@ -295,7 +295,7 @@ class BesideTests(ServiceCase):
     def test_redirect_fails(self) -> None:
         """It is stopped if the proxy cannot steer."""
         self.redirect.problems["steer"] = StartError("locked")
-        proxy = self.make_proxy(beside=[Beside(self.story)])
+        proxy = self.make_proxy(Beside(self.story))
         with self.assertRaisesRegex(StartError, "locked"):
             proxy.privilegedStartService()
         self.told(

@@ -1,10 +1,12 @@
-"""C{python -m acme_alpn_proxy}, and the console script: the same program."""
+"""C{python -m acme_alpn_proxy}, and the console scripts: the same program."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .console.hook import client_of
 from .console.startup import load_lightly
 
 
@@ -14,6 +16,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     from .console.cli import run_command_line
 
     raise SystemExit(run_command_line(argv))
+
+
+def hook() -> NoReturn:
+    """Be the hook of an ACME client, all of whose words are given: C{acme-alpn-proxy-hook}.
+
+    It is a program of its own because these clients take the name of a program, without words.
+    """
+    words = sys.argv[1:]
+    main(["hook", client_of(words), *words])
 
 
 if __name__ == "__main__":

@@ -174,6 +174,20 @@ class ICommands(Interface):
         """Fires after that time."""
 
 
+class ISteerable(Interface):
+    """What can be asked to steer."""
+
+    def need(what: object) -> Deferred[None]:
+        """Steer for as long as C{what} needs it.
+
+        @return: a Deferred that fires when new connections are steered. If it fails, by
+            L{acme_alpn_proxy.errors.StartError}, nothing needs it any more.
+        """
+
+    def needed_no_more(what: object) -> None:
+        """C{what} needs it no longer; it need not have."""
+
+
 class IRedirect(Interface):
     """A way to be given new connections to :443.
 

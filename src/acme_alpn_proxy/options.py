@@ -11,6 +11,7 @@ import pwd
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from twisted.python import usage
@@ -34,15 +35,16 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
-COMMANDS: Final = ("start", "stop", "run", "status", "check")
+COMMANDS: Final = ("start", "stop", "run", "status", "check", "explain", "hook")
 ALIASES: Final = {"doctor": "check"}
 
 GO_WITH: Final = {
     "nodaemon": ("start",),
+    "on-demand": ("start",),
     "wait": ("stop", "run"),
     "shared": ("run",),
     "probe": ("check",),
-    "json": ("status", "check"),
+    "json": ("status", "check", "explain"),
     "watch": ("status",),
 }
 """The commands that a flag goes with."""
@@ -140,6 +142,19 @@ def _metrics(value: str) -> str:
             f" tcp:9443:interface=127.0.0.1: {problem}"
         ) from None
     return text
+
+
+def responder_is_installed() -> bool:
+    """Whether there is what the responder needs."""
+    needed = ("OpenSSL", "cryptography", "service_identity")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
+
+
+def _folder(value: str) -> Path:
+    folder = Path(value)
+    if not folder.is_dir():
+        raise Unusable(f"--alpn-certs {value!r}: there is no such folder; make it", os.EX_NOINPUT)
+    return folder
 
 
 def _user(value: str) -> int:
@@ -246,6 +261,21 @@ class ProxyOptions(usage.Options):
             _seconds("drain-timeout"),
         ],
         [
+            "control",
+            None,
+            None,
+            "Unix socket at which root's ACME clients tell what to answer validations with;"
+            " acme-alpn-proxy: beside the PID file (default /var/run/acme-alpn-proxy.control)",
+        ],
+        [
+            "alpn-certs",
+            None,
+            None,
+            "Folder with challenge certificates to answer with, NAME.crt.pem and NAME.key.pem, as"
+            " dehydrated makes them",
+            _folder,
+        ],
+        [
             "metrics",
             None,
             None,
@@ -277,6 +307,9 @@ class ProxyOptions(usage.Options):
                     f"--{name} {self[name].text} is the proxy's own listener, so connections would"
                     " go round for ever: name the port of the program that is to answer"
                 )
+        for name in ("control", "alpn-certs"):
+            if self[name] is not None:
+                self.check_responder(f"--{name}")
         self["ipv6"] = self.environment.get(DISABLE_IPV6_VARIABLE) != "y"
         rulespec = self.environment.get(RULESPEC_VARIABLE, "")
         try:
@@ -287,13 +320,25 @@ class ProxyOptions(usage.Options):
                 os.EX_CONFIG,
             ) from None
 
+    def check_responder(self, option: str) -> None:
+        """Raises L{Unusable} if what C{option} needs is not installed."""
+        if not responder_is_installed():
+            raise Unusable(
+                f"{option} needs pyOpenSSL and service_identity; pip install"
+                " 'acme-alpn-proxy[responder]', or apt install python3-openssl"
+                " python3-service-identity",
+                os.EX_UNAVAILABLE,
+            )
+
 
 class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
     synopsis = (
         "Usage: acme-alpn-proxy [options] start|stop|status|check\n"
-        "       acme-alpn-proxy [options] run -- COMMAND..."
+        "       acme-alpn-proxy [options] run -- COMMAND...\n"
+        "       acme-alpn-proxy [options] explain [NAME...]\n"
+        "       acme-alpn-proxy [options] hook uacme|dehydrated WORDS..."
     )
     longdesc = (
         f"{ProxyOptions.longdesc}\n\n"
@@ -302,7 +347,9 @@ class ConsoleOptions(ProxyOptions):
         "run    steer, run COMMAND, steer no more; exit as COMMAND did\n"
         "status show what runs, and what it has done so far\n"
         "check  look whether it would work here: one line each, ok, warning or failed\n"
-        "doctor the same\n\n"
+        "doctor the same\n"
+        "explain after an order that failed: say what was seen here, for each NAME\n"
+        "hook   for the hook of an ACME client, with the words that this one gives to it\n\n"
         "Environment:\n"
         f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
         f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
@@ -326,9 +373,10 @@ class ConsoleOptions(ProxyOptions):
 
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
+        ["on-demand", None, "start: steer only while an identifier is pending or run needs it"],
         ["wait", None, "stop, run: wait until the last connection has ended"],
         ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
-        ["json", None, "status, check: print one JSON document"],
+        ["json", None, "status, check, explain: print one JSON document"],
         ["watch", None, "status: show it again every second"],
         ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
     ]
@@ -366,6 +414,9 @@ class ConsoleOptions(ProxyOptions):
         given = list(options or ())
         end = given.index("--") if "--" in given else len(given)
         self["argv"] = given[end + 1 :]
+        if "hook" in given[:end]:  # what follows is the client's, and may begin with a dash
+            end = given.index("hook") + 1
+            self["argv"] = given[end:]
         words = [self._with_two_dashes(word) for word in given[:end]]
         try:
             parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
@@ -388,8 +439,11 @@ class ConsoleOptions(ProxyOptions):
             raise UsageError(
                 "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
             )
+        if words[:1] == ("explain",):
+            words, self["argv"] = words[:1], list(words[1:])
+            argv = []
         command = ALIASES.get(words[0], words[0]) if len(words) == 1 else None
-        if command not in COMMANDS or (argv and command != "run"):
+        if command not in COMMANDS or (argv and command not in ("run", "hook")):
             got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""
             *but_last, last = COMMANDS
             raise UsageError(f"one command is needed, {', '.join(but_last)} or {last}{got}")
@@ -404,5 +458,12 @@ class ConsoleOptions(ProxyOptions):
         if self["probe"] and self["redirect"] == "none":
             raise UsageError("--probe steers: choose one by --redirect, not none")
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
+        if self["on-demand"]:
+            self.check_responder("--on-demand")
+            if self["uid"] and self["redirect"] == "iptables":
+                raise UsageError(
+                    "--on-demand with --uid cannot steer by iptables, which only root can run: name"
+                    " another way with --redirect, or leave --uid away"
+                )
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])

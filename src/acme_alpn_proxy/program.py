@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from .errors import StartError, VisitorsLost
 from .interfaces import Reactor
 from .monitoring.statussocket import Holders
+from .ondemand import OnDemandProxy
 from .service import ProxyService
 
 _END: Final = (signal.SIGINT, signal.SIGTERM)
@@ -25,7 +26,9 @@ _IGNORE: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 
 
 class Program(MultiService):
-    """Runs one L{ProxyService}. The first SIGINT or SIGTERM stops it, the second ends the wait.
+    """Runs a L{ProxyService} or an L{OnDemandProxy}.
+
+    The first SIGINT or SIGTERM stops it, the second ends the wait.
 
     The signals are taken before anything is applied, so that none of them ends the process midway,
     and again once the reactor runs: it takes SIGTERM itself when it starts, and SIGINT only where
@@ -40,12 +43,12 @@ class Program(MultiService):
 
     _log = Logger()
 
-    def __init__(self, reactor: Reactor, proxy: ProxyService) -> None:
+    def __init__(self, reactor: Reactor, proxy: ProxyService | OnDemandProxy) -> None:
         super().__init__()
         self._reactor = reactor
         self._proxy = proxy
         self.ending = False
-        self.holders = Holders(self.end)
+        self.holders = Holders(self.end, proxy)
         self.on_refusal: Callable[[StartError], None] = self.log_refusal
         self.problem: VisitorsLost | None = None
         self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None

@@ -7,7 +7,7 @@ them working.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from typing import Any, Final
 
 from twisted.application.service import IService, MultiService, Service
@@ -23,12 +23,13 @@ from twisted.internet.task import LoopingCall, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from .errors import StartError, VisitorsLost
 from .host.pidfile import NoPIDFile
 from .host.processes import commands_for
 from .host.tcpsockets import Handshake, half_open
-from .interfaces import INetwork, IPIDFile, IRedirect, Reactor
+from .interfaces import INetwork, IPIDFile, IRedirect, ISteerable, Reactor
 from .monitoring.status import ProxyStatus
 from .proxy.listener import ListenerService, highest_limits
 from .proxy.protocols import ProxyServerFactory
@@ -50,6 +51,30 @@ DRAIN_NEWS_INTERVAL: Final = 1.0
 """Seconds between two reports of how many connections a stop still waits for."""
 
 
+class Companions:
+    """Services that run while a proxy does."""
+
+    def __init__(self) -> None:
+        self._services: list[IService] = []
+
+    def add(self, service: IService) -> None:
+        """C{service} is one of them."""
+        self._services.append(service)
+
+    def start(self) -> None:
+        """Start them, while the process still has its privileges; raises L{StartError}."""
+        for service in self._services:
+            service.privilegedStartService()
+            service.startService()
+
+    def stop(self) -> Deferred[Any]:
+        """Stop those that run; fires when they have stopped."""
+        running = [service for service in self._services if service.running]
+        stops = [maybeDeferred(service.stopService) for service in running]
+        return DeferredList(stops, consumeErrors=True)
+
+
+@implementer(ISteerable)
 class ProxyService(MultiService):
     """The whole proxy, for any Twisted application.
 
@@ -78,7 +103,6 @@ class ProxyService(MultiService):
         max_connections: int = 0,
         linger: float = 15.0,
         drain_timeout: float = 180.0,
-        beside: Iterable[IService] = (),
         precheck: Callable[[], None] | None = None,
     ) -> None:
         """
@@ -89,7 +113,6 @@ class ProxyService(MultiService):
         @param linger: seconds to go on accepting, at most, after the redirect is gone: while
             handshakes that began before are still under way.
         @param drain_timeout: seconds to wait for live connections before they are reset.
-        @param beside: services that start before the proxy steers, and stop when it steers no more.
         @param precheck: refuses to start by raising L{StartError}. It may block: when the reactor
             runs, it is called in a thread.
         """
@@ -101,12 +124,13 @@ class ProxyService(MultiService):
         self._drain_timeout = drain_timeout
         self._starting: Deferred[BaseException | None] | None = None
         self._stopping: Deferred[None] | None = None
+        self._let_go_done: Deferred[None] = Deferred()
         self._lingering: Deferred[None] | None = None
         self._hurried = False
         self._redirect = redirect
         self._network = network if network is not None else TwistedNetwork(reactor)
         self._max_connections = max_connections
-        self._beside = tuple(beside)
+        self._beside = Companions()
         self._precheck = precheck
         self.listener = ListenerService(reactor, factory, self._network, port, linger + 2)
         self.steering = RedirectService(
@@ -117,14 +141,18 @@ class ProxyService(MultiService):
         )
         self.steering.on_loss = self._let_go
         self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None
-        for service in (*self._beside, self.listener, self.steering):
+        for service in (self.listener, self.steering):
             service.setServiceParent(self)
+
+    def run_beside(self, service: IService) -> None:
+        """Start C{service} before the proxy steers, and stop it when it steers no more."""
+        service.setServiceParent(self)
+        self._beside.add(service)
 
     def status(self) -> ProxyStatus:
         """Its numbers."""
-        statistics = self._factory.statistics
-        decided = statistics.acme.live + statistics.fallback.live
-        return statistics.status(str(self._redirect), len(self._factory.live) - decided)
+        undecided = len(self._factory.hellos)
+        return self._factory.statistics.status(str(self._redirect), undecided)
 
     def privilegedStartService(self) -> None:
         """Start, while the process still has its privileges; raises L{StartError}."""
@@ -152,6 +180,17 @@ class ProxyService(MultiService):
             self._starting.addCallback(tell)
         return told
 
+    def need(self, what: object) -> Deferred[None]:
+        """It steers from its start to its stop, whatever needs it."""
+        return succeed(None)
+
+    def needed_no_more(self, what: object) -> None:
+        """It goes on."""
+
+    def when_let_go(self) -> Deferred[None]:
+        """Fires when it steers no more; it has been asked to stop."""
+        return _result_of(self._let_go_done)
+
     def stopService(self) -> Deferred[None]:
         """Stop in order; the Deferred fires when the last connection has ended."""
         Service.stopService(self)
@@ -174,6 +213,16 @@ class ProxyService(MultiService):
         if self._lingering is not None:
             self._lingering.cancel()
         self._factory.live.abort_all()
+
+    @inlineCallbacks
+    def check(self) -> Generator[Deferred[Any], Any, None]:
+        """Refuse now what a start can be known to fail of, by L{StartError}; changes nothing."""
+        if self._precheck is not None:
+            if self._reactor.running:
+                yield deferToThread(self._precheck)
+            else:
+                self._precheck()
+        self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
 
     def _start(self) -> None:
         if self._starting is not None:
@@ -199,20 +248,14 @@ class ProxyService(MultiService):
     def _start_in_order(self) -> Generator[Deferred[Any], Any, None]:
         self._pidfile.claim()
         try:
-            if self._precheck is not None:
-                if self._reactor.running:
-                    yield deferToThread(self._precheck)
-                else:
-                    self._precheck()
-            self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
+            yield self.check()
         except Exception:
             self._pidfile.release()
             raise
+        self._let_go_done = Deferred()
         self._open()
         try:
-            for service in self._beside:
-                service.privilegedStartService()
-                service.startService()
+            self._beside.start()
             self.listener.startService()
             yield self.listener.ready
             self.steering.startService()
@@ -220,7 +263,7 @@ class ProxyService(MultiService):
         except Exception:
             Service.stopService(self.steering)
             self.listener.abandon()
-            self._stop_beside()
+            self._beside.stop()
             self._close()
             self._pidfile.release()
             raise
@@ -234,8 +277,9 @@ class ProxyService(MultiService):
         problem = yield _result_of(starting)
         if problem is None:
             yield self.steering.stopService()
-            yield self._stop_beside()
+            yield self._beside.stop()
             self._pidfile.release()
+            self._let_go_done.callback(None)
             self._factory.statistics.enter("draining")
             self._say("Let go of :443; waiting for what is under way")
             yield self._linger_on()
@@ -298,10 +342,6 @@ class ProxyService(MultiService):
     def _close(self) -> None:
         self._factory.close()
         self._network.close()
-
-    def _stop_beside(self) -> Deferred[Any]:
-        stops = [maybeDeferred(service.stopService) for service in self._beside if service.running]
-        return DeferredList(stops, consumeErrors=True)
 
     @inlineCallbacks
     def _linger_on(self) -> Generator[Deferred[Any], Any, None]:

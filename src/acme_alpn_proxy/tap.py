@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
 
-from twisted.application.service import IService
-
 from .errors import StartError
-from .interfaces import IPIDFile, IRedirect, Reactor
-from .monitoring.status import ProxyStatus
+from .interfaces import INetwork, IPIDFile, IRedirect, ITarget, Reactor
+from .monitoring.status import DaemonStatus
 from .monitoring.statussocket import StatusService
+from .ondemand import OnDemandProxy
 from .options import PORT, RULESPEC_VARIABLE, WAYS
 from .options import ProxyOptions as Options
 from .program import Program
-from .proxy.protocols import ProxyServerFactory
+from .proxy.protocols import ProxyServerFactory, statistics_for
 from .proxy.routing import Route, Routing
 from .proxy.webserver import require_web_server
 from .redirects.choice import ChosenRedirect
@@ -24,6 +23,8 @@ from .redirects.iptables import IptablesRedirect
 from .redirects.nftables import NftablesRedirect
 from .redirects.none import NoRedirect
 from .redirects.sklookup import SkLookupRedirect
+from .responder.pending import Pending
+from .responder.server import Responder
 from .service import ProxyService
 from .transports.network import network_for
 
@@ -33,6 +34,10 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirec
 def make_redirect(options: Mapping[str, Any]) -> IRedirect:
     """The redirect that C{--redirect} names, or the choice from its list."""
     names = options["redirect"].split(",")
+    if (
+        options.get("on-demand") and options["uid"]
+    ):  # the programs that iptables needs have no rights
+        names = [name for name in names if name != "iptables"]
     if len(names) == 1:
         return make_way(names[0], options)
     by_default = names == list(WAYS)
@@ -58,6 +63,86 @@ def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IR
     return makers[name]()
 
 
+class Parts:
+    """What one set of options makes.
+
+    @ivar pending: the identifiers that the responder answers for.
+    """
+
+    def __init__(self, options: Mapping[str, Any], reactor: Reactor) -> None:
+        """
+        @param options: parsed L{Options}.
+        """
+        self._options = options
+        self._reactor = reactor
+        self._routing = Routing(
+            Route("acme", options["alpn"].text), Route("fallback", options["fallback"].text)
+        )
+        self._statistics = statistics_for(self._routing)
+        self.pending = Pending(reactor)
+
+    def proxy(
+        self,
+        redirect: IRedirect | None = None,
+        pidfile: IPIDFile | None = None,
+        factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
+    ) -> ProxyService:
+        """A proxy; all that are made here count together."""
+        options = self._options
+        network = network_for(self._reactor)
+        visitors = factory(
+            self._routing,
+            self._targets(network),
+            self._reactor,
+            hello_timeout=options["hello-timeout"],
+            idle_timeout=options["idle-timeout"],
+            log_visitors=options.get("log-level") == "debug",
+            statistics=self._statistics,
+        )
+        return ProxyService(
+            self._reactor,
+            visitors,
+            redirect if redirect is not None else make_redirect(options),
+            pidfile,
+            network=network,
+            port=PORT,
+            max_connections=options["max-connections"],
+            linger=options["linger"],
+            drain_timeout=options["drain-timeout"],
+            precheck=partial(require_web_server, options["fallback"], options["connect-timeout"]),
+        )
+
+    def _targets(self, network: INetwork) -> dict[Route, ITarget]:
+        options, patience = self._options, self._options["connect-timeout"]
+        acme = network.target(options["alpn"], patience)
+        if options["control"] or options["alpn-certs"]:
+            acme = Responder(self._reactor, self.pending, acme, options["alpn-certs"])
+        return {
+            self._routing.acme: acme,
+            self._routing.fallback: network.target(options["fallback"], patience),
+        }
+
+    def run_services(self, proxy: ProxyService | OnDemandProxy, leave: Callable[[], None]) -> None:
+        """Have the services for C{--metrics} and C{--control} run beside C{proxy}, if these were
+        given.
+
+        @param leave: ends the program when no command needs it.
+        """
+        if self._options["metrics"] is not None:
+            from twisted.internet.endpoints import serverFromString
+
+            from .monitoring.metrics import MetricsService
+
+            text = self._options["metrics"]
+            endpoint = serverFromString(self._reactor, text)
+            proxy.run_beside(MetricsService(self._reactor, endpoint, text, proxy.status))
+        if self._options["control"]:
+            from .responder.control import Control, ControlService
+
+            control = Control(self.pending, proxy, lambda: proxy.status()["validations"], leave)
+            proxy.run_beside(ControlService(self._reactor, self._options["control"], control))
+
+
 def make_proxy(
     options: Mapping[str, Any],
     reactor: Reactor,
@@ -72,59 +157,27 @@ def make_proxy(
     @param redirect: how to steer, instead of what C{--redirect} says.
     @param factory: makes what accepts the visitors.
     """
-    acme = Route("acme", options["alpn"].text)
-    fallback = Route("fallback", options["fallback"].text)
-    patience = options["connect-timeout"]
-    network = network_for(reactor)
-    visitors = factory(
-        Routing(acme, fallback),
-        {
-            acme: network.target(options["alpn"], patience),
-            fallback: network.target(options["fallback"], patience),
-        },
-        reactor,
-        hello_timeout=options["hello-timeout"],
-        idle_timeout=options["idle-timeout"],
-        log_visitors=options.get("log-level") == "debug",
-    )
-    proxy: ProxyService = ProxyService(
-        reactor,
-        visitors,
-        redirect if redirect is not None else make_redirect(options),
-        pidfile,
-        network=network,
-        port=PORT,
-        max_connections=options["max-connections"],
-        linger=options["linger"],
-        drain_timeout=options["drain-timeout"],
-        beside=make_metrics(options, reactor, lambda: proxy.status()),
-        precheck=partial(require_web_server, options["fallback"], patience),
-    )
+    parts = Parts(options, reactor)
+    proxy = parts.proxy(redirect, pidfile, factory)
+    parts.run_services(proxy, lambda: None)
     return proxy
-
-
-def make_metrics(
-    options: Mapping[str, Any], reactor: Reactor, describe: Callable[[], ProxyStatus]
-) -> list[IService]:
-    """The service for C{--metrics}, if that was given."""
-    text = options["metrics"]
-    if text is None:
-        return []
-    from twisted.internet.endpoints import serverFromString
-
-    from .monitoring.metrics import MetricsService
-
-    return [MetricsService(reactor, serverFromString(reactor, text), text, describe)]
 
 
 def make_program(
     options: Mapping[str, Any], reactor: Reactor, pidfile: IPIDFile | None = None
 ) -> Program:
     """The proxy as the whole program of this process: it takes the signals."""
-    proxy = make_proxy(options, reactor, pidfile=pidfile)
+    parts = Parts(options, reactor)
+    on_demand = bool(options.get("on-demand"))
+    proxy = OnDemandProxy(parts.proxy, pidfile) if on_demand else parts.proxy(pidfile=pidfile)
     program = Program(reactor, proxy)
+    parts.run_services(proxy, program.holders.leave)
     if pidfile is not None:
-        service = StatusService(reactor, options["pidfile"], proxy.status, program.holders)
+
+        def describe() -> DaemonStatus:
+            return {**proxy.status(), **parts.pending.status(), "on_demand": on_demand}
+
+        service = StatusService(reactor, options["pidfile"], describe, program.holders)
         service.setServiceParent(program)
     return program
 

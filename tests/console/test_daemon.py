@@ -23,7 +23,7 @@ from acme_alpn_proxy.monitoring.statussocket import Holders
 from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.program import Program
 
-from ..memory import MemoryReactor
+from ..memory import AlwaysSteers, MemoryReactor
 from .report_case import ReportCase
 
 
@@ -32,7 +32,7 @@ class CallerWatchTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = MemoryReactor()
-        self.program = SimpleNamespace(ending=False, holders=Holders(self.end))
+        self.program = SimpleNamespace(ending=False, holders=Holders(self.end, AlwaysSteers()))
         self.ends = 0
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
@@ -139,12 +139,12 @@ class BecomesOtherUserTests(SynchronousTestCase):
         """What it does with these options, by the name of the function."""
         self.patch(daemon, "drop_privileges", lambda *ids: self.became.append(("drop", *ids)))
         self.patch(os, "setresgid", lambda *ids: self.became.append(("setresgid", *ids)))
-        daemon._OtherUser(uid, gid).privilegedStartService()
+        daemon._OtherUser(uid, gid, ()).privilegedStartService()
         return self.became
 
     def test_user(self) -> None:
         """With C{--uid} all privileges are given up."""
-        self.assertEqual(self.start(1, 2), [("drop", 1, 2)])
+        self.assertEqual(self.start(1, 2), [("drop", 1, 2, ())])
 
     def test_root(self) -> None:
         """Root stays what it is, with the options that say so and without any."""
@@ -162,7 +162,7 @@ class BecomesOtherUserTests(SynchronousTestCase):
 
         self.patch(daemon, "drop_privileges", refuse)
         with self.assertRaisesRegex(StartError, "^may not become another user or group; run this"):
-            daemon._OtherUser(1, None).privilegedStartService()
+            daemon._OtherUser(1, None, ()).privilegedStartService()
 
 
 class StartedTests(SynchronousTestCase):

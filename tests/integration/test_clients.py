@@ -47,11 +47,14 @@ def _lego(folder: str) -> tuple[str, str]:
     return f"{folder}/certificates/{NAME}.crt", f"{folder}/accounts/*/*/keys/*.key"
 
 
+_UACME = (f"/etc/ssl/uacme/{NAME}/cert.pem", "/etc/ssl/uacme/private/key.pem")
+
 README_RUN = f"{README}: Use it"
 README_STEPS = f"{README}: Use it (2)"
 LEGO = f"{CLIENTS}: lego"
 RENEWAL = f"{CLIENTS}: lego, renewal"
 UACME = f"{CLIENTS}: uacme"
+UALPN = f"{CLIENTS}: uacme with its own hook"
 DEHYDRATED = f"{CLIENTS}: dehydrated"
 RUN = f"{CLIENTS}: One command"
 
@@ -60,7 +63,8 @@ ORDERS = {
     README_STEPS: Order(*_lego(".lego")),
     RUN: Order(*_lego("/etc/lego")),
     RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, orders=2),
-    UACME: Order(f"/etc/ssl/uacme/{NAME}/cert.pem", "/etc/ssl/uacme/private/key.pem"),
+    UACME: Order(*_UACME),
+    UALPN: Order(*_UACME),
     DEHYDRATED: Order(
         f"/var/lib/dehydrated/certs/{NAME}/cert.pem",
         "/var/lib/dehydrated/accounts/*/account_key.pem",
@@ -105,7 +109,8 @@ cd "$WORK"
             command = programs / name
             command.write_text(f'#!/bin/sh\nexec {shutil.which(name)} {option} "$CA" "$@"\n')
             command.chmod(0o755)
-        (programs / PROGRAM.name).symlink_to(PROGRAM)
+        for program in (PROGRAM, PROGRAM.with_name(f"{PROGRAM.name}-hook")):
+            (programs / program.name).symlink_to(program)
         self._env = {
             "AUTHORITY": str(ca.authority.certificate),
             "CA": ca.directory_url,
@@ -176,8 +181,8 @@ def test_hooks(road: Street, host: Host) -> None:
     before = road.host.namespace.pids()
     pre, post = BLOCKS[HOOKS].splitlines()
     rounds = f"{post}\n{pre}\n{post}\n{post}\n{pre} &\nwait $!\n{pre}\n"
-    assert BLOCKS[UACME].count(f"{pre}\n") == BLOCKS[UACME].count(f"{post}\n") == 1
-    brought = host.order(BLOCKS[UACME].replace(f"{pre}\n", rounds), ORDERS[UACME])
+    assert BLOCKS[LEGO].count(f"{pre}\n") == BLOCKS[LEGO].count(f"{post}\n") == 1
+    brought = host.order(BLOCKS[LEGO].replace(f"{pre}\n", rounds), ORDERS[RUN])
     nothing_is_left(road.host.namespace, before)
     assert brought.challenges == ["tls-alpn-01"]
 
@@ -186,7 +191,7 @@ def test_hooks(road: Street, host: Host) -> None:
     ("name", "right", "wrong", "told"),
     [
         (RENEWAL, NAME, f"unknown.{NAME}", "is not registered"),
-        (DEHYDRATED, '"$ALPNCERTDIR"', '"$ALPNCERTDIR" 31444', "Challenge is invalid"),
+        (DEHYDRATED, "$(command -v acme-alpn-proxy-hook)", "/bin/true", "Challenge is invalid"),
     ],
     ids=[RENEWAL, DEHYDRATED],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_alpn_proxy.monitoring.status import ProxyStatus
+from acme_alpn_proxy.monitoring.status import DaemonStatus, ProxyStatus
 from acme_alpn_proxy.proxy.clienthello import NOT_TLS, ClientHello
 from acme_alpn_proxy.proxy.protocols import END_OF_FILE, NO_HELLO_IN_TIME, TOO_MANY_HELLOS
 from acme_alpn_proxy.proxy.routing import Route, Routing
@@ -17,10 +17,15 @@ def statistics() -> Statistics:
     return Statistics(ROUTING, DOUBTS, lambda: 1_000.0)
 
 
-def describe() -> ProxyStatus:
+def describe() -> DaemonStatus:
     """A proxy that has seen a visitor and a validation."""
     numbers = statistics()
     numbers.enter("running")
     numbers.ended(numbers.visitor(ClientHello()), 10, 20)
     numbers.validation("192.0.2.7:50000", "site.example")
-    return numbers.status("none", 2)
+    return daemon_status(numbers.status("none", 2))
+
+
+def daemon_status(about: ProxyStatus) -> DaemonStatus:
+    """The same of a daemon that answers for nothing."""
+    return {**about, "on_demand": False, "pending": [], "pending_count": 0}

@@ -23,12 +23,14 @@ from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.monitoring import status
+from acme_alpn_proxy.host.unixlistener import UnixListener
+from acme_alpn_proxy.host.unixsockets import short
 from acme_alpn_proxy.monitoring.status import (
     SILENT,
     InstanceStatus,
     ProxyStatus,
     SilentInstance,
+    ask,
     instances,
     remove_stale,
     request,
@@ -38,8 +40,8 @@ from acme_alpn_proxy.monitoring.status import (
 )
 from acme_alpn_proxy.monitoring.statussocket import Holders, StatusService
 
-from ..memory import MemoryReactor
-from .descriptions import describe, statistics
+from ..memory import AlwaysSteers, MemoryReactor
+from .descriptions import daemon_status, describe, statistics
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def pidfile(tmp_path: Path) -> str:
 def answering(path: str, line: bytes) -> Iterator[None]:
     """Somebody at C{path} who answers once."""
     with socket.socket(socket.AF_UNIX) as listener:
-        with status.short(path) as name:
+        with short(path) as name:
             listener.bind(name)
         listener.listen()
 
@@ -79,34 +81,40 @@ def answering(path: str, line: bytes) -> Iterator[None]:
 
 def answer_of(about: ProxyStatus) -> InstanceStatus:
     """What an instance answers of a proxy."""
-    return {"version": 1, "program": __version__, "pid": 7, "holders": 0, **about}
+    daemon = daemon_status(about)
+    return {"version": 1, "program": __version__, "pid": 7, "holders": 0, **daemon}
+
+
+def status_service(reactor: MemoryReactor, pidfile: str) -> StatusService:
+    """That of a proxy which nothing holds."""
+    return StatusService(reactor, pidfile, describe, Holders(lambda: None, AlwaysSteers()))
 
 
 def test_service(pidfile: str, reactor: MemoryReactor) -> None:
     """From start to shutdown there is a socket for its owner alone, beside the PID file; who
     connects gets one line of JSON with the proxy's numbers."""
-    service = StatusService(reactor, pidfile, describe, Holders(lambda: None))
+    service = status_service(reactor, pidfile)
     service.privilegedStartService()
-    assert verifyObject(IReadDescriptor, service)
-    assert reactor.getReaders() == [service]
+    (listener,) = reactor.getReaders()
+    assert verifyObject(IReadDescriptor, listener)
     path = socket_path(pidfile, os.getpid())
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert sockets(pidfile) == {os.getpid(): path}
     assert os.listdir(os.path.dirname(pidfile)) == [os.path.basename(path)]
-    with socket.socket(socket.AF_UNIX) as asking, status.short(path) as name:
+    with socket.socket(socket.AF_UNIX) as asking, short(path) as name:
         asking.connect(name)
-        assert select.select([service], [], [], 0)[0] == [service]
-        service.doRead()
-        service.doRead()  # nobody else is there
+        assert select.select([listener], [], [], 0)[0] == [listener]
+        listener.doRead()
+        listener.doRead()  # nobody else is there
         answer = asking.makefile("rb").readline()
         about = {"version": 1, "program": __version__, "pid": os.getpid(), "holders": 0}
         assert json.loads(answer) == about | describe()
-        (client,) = set(reactor.getReaders()) - {service}
+        (client,) = set(reactor.getReaders()) - {listener}
     cast(IReadDescriptor, client).doRead()  # it has left
-    assert reactor.getReaders() == [service]
-    service.connectionLost(Failure(CONNECTION_DONE))
-    assert service.logPrefix() == "status socket"
-    service.close()
+    assert reactor.getReaders() == [listener]
+    listener.connectionLost(Failure(CONNECTION_DONE))
+    assert listener.logPrefix() == "Unix socket"
+    cast(UnixListener, listener).close()
     assert sockets(pidfile) == {}
     assert reactor.getReaders() == []
 
@@ -117,7 +125,7 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
     for folder in (tmp_path, tmp_path / "no"):
         with capturedLogs() as events:
             path = str(folder / "proxy.pid")
-            StatusService(reactor, path, describe, Holders(lambda: None)).privilegedStartService()
+            status_service(reactor, path).privilegedStartService()
         assert [event["log_level"] for event in events] == [LogLevel.warn]
     assert reactor.getReaders() == []
 
@@ -125,7 +133,7 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
 def test_left_half_made(pidfile: str, reactor: MemoryReactor) -> None:
     """What a start that was killed has left half made is no hindrance."""
     Path(f"{socket_path(pidfile, os.getpid())}.new").touch()
-    StatusService(reactor, pidfile, describe, Holders(lambda: None)).privilegedStartService()
+    status_service(reactor, pidfile).privilegedStartService()
     assert list(sockets(pidfile)) == [os.getpid()]
 
 
@@ -134,7 +142,7 @@ def test_instances(pidfile: str) -> None:
     about = answer_of(describe())
     with answering(socket_path(pidfile, 20), json.dumps(about).encode() + b"\n"):
         with answering(socket_path(pidfile, 3), b""):
-            status.ask(socket_path(pidfile, 3))  # and then it is killed
+            ask(socket_path(pidfile, 3))  # and then it is killed
         Path(f"{pidfile}.other.sock").touch()
         assert instances(pidfile, 20) == [about]
     assert list(sockets(pidfile)) == [3, 20]
@@ -195,7 +203,7 @@ def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may not remove a dead instance's socket leaves it."""
     with answering(socket_path(pidfile, 20), b""):
-        status.ask(socket_path(pidfile, 20))
+        ask(socket_path(pidfile, 20))
 
     def refuse(path: str) -> None:
         raise PermissionError
@@ -242,7 +250,7 @@ def test_holders() -> None:
     """Told to leave, an instance stops when the last one that holds it is gone; unless it is told
     to keep on meanwhile."""
     story: list[str] = []
-    holders = Holders(lambda: story.append("stop"))
+    holders = Holders(lambda: story.append("stop"), AlwaysSteers())
     holders.hold("one")
     holders.hold("two")
     holders.leave()
@@ -263,7 +271,7 @@ def test_holders() -> None:
 def test_requests(pidfile: str, reactor: MemoryReactor) -> None:
     """A connection holds the instance from the word on until it is closed; a stranger's word is
     answered by the end of the connection."""
-    holders = Holders(lambda: None)
+    holders = Holders(lambda: None, AlwaysSteers())
     service = StatusService(reactor, pidfile, describe, holders)
     service.privilegedStartService()
 
@@ -286,5 +294,5 @@ def test_requests(pidfile: str, reactor: MemoryReactor) -> None:
         while not asked.done():
             turn()
         assert asked.result() is None
-    assert reactor.getReaders() == [service]
+    assert len(reactor.getReaders()) == 1  # the listener
     assert request(pidfile, 1, "hold") is None

@@ -22,8 +22,17 @@ from ..addresses import parse_address
 from ..errors import AlreadyRunning, StartError, refused_by_system
 from ..host.handle import ProcessHandle
 from ..host.pidfile import PIDFile
-from ..monitoring.status import SILENT, VERSION, instances, remove_stale, request, show
+from ..monitoring.status import (
+    SILENT,
+    VERSION,
+    InstanceStatus,
+    instances,
+    remove_stale,
+    request,
+    show,
+)
 from ..options import PORT, ConsoleOptions, Unusable
+from ..responder.client import ControlError, NotListening, ask, control_path
 from .child import CannotRun, run_command
 from .terminal import fill_standard_descriptors, tell
 
@@ -70,6 +79,9 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
     except StartError as problem:
         tell(str(problem))
         return problem.status
+    except ControlError as problem:
+        tell(str(problem))
+        return FAILED
     except OSError as problem:
         refusal = refused_by_system(problem)
         tell(str(refusal))
@@ -103,7 +115,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     try:
         connection = _start_in_background(options, pidfile)
     except AlreadyRunning as instance:
-        if options["shared"]:
+        if options["shared"] or _is_on_demand(pidfile):
             return _run_shared(options, pidfile, instance.pid)
         tell(f"{instance}; wait until it has ended, or run the command with it by --shared")
         return TRY_LATER
@@ -173,6 +185,59 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
         time.sleep(WATCH_SECONDS)
 
 
+def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Say what was seen of the last validations; raises L{StartError}."""
+    from ..diagnosis.check import document
+    from ..diagnosis.explanation import explain_last_order
+    from ..diagnosis.finding import Level, worst
+    from ..proxy.identifiers import BadIdentifier
+
+    try:
+        findings = explain_last_order(options, instances(pidfile.path, pidfile.owner()))
+    except BadIdentifier as problem:
+        raise UsageError(f"explain: {problem}") from None
+    if options["json"]:
+        print(document(findings))
+    else:
+        print(*findings, sep="\n")
+    return FAILED if worst(findings) is Level.FAILED else DONE
+
+
+def hook(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Do for an ACME client what it asks its hook for; raises L{ControlError} or L{StartError}."""
+    from .hook import HOOKS, WrongWords
+
+    client, *words = options["argv"] or [""]
+    if client not in HOOKS:
+        raise UsageError(f"hook: name the ACME client, one of {', '.join(HOOKS)}, not {client!r}")
+    try:
+        return HOOKS[client](words, lambda line: _ask_or_start(options, pidfile, line))
+    except WrongWords as problem:
+        raise UsageError(f"hook {client}: {problem}") from None
+
+
+def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
+    """Ask the daemon. If none runs, start one that ends when nothing is pending any more."""
+    path = options["control"] or control_path(pidfile.path)
+    try:
+        return ask(path, line)
+    except NotListening:
+        if not line.startswith("auth "):
+            return ""  # what is to end has ended with the daemon
+    options["on-demand"] = True
+    options.check_responder("hook")
+    try:
+        _start_in_background(options, pidfile).close()
+    except AlreadyRunning as instance:
+        raise StartError(
+            f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
+            " of its own by --control"
+        ) from None
+    answer = ask(path, line)
+    ask(path, "leave")
+    return answer
+
+
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Look whether the proxy would work here."""
     from ..diagnosis.check import check_this_host
@@ -186,6 +251,8 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "run": run,
     "status": status,
     "check": check,
+    "explain": explain,
+    "hook": hook,
 }
 
 
@@ -258,23 +325,26 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
 
 def _is_held(pidfile: PIDFile, pid: int) -> bool:
     """Whether other commands hold the instance; then it stops when they have ended."""
-    for answer in instances(pidfile.path, pid):
-        if answer["pid"] == pid and answer["state"] != SILENT and answer["holders"]:
-            connection = request(pidfile.path, pid, "leave")
-            if connection is not None:
-                connection.close()
-                tell(
-                    f"PID {pid} still serves {answer['holders']} commands of 'run --shared':"
-                    " steering goes on until they have ended"
-                )
-                return True
-    return False
+    answer = _answer_of_the_running(pidfile)
+    if answer is None or answer["pid"] != pid or not answer["holders"]:
+        return False
+    connection = request(pidfile.path, pid, "leave")
+    if connection is None:
+        return False
+    connection.close()
+    tell(
+        f"PID {pid} still serves {answer['holders']} commands of 'run': steering goes on until they"
+        " have ended"
+    )
+    return True
 
 
 def _run_shared(options: ConsoleOptions, pidfile: PIDFile, pid: int) -> int:
     """Run the command with the instance that runs already, which goes on until it has ended."""
+    from .handover import START_DEADLINE
+
     target = _target_of_the_running(options, pidfile)
-    connection = request(pidfile.path, pid, "hold")
+    connection = request(pidfile.path, pid, "hold", START_DEADLINE)
     try:
         return _run_command(options, target)
     finally:
@@ -282,13 +352,27 @@ def _run_shared(options: ConsoleOptions, pidfile: PIDFile, pid: int) -> int:
             connection.close()
 
 
-def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
-    """Where the instance that runs already has its ACME client."""
+def _answer_of_the_running(pidfile: PIDFile) -> InstanceStatus | None:
+    """What the instance that holds the PID file says of itself."""
     owner = pidfile.owner()
     for answer in instances(pidfile.path, owner):
         if answer["pid"] == owner and answer["state"] != SILENT:
-            return parse_address(answer["routes"]["acme"]["target"]).host_and_port
-    return str(options["alpn"].host_and_port)
+            return answer
+    return None
+
+
+def _is_on_demand(pidfile: PIDFile) -> bool:
+    """Whether the instance that runs already steers for each command that needs it."""
+    answer = _answer_of_the_running(pidfile)
+    return answer is not None and answer["on_demand"]
+
+
+def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
+    """Where the instance that runs already has its ACME client."""
+    answer = _answer_of_the_running(pidfile)
+    if answer is None:
+        return str(options["alpn"].host_and_port)
+    return parse_address(answer["routes"]["acme"]["target"]).host_and_port
 
 
 def _run_command(options: ConsoleOptions, target: str) -> int:

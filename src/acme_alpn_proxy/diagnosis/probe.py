@@ -284,7 +284,8 @@ def _steer_and_dial(
             " show lo)"
         ) from None
     where = cast(IPv4Address, port.getHost())
-    options = {**options, "alpn": parse_address(f"{where.host}:{where.port}")}
+    alpn = parse_address(f"{where.host}:{where.port}")
+    options = {**options, "alpn": alpn, "alpn-certs": None, "control": None, "metrics": None}
     met: list[_NotingFactory] = []
 
     def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:

@@ -8,19 +8,27 @@ import itertools
 import os
 import pwd
 import struct
+from collections.abc import Collection
 from typing import Final
 
 _SET_DUMPABLE: Final = 4
+_SET_KEEP_CAPABILITIES: Final = 8
 _DROP_FROM_BOUNDING_SET: Final = 24
 _SET_NO_NEW_PRIVILEGES: Final = 38
-"""PR_SET_DUMPABLE, PR_CAPBSET_DROP and PR_SET_NO_NEW_PRIVS of prctl(2)."""
+"""PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP and PR_SET_NO_NEW_PRIVS of prctl(2)."""
 
 _CAPABILITY_VERSION: Final = 0x20080522
 """_LINUX_CAPABILITY_VERSION_3 of capget(2): three sets of 64 bits each."""
 
 
-def drop_privileges(uid: int, gid: int | None = None) -> None:
-    """Become another user, keep no capability, and let no program bring one back.
+CAP_NET_ADMIN: Final = 12
+CAP_NET_RAW: Final = 13
+CAP_BPF: Final = 39
+"""Numbers of capabilities(7)."""
+
+
+def drop_privileges(uid: int, gid: int | None = None, keep: Collection[int] = ()) -> None:
+    """Become another user, keep no capability but those named, and let no program bring one back.
 
     Capabilities and no_new_privs belong to a thread: call this while there is only one; later ones
     inherit. Other processes of the user cannot look into this one (ptrace(2)) from then on. They
@@ -30,16 +38,19 @@ def drop_privileges(uid: int, gid: int | None = None) -> None:
     containers) the bounding set stays, without effect: no_new_privs keeps all capabilities away.
 
     @param gid: the group; by default that of the user.
+    @param keep: the capabilities that stay, for this process alone: no program that it runs has
+        them.
     """
     user = pwd.getpwuid(uid)
     group = user.pw_gid if gid is None else gid
     _prctl(_SET_NO_NEW_PRIVILEGES, 1)
+    _prctl(_SET_KEEP_CAPABILITIES, 1)
     _empty_bounding_set()
     if uid != os.geteuid():
         os.initgroups(user.pw_name, group)
     os.setresgid(group, group, group)
     os.setresuid(uid, uid, uid)
-    _empty_capability_sets()
+    _set_capabilities(keep)
     _prctl(_SET_DUMPABLE, 0)  # last: becoming another user sets it to fs.suid_dumpable
 
 
@@ -53,10 +64,13 @@ def _empty_bounding_set() -> None:
             raise
 
 
-def _empty_capability_sets() -> None:
-    """Effective, permitted and inheritable set, and with them the ambient one (capset(2))."""
+def _set_capabilities(keep: Collection[int]) -> None:
+    """The effective and the permitted set; the inheritable set, and with it the ambient one, are
+    emptied (capset(2))."""
+    kept = sum(1 << number for number in keep)
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    _check(_libc().capset(header, bytes(24)))
+    halves = (kept & 0xFFFFFFFF, kept >> 32)
+    _check(_libc().capset(header, b"".join(struct.pack("=III", half, half, 0) for half in halves)))
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,13 +1,16 @@
-"""The Unix sockets with an abstract name in this network namespace, and whose they are.
+"""Unix sockets: short names for their paths; those with an abstract name in this network namespace,
+and whose they are.
 
-By the sock_diag(7) family of netlink, with C{UNIX_DIAG_UID} (Linux 5.3).
+The latter by the sock_diag(7) family of netlink, with C{UNIX_DIAG_UID} (Linux 5.3).
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 from .netlink import SOCK_DIAG, Netlink, attributes
@@ -25,6 +28,9 @@ _ANSWER: Final = struct.Struct("=BBBBIII")
 """struct unix_diag_msg: family, type, state, padding, inode, cookie (two)."""
 
 _ALL_STATES: Final = 0xFFFFFFFF
+
+_CREDENTIALS: Final = struct.Struct("iII")
+"""struct ucred: PID, UID, GID."""
 
 
 class BoundName(NamedTuple):
@@ -53,3 +59,27 @@ def abstract_names(prefix: bytes) -> Iterator[BoundName]:
                 inode = _ANSWER.unpack_from(body)[4]
                 uid = struct.unpack("=I", shown[_UID])[0] if _UID in shown else None
                 yield BoundName(name[1:], inode, uid)
+
+
+@contextmanager
+def short(path: str) -> Iterator[str]:
+    """Another name for C{path}: those of sockets have 107 bytes at most (unix(7))."""
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def program_at_other_end(stream: socket.socket) -> str:
+    """Which program has connected to this Unix socket, for people (SO_PEERCRED of unix(7))."""
+    pid, _, _ = _CREDENTIALS.unpack(
+        stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            name = ascii(file.read().rstrip("\n"))[1:-1]
+    except OSError:  # it has ended, or is in another PID namespace
+        name = "a program"
+    return f"{name} (PID {pid})"

@@ -13,11 +13,11 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, TypedDict
 
 from ..errors import StartError
+from ..host.unixsockets import short
 
 VERSION: Final = 1
 """Of the answer. It grows when a field goes or changes its meaning, not when one is added."""
@@ -62,7 +62,20 @@ class RoutesStatus(TypedDict):
     fallback: FallbackStatus
 
 
-State: TypeAlias = Literal["starting", "running", "draining"]
+class PendingStatus(TypedDict):
+    """An identifier that is answered for; see L{acme_alpn_proxy.responder.pending.Authorization}.
+
+    @ivar seconds_left: until it is pending no more.
+    """
+
+    identifier: str
+    asked_by: str
+    seconds_left: float
+    answered: int
+
+
+State: TypeAlias = Literal["starting", "idle", "running", "draining"]
+"""C{idle}: it steers when an identifier is pending or a command needs it."""
 
 
 class ProxyStatus(TypedDict):
@@ -74,9 +87,23 @@ class ProxyStatus(TypedDict):
     undecided: int
     routes: RoutesStatus
     last_validation: ValidationStatus | None
+    validations: list[ValidationStatus]
 
 
-class InstanceStatus(ProxyStatus):
+class DaemonStatus(ProxyStatus):
+    """What a proxy in a process of its own says of itself.
+
+    @ivar on_demand: whether it steers only while something needs it.
+    @ivar pending: the identifiers that it answers for, L{PENDING_SHOWN} at most.
+    @ivar pending_count: how many there are.
+    """
+
+    on_demand: bool
+    pending: list[PendingStatus]
+    pending_count: int
+
+
+class InstanceStatus(DaemonStatus):
     """The answer of an instance.
 
     @ivar holders: how many commands of C{run --shared} it serves.
@@ -101,7 +128,22 @@ Answer: TypeAlias = InstanceStatus | SilentInstance
 SILENT: Final = "silent"
 """The state of an instance that runs and does not answer."""
 
+PENDING_SHOWN: Final = 50
+"""A whole answer stays well below L{_LONGEST_ANSWER}."""
+
 _COUNTS: Final = ("live", "total", "failures", "bytes_from_visitors", "bytes_to_visitors")
+_PENDING_NUMBERS: Final[tuple[Literal["seconds_left", "answered"], ...]] = (
+    "seconds_left",
+    "answered",
+)
+_PENDING_TEXTS: Final[tuple[Literal["identifier", "asked_by"], ...]] = ("identifier", "asked_by")
+_NEW_FIELDS: Final = {
+    "holders": 0,
+    "on_demand": False,
+    "pending": (),
+    "pending_count": 0,
+    "validations": (),
+}
 _LONGEST_ANSWER: Final = 65_536
 
 _PATIENCE: Final = 2.0
@@ -139,17 +181,6 @@ def remove_stale(pidfile: str) -> None:
             pass
 
 
-@contextmanager
-def short(path: str) -> Iterator[str]:
-    """Another name for C{path}: those of sockets have 107 bytes at most (unix(7))."""
-    folder, name = os.path.split(path)
-    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{name}"
-    finally:
-        os.close(descriptor)
-
-
 def ask(path: str) -> InstanceStatus | None:
     """The answer of the instance at that socket; L{None} if it is just ending, or the answer makes
     no sense. Raises L{OSError}.
@@ -165,27 +196,35 @@ def ask(path: str) -> InstanceStatus | None:
         return _checked(stream.makefile("rb").readline(_LONGEST_ANSWER))
 
 
-def request(pidfile: str, pid: int, word: str) -> socket.socket | None:
+def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> socket.socket | None:
     """Send a request to the instance C{pid}: C{hold}, C{leave} or C{keep}; see
     L{acme_alpn_proxy.monitoring.statussocket}.
 
+    @param patience: seconds to wait for each line of the answer.
+
     @return: the connection, which holds the instance until it is closed; L{None} if there is none.
+
+    Raises L{StartError} if the instance cannot do it.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    answer = b""
     try:
         with short(socket_path(pidfile, pid)) as name:
-            stream.settimeout(_PATIENCE)
+            stream.settimeout(patience)
             stream.connect(name)
             stream.sendall(f"{word}\n".encode())
             reader = stream.makefile("rb")
             reader.readline(_LONGEST_ANSWER)  # its status, which every connection gets
-            done = reader.readline(_LONGEST_ANSWER) == b"OK\n"
+            answer = reader.readline(_LONGEST_ANSWER)
     except OSError:
-        done = False
-    if not done:
-        stream.close()
-        return None
-    return stream
+        pass
+    if answer == b"OK\n":
+        return stream
+    stream.close()
+    refusal = re.fullmatch(rb"ERR ([0-9]{1,3}) (.*)\n", answer)
+    if refusal is not None:
+        raise StartError(*(refusal[2].decode(errors="replace"), int(refusal[1])))
+    return None
 
 
 def _checked(line: bytes) -> InstanceStatus | None:
@@ -195,10 +234,13 @@ def _checked(line: bytes) -> InstanceStatus | None:
         acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
         counts = [value for route in (acme, fallback) for value in map(route.get, _COUNTS)]
         last = answer["last_validation"]
-        answer.setdefault("holders", 0)  # older releases have none
+        for field, nothing in _NEW_FIELDS.items():  # older releases have none
+            answer.setdefault(field, nothing)  # type: ignore[misc]
         numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
+        numbers += [each[field] for each in answer["pending"] for field in _PENDING_NUMBERS]
         numbers += [] if last is None else [last["at"]]
         texts = [answer["state"], answer["redirect"], acme["target"], fallback["target"]]
+        texts += [each[field] for each in answer["pending"] for field in _PENDING_TEXTS]
         reasons = fallback["reasons"].items()
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -262,6 +304,13 @@ def _show(answer: Answer, now: float) -> str:
         else f"  last validation: {_when(last['at'])} from {last['peer']} for"
         f" {_printable(last['server_name'])}: {last['result']}"
     )
+    lines += [
+        f"  pending: {_printable(each['identifier'])} for {each['seconds_left']:.0f} s more,"
+        f" answered {each['answered']} times, asked by {_printable(each['asked_by'])}"
+        for each in answer["pending"]
+    ]
+    if len(answer["pending"]) < answer["pending_count"]:
+        lines.append(f"  pending in all: {answer['pending_count']}")
     return "".join(f"{line}\n" for line in lines)
 
 

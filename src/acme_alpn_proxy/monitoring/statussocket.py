@@ -1,6 +1,7 @@
 """The socket by which C{status} asks, and other commands hold an instance.
 
-Every connection gets the status, one line. It may then send a word on a line, answered by C{OK}:
+Every connection gets the status, one line. It may then send a word on a line, answered by C{OK}, or
+by C{ERR STATUS WHY} where the proxy cannot steer:
 
   - C{hold}: go on until this connection is closed, even if C{leave} comes meanwhile;
   - C{leave}: stop when nothing holds the instance;
@@ -15,15 +16,20 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from twisted.application.service import Service
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from .. import __version__
+from ..errors import StartError
 from ..host.descriptors import ReadDescriptor
-from ..interfaces import Reactor
-from .status import VERSION, InstanceStatus, ProxyStatus, remove_stale, short, socket_path
+from ..host.unixlistener import UnixListener
+from ..interfaces import ISteerable, Reactor
+from .status import VERSION, DaemonStatus, InstanceStatus, remove_stale, socket_path
 
 _LONGEST_REQUEST: Final = 64
 
@@ -31,24 +37,32 @@ _LONGEST_REQUEST: Final = 64
 class Holders:
     """What holds an instance, and whether it is to stop when nothing does."""
 
-    def __init__(self, stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stop: Callable[[], None],
+        proxy: ISteerable,
+    ) -> None:
         """
         @param stop: is called then.
+        @param proxy: is needed by each of them.
         """
         self._stop = stop
+        self._proxy = proxy
         self._holders: set[object] = set()
         self._leaving = False
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def hold(self, holder: object) -> None:
-        """Hold it until C{holder} is released."""
+    def hold(self, holder: object) -> Deferred[None]:
+        """Hold it until C{holder} is released; fires when the proxy steers."""
         self._holders.add(holder)
+        return self._proxy.need(holder)
 
     def release(self, holder: object) -> None:
         """C{holder} needs it no longer; it need not have held it."""
         self._holders.discard(holder)
+        self._proxy.needed_no_more(holder)
         self._look()
 
     def leave(self) -> None:
@@ -75,7 +89,7 @@ class _Client(ReadDescriptor):
         self._reactor = reactor
         self._stream = stream
         self._holders = holders
-        self._wishes: dict[bytes, Callable[[], None]] = {
+        self._wishes: dict[bytes, Callable[[], Deferred[None] | None]] = {
             b"hold": lambda: holders.hold(self),
             b"leave": holders.leave,
             b"keep": holders.keep,
@@ -90,8 +104,7 @@ class _Client(ReadDescriptor):
             data = self._stream.recv(_LONGEST_REQUEST)
             wish = self._wishes.get(data.rstrip(b"\n"))
             if wish is not None:
-                self._stream.send(b"OK\n")
-                wish()
+                maybeDeferred(wish).addCallbacks(self._done, self._refused)
                 return
         except OSError:
             pass
@@ -99,22 +112,29 @@ class _Client(ReadDescriptor):
         self._stream.close()
         self._holders.release(self)
 
+    def _done(self, result: None) -> None:
+        self._tell("OK")
 
-class StatusService(Service, ReadDescriptor):
-    """Listens from the start, with the privileges of then, until the last connection has ended.
+    def _refused(self, failure: Failure) -> None:
+        problem = failure.value
+        assert isinstance(problem, StartError)
+        self._tell(f"ERR {problem.status} {problem}")
 
-    Not by a port of Twisted's: those look for the socket at the name that it was bound to.
-    """
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):  # the client has gone
+            self._stream.send(f"{text}\n".encode())
 
-    log_prefix = "status socket"
+
+class StatusService(Service):
+    """Listens from the start, with the privileges of then, until the last connection has ended."""
+
     _log = Logger()
-    _listener: socket.socket
 
     def __init__(
         self,
         reactor: Reactor,
         pidfile: str,
-        describe: Callable[[], ProxyStatus],
+        describe: Callable[[], DaemonStatus],
         holders: Holders,
     ) -> None:
         """
@@ -125,26 +145,24 @@ class StatusService(Service, ReadDescriptor):
         self._pidfile = pidfile
         self._describe = describe
         self._holders = holders
-        self._path = ""
 
     def privilegedStartService(self) -> None:
         remove_stale(self._pidfile)
-        self._path = socket_path(self._pidfile, os.getpid())
+        path = socket_path(self._pidfile, os.getpid())
+        listener = UnixListener(self._reactor, path, self._answer)
         try:
-            self._listener = _listener(self._path)
+            listener.open()
         except OSError as problem:
             self._log.warn(
                 "Cannot listen on {path}: {why}; 'status' will not know more than the PID",
-                path=self._path,
+                path=path,
                 why=problem.strerror,
             )
             return
-        self._reactor.addReader(self)
         # Not when this service stops: live connections are to be seen for as long as they drain.
-        self._reactor.addSystemEventTrigger("during", "shutdown", self.close)
+        self._reactor.addSystemEventTrigger("during", "shutdown", listener.close)
 
-    def doRead(self) -> None:
-        """Answer the client that has connected."""
+    def _answer(self, stream: socket.socket) -> None:
         answer: InstanceStatus = {
             "version": VERSION,
             "program": __version__,
@@ -153,45 +171,8 @@ class StatusService(Service, ReadDescriptor):
             **self._describe(),
         }
         try:
-            stream, _ = self._listener.accept()
-        except OSError:
-            return
-        try:
-            stream.setblocking(False)
             stream.sendall(json.dumps(answer).encode() + b"\n")  # far less than its buffer takes
         except OSError:  # the client has gone
             stream.close()
         else:
             _Client(self._reactor, stream, self._holders)
-
-    def close(self) -> None:
-        self._reactor.removeReader(self)
-        self._listener.close()
-        try:
-            os.unlink(self._path)
-        except OSError:
-            pass  # privileges were dropped: 'stop --wait' or the next start removes it
-
-    def fileno(self) -> int:
-        return self._listener.fileno()
-
-
-def _listener(path: str) -> socket.socket:
-    """A listening socket for its owner alone. At C{path} it is only ever seen when it listens."""
-    unfinished = f"{path}.new"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        if os.path.lexists(unfinished):
-            os.unlink(unfinished)
-        listener.setblocking(False)
-        with short(unfinished) as name:
-            listener.bind(name)
-        listener.listen()
-        os.rename(unfinished, path)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    return listener

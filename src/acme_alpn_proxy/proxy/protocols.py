@@ -28,7 +28,7 @@ from .live import LiveConnections
 from .relay import Relay
 from .routing import ACME_TLS_1, Route, Routing
 from .splice import SharedPipe, relay_between
-from .statistics import ConnectionRecord, Statistics
+from .statistics import NO_NAME, VALIDATION_ENDED, ConnectionRecord, Statistics
 from .validations import Validations
 
 NO_HELLO_IN_TIME: Final = "deadline"
@@ -115,6 +115,9 @@ class ProxyClientFactory(TargetFactory):
     def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
         self._server.target_failed(self._route, reason)
 
+    def tell(self, answer: str) -> None:
+        self._server.told(answer)
+
 
 @implementer(IHalfCloseableProtocol)
 class ProxyServer(Protocol):
@@ -199,7 +202,7 @@ class ProxyServer(Protocol):
         if not self._ends:
             if self._record is not None:
                 moved = self.relay.moved if self._parser is None else (0, 0)
-                self.factory.statistics.ended(self._record, *moved)
+                self.factory.ended(self._record, *moved)
             self.factory.left(self)
 
     def abort(self) -> None:
@@ -236,6 +239,11 @@ class ProxyServer(Protocol):
             self._end_wait()
             self.factory.unreachable(self._record, route, failure)
             self.abort()
+
+    def told(self, answer: str) -> None:
+        """What came of this validation, in words."""
+        assert self._record is not None
+        self.factory.statistics.told(self._record, answer)
 
     def dialled(self) -> Dial | None:
         """Both ends of the connection to the target, if there is one: here, and there."""
@@ -289,6 +297,11 @@ class ProxyServer(Protocol):
         self._held = 0
 
 
+def statistics_for(routing: Routing) -> Statistics:
+    """Numbers that begin with zero."""
+    return Statistics(routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS))
+
+
 class ProxyServerFactory(ServerFactory):
     """Makes a L{ProxyServer} for each visitor, and holds what they share.
 
@@ -315,6 +328,7 @@ class ProxyServerFactory(ServerFactory):
         hello_timeout: float = 5.0,
         idle_timeout: float = 0.0,
         log_visitors: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         """
         @param targets: how to connect each route's target.
@@ -323,6 +337,7 @@ class ProxyServerFactory(ServerFactory):
             never.
         @param log_visitors: log a line for each visitor, at C{debug}. An event that no observer
             takes would cost more time than the parser and the choice of the route together.
+        @param statistics: to count in, where several factories have one of the same routing.
         """
         self.routing = routing
         self.live = LiveConnections()
@@ -334,9 +349,7 @@ class ProxyServerFactory(ServerFactory):
         self._own_addresses: frozenset[str] = frozenset()
         self._loop_reported = False
         self.pipe = SharedPipe()
-        self.statistics = Statistics(
-            routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
-        )
+        self.statistics = statistics if statistics is not None else statistics_for(routing)
         self.validations = Validations(
             clock, routing.acme.target, self.statistics.validation_cut_short
         )
@@ -470,6 +483,19 @@ class ProxyServerFactory(ServerFactory):
                 why=getattr(verdict, "reason", "no ACME validation"),
             )
         return self.statistics.visitor(verdict)
+
+    def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
+        """A connection has ended, after so many bytes each way. What came of a validation is
+        logged."""
+        self.statistics.ended(record, from_visitor, to_visitor)
+        validation = record.validation
+        if validation is not None:
+            self._log.info(
+                VALIDATION_ENDED,
+                server_name=validation.server_name or NO_NAME,
+                peer=validation.peer,
+                result=validation.result,
+            )
 
     def unreachable(self, record: ConnectionRecord | None, route: Route, failure: Failure) -> None:
         """Count it, and log which target, and why."""

@@ -6,6 +6,7 @@ Each connection holds the L{ConnectionRecord} that it got when its route was dec
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,14 @@ UNDER_WAY: Final = "under way"
 ANSWERED: Final = "answered"
 NOT_ANSWERED: Final = "not answered"
 
+VALIDATION_ENDED: Final = "Validation of {server_name} by {peer}: {result}"
+"""A line of the log, which C{explain} reads."""
+
+NO_NAME: Final = "no name"
+
+REMEMBERED: Final = 16
+"""Validations that C{status} shows: more than a CA makes for a name."""
+
 
 @dataclass(slots=True)
 class Validation:
@@ -28,7 +37,7 @@ class Validation:
     @ivar peer: C{host:port}.
     @ivar at: when it was routed, in seconds since the epoch.
     @ivar result: C{under way}, C{answered} (the ACME client sent bytes: what it said is between
-        it and the CA), C{not answered}, or C{unreachable: WHY}.
+        it and the CA), C{not answered}, or C{unreachable: WHY}; or what the responder says.
     """
 
     peer: str
@@ -95,7 +104,7 @@ class Statistics:
     @ivar doubts: the values of L{NotClientHello.kind} that there may be.
     @ivar reasons: how many connections took the fallback, and why: C{no_acme_alpn}, or one of the
         doubts.
-    @ivar last_validation: the one that was routed last.
+    @ivar validations: the last L{REMEMBERED}, the newest at the end.
     """
 
     routing: Routing
@@ -104,7 +113,7 @@ class Statistics:
     state: State = "starting"
     since: float = field(init=False)
     reasons: dict[str, int] = field(init=False)
-    last_validation: Validation | None = None
+    validations: deque[Validation] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def __post_init__(self) -> None:
         self.since = self.clock()
@@ -114,16 +123,27 @@ class Statistics:
         self.cut_short = 0
         self._to_fallback = ConnectionRecord(self.fallback)
 
+    @property
+    def last_validation(self) -> Validation | None:
+        """The one that was routed last."""
+        return self.validations[-1] if self.validations else None
+
     def enter(self, state: State) -> None:
         """The proxy's state changes to C{state}."""
         self.state, self.since = state, self.clock()
 
     def validation(self, peer: str, server_name: str | None) -> ConnectionRecord:
         """A connection goes to the ACME client."""
-        self.last_validation = Validation(peer, server_name, self.clock())
+        validation = Validation(peer, server_name, self.clock())
+        self.validations.append(validation)
         self.acme.live += 1
         self.acme.total += 1
-        return ConnectionRecord(self.acme, self.last_validation)
+        return ConnectionRecord(self.acme, validation)
+
+    def told(self, record: ConnectionRecord, answer: str) -> None:
+        """What came of a validation, in words."""
+        assert record.validation is not None
+        record.validation.result = answer
 
     def validation_cut_short(self) -> None:
         """One was reset because it took too long, or because there were too many."""
@@ -169,4 +189,5 @@ class Statistics:
                 "fallback": {**self.fallback.status(), "reasons": dict(self.reasons)},
             },
             "last_validation": None if last is None else last.status(),
+            "validations": [validation.status() for validation in self.validations],
         }

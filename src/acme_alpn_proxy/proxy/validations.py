@@ -17,8 +17,9 @@ from twisted.logger import Logger
 
 from ..transports.deadlines import DeadlineQueue
 
-MAX_VALIDATIONS: Final = 64
-"""Validations at a time. A CA makes about a dozen for a name; a stranger may make any number."""
+MAX_VALIDATIONS: Final = 128
+"""Validations at a time. A CA makes about a dozen for a name, and an order may have many names; a
+stranger may make any number."""
 
 VALIDATION_DEADLINE: Final = 60.0
 """Seconds for a validation. A CA gives one ten seconds."""

@@ -85,6 +85,9 @@ class TargetFactory(ClientFactory):
     noisy = False
     sent_ahead = 0
 
+    def tell(self, answer: str) -> None:
+        """What came of a validation, in words, from a target that knows."""
+
 
 def original_destination(descriptor: int, host: str) -> tuple[str, int] | None:
     """What a connection that connection tracking translated was dialled to (SO_ORIGINAL_DST)."""

@@ -1,0 +1,281 @@
+"""Why an order failed, as far as it was seen here: C{acme-alpn-proxy explain}.
+
+The CA's own message says what it saw; this says what arrived at this host and what was answered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from ..addresses import Address, parse_address
+from ..host.routes import own_addresses
+from ..monitoring.status import SILENT, Answer
+from ..proxy.identifiers import (
+    BadIdentifier,
+    identifier_asked_for,
+    parse_identifier,
+    server_name_for,
+)
+from ..proxy.routing import ACME_TLS_1
+from ..proxy.statistics import ANSWERED, NO_NAME, NOT_ANSWERED, UNDER_WAY, VALIDATION_ENDED
+from ..responder.server import REFUSED
+from .finding import Finding, Level
+
+PERSPECTIVES: Final = 5
+"""From at least so many places Let's Encrypt validates from December 2026 on."""
+
+_PATIENCE: Final = 5.0
+"""Seconds for the ACME client to answer."""
+
+_LONGEST_LOG: Final = 1 << 20
+"""Bytes of the log's end that are looked at."""
+
+Lookup: TypeAlias = Callable[[str], Sequence[str]]
+"""Gives the numeric addresses of a name; raises L{OSError}."""
+
+
+class Seen(NamedTuple):
+    """A validation that came in.
+
+    @ivar peer: C{host:port}.
+    @ivar name: the server name, or L{NO_NAME}.
+    @ivar result: what came of it, in words.
+    """
+
+    peer: str
+    name: str
+    result: str
+
+    @property
+    def host(self) -> str:
+        """The peer without its port."""
+        return self.peer.rpartition(":")[0].strip("[]")
+
+
+def look_up(name: str) -> Sequence[str]:
+    """The addresses of a name, as this host's resolver knows them; raises L{OSError}."""
+    found = socket.getaddrinfo(name, 443, type=socket.SOCK_STREAM)
+    return sorted({str(address[0]) for *_, address in found})
+
+
+def explain(
+    identifiers: Iterable[str], seen: Sequence[Seen], target: str, look_up: Lookup = look_up
+) -> Iterator[Finding]:
+    """What was seen for each identifier; without any, for all that were asked for.
+
+    @param seen: the last validations.
+    @param target: the C{-alpn} address.
+    """
+    wanted = list(dict.fromkeys(map(parse_identifier, identifiers)))
+    asked_for = [identifier_asked_for(each.name) for each in seen]
+    names = wanted or list(dict.fromkeys(filter(None, asked_for)))
+    if not names and not seen:
+        yield Finding(
+            "validations",
+            Level.FAILED,
+            "no CA has asked",
+            "see what is known of a name: acme-alpn-proxy explain NAME",
+        )
+    for name in names:
+        own = [each for each, asked in zip(seen, asked_for, strict=True) if asked == name]
+        yield from _explain(name, own, target) if own else _not_asked(name, seen, look_up)
+
+
+def _explain(name: str, seen: Sequence[Seen], target: str) -> Iterator[Finding]:
+    results = Counter(each.result for each in seen)
+    hosts = {each.host for each in seen}
+    for result, count in results.items():
+        yield _of_result(name, result, count, target)
+    if set(results) == {ANSWERED} and len(hosts) < PERSPECTIVES:
+        yield Finding(
+            name,
+            Level.WARNING,
+            f"{len(hosts)} addresses have asked ({', '.join(sorted(hosts))}); a CA may ask from"
+            f" {PERSPECTIVES} or more",
+            "see whether a firewall in front of this host keeps some countries or networks out",
+        )
+
+
+def _of_result(name: str, result: str, count: int, target: str) -> Finding:
+    times = f"{count} validation{'s' * (count > 1)}"
+    if result == ANSWERED:
+        return Finding(name, Level.OK, f"answered: {times}")
+    if result == REFUSED:
+        return Finding(
+            name,
+            Level.FAILED,
+            f"{times}, but nothing was pending for this name and nobody answers at {target}",
+            "let the ACME client answer there, or tell the proxy what to answer (acme-alpn-proxy"
+            " hook)",
+        )
+    if result.startswith("unreachable"):
+        return Finding(
+            name,
+            Level.FAILED,
+            f"{times}, but {target} cannot be reached ({result.partition(': ')[2]})",
+            "start the ACME client, or name with -alpn where it answers",
+        )
+    if result == NOT_ANSWERED:
+        return Finding(
+            name,
+            Level.FAILED,
+            f"{times}, but the ACME client at {target} closed them without an answer",
+            "see its log: it may answer other names only, or have ended already",
+        )
+    if result == UNDER_WAY:
+        return Finding(name, Level.WARNING, f"under way: {times}", "ask again in a minute")
+    return Finding(
+        name, Level.FAILED, f"{times}: {result}", "ask the CA why (it may be no CA that came)"
+    )
+
+
+def _not_asked(name: str, seen: Sequence[Seen], look_up: Lookup) -> Iterator[Finding]:
+    others = sorted({each.name for each in seen})
+    if others:
+        yield Finding(
+            name,
+            Level.FAILED,
+            f"nobody has asked for it, but for {', '.join(others)}",
+            "see whether the order has this name, and whether it leads here",
+        )
+    else:
+        yield Finding(
+            name,
+            Level.FAILED,
+            "no CA has asked",
+            "see whether the name leads here, and whether port 443 is open from everywhere",
+        )
+    yield from _records(name, look_up)
+
+
+def _records(name: str, look_up: Lookup) -> Iterator[Finding]:
+    try:
+        addresses = look_up(name)
+    except OSError as problem:
+        yield Finding(
+            name,
+            Level.FAILED,
+            f"it has no address: {problem.strerror or problem}",
+            "make an A or AAAA record that leads here",
+        )
+        return
+    own = {str(address) for address in own_addresses()}
+    for address in addresses:
+        if address in own:
+            yield Finding(name, Level.OK, f"{address} is an address of this host")
+        elif ":" in address:
+            yield Finding(
+                name,
+                Level.FAILED,
+                f"its AAAA record {address} is no address of this host, and a CA tries IPv6 first",
+                "correct the record, or remove it",
+            )
+        else:
+            yield Finding(
+                name,
+                Level.WARNING,
+                f"its A record {address} is no address of this host",
+                "see whether a router forwards its port 443 to here",
+            )
+
+
+def answer_of(target: Address, identifier: str) -> Iterator[Finding]:
+    """What an ACME client at C{target} answers for C{identifier} now, as a CA would see it."""
+    from cryptography import x509
+
+    from ..responder.certificates import faults
+
+    where = target.socket_address()
+    if where is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([ACME_TLS_1.decode()])
+    try:
+        with socket.socket(where[0], socket.SOCK_STREAM) as plain:
+            plain.settimeout(_PATIENCE)
+            plain.connect(where[1])
+            with context.wrap_socket(plain, server_hostname=server_name_for(identifier)) as tls:
+                agreed, der = tls.selected_alpn_protocol(), tls.getpeercert(binary_form=True)
+    except ConnectionRefusedError:
+        return  # it has ended, as clients do after an order
+    except (OSError, ValueError) as problem:
+        yield Finding(
+            identifier,
+            Level.WARNING,
+            f"{target} does not shake hands now: {problem}",
+            "see its log",
+        )
+        return
+    assert der is not None
+    told = [] if agreed else ["it does not agree on acme-tls/1"]
+    told += faults(x509.load_der_x509_certificate(der), identifier, None)
+    for fault in told:
+        yield Finding(
+            identifier,
+            Level.FAILED,
+            f"what {target} answers is refused by a CA: {fault}",
+            "name with -alpn where the ACME client answers, or let the proxy answer",
+        )
+
+
+def from_log(lines: Iterable[str]) -> list[Seen]:
+    """The validations in a log, as text or JSON, since the proxy started the last time."""
+    pattern = re.compile(
+        re.escape(VALIDATION_ENDED).replace(r"\{", "(?P<").replace(r"\}", ">.*?)") + "$"
+    )
+    found: list[Seen] = []
+    for line in lines:
+        text = line
+        if line.startswith("{"):
+            try:
+                text = str(json.loads(line)["message"])
+            except (KeyError, TypeError, ValueError):
+                continue
+        if "Started: " in text:
+            found.clear()
+        match = pattern.search(text)
+        if match is not None:
+            found.append(Seen(match["peer"], match["server_name"], match["result"]))
+    return found
+
+
+def last_lines(path: str) -> Sequence[str]:
+    """The end of the log; raises L{OSError}."""
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _LONGEST_LOG))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) -> list[Finding]:
+    """What can be said of the last order, from the instances that run, else from the log.
+
+    @param options: parsed L{acme_alpn_proxy.options.ConsoleOptions}; C{argv} has identifiers.
+    @param answers: of the instances that run.
+    """
+    alpn: Address = options["alpn"]
+    seen: list[Seen] = []
+    running = [answer for answer in answers if answer["state"] != SILENT]
+    for answer in running:
+        seen += [
+            Seen(each["peer"], each["server_name"] or NO_NAME, each["result"])
+            for each in answer["validations"]
+        ]
+        alpn = parse_address(answer["routes"]["acme"]["target"])
+    if not running:
+        with suppress(OSError):
+            seen = from_log(last_lines(options["logfile"]))
+    findings = list(explain(options["argv"], seen, str(alpn)))
+    for identifier in dict.fromkeys(each.name for each in findings):
+        with suppress(BadIdentifier):
+            findings += answer_of(alpn, parse_identifier(identifier))
+    return findings

@@ -1,0 +1,75 @@
+"""A Unix socket that listens for its owner alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+from ..interfaces import Reactor
+from .descriptors import ReadDescriptor
+from .unixsockets import short
+
+
+class UnixListener(ReadDescriptor):
+    """Accepts connections at a path, with mode 0600.
+
+    Not a port of Twisted's: those look for the socket at the name that it was bound to. Here it is
+    bound to another name first, so that a socket at the path is only ever seen when it listens.
+    """
+
+    log_prefix = "Unix socket"
+    _listener: socket.socket
+
+    def __init__(
+        self, reactor: Reactor, path: str, accepted: Callable[[socket.socket], None]
+    ) -> None:
+        """
+        @param accepted: is given each connection, which does not block.
+        """
+        self._reactor = reactor
+        self._path = path
+        self._accepted = accepted
+
+    def open(self) -> None:
+        """Listen; replaces what is at the path. Raises L{OSError}."""
+        unfinished = f"{self._path}.new"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            if os.path.lexists(unfinished):
+                os.unlink(unfinished)
+            listener.setblocking(False)
+            with short(unfinished) as name:
+                listener.bind(name)
+            listener.listen()
+            os.rename(unfinished, self._path)
+            self._inode = os.stat(self._path).st_ino
+        except OSError:
+            listener.close()
+            raise
+        finally:
+            os.umask(before)
+        self._listener = listener
+        self._reactor.addReader(self)
+
+    def close(self) -> None:
+        """Listen no more, and remove the socket, unless another one has taken the path."""
+        self._reactor.removeReader(self)
+        self._listener.close()
+        try:
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+        except OSError:
+            pass  # privileges were dropped: whoever cleans up after dead instances removes it
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def doRead(self) -> None:
+        try:
+            stream, _ = self._listener.accept()
+        except OSError:
+            return
+        stream.setblocking(False)
+        self._accepted(stream)

@@ -1,0 +1,176 @@
+"""A proxy that steers only while something needs it: a pending identifier, or a command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from twisted.application.service import IService, Service
+from twisted.internet.defer import Deferred, DeferredList, inlineCallbacks, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .errors import StartError, VisitorsLost
+from .host.pidfile import NoPIDFile
+from .interfaces import IPIDFile, ISteerable
+from .monitoring.status import ProxyStatus, State
+from .service import Companions, ProxyService
+
+
+@implementer(ISteerable)
+class OnDemandProxy(Service):
+    """Starts a L{ProxyService} when the first need comes up and stops it when the last has gone.
+
+    Each time that is another one, so that one whose last connections are still under way keeps
+    nobody waiting.
+    """
+
+    _log = Logger()
+
+    def __init__(self, make: Callable[[], ProxyService], pidfile: IPIDFile | None = None) -> None:
+        """
+        @param make: makes the proxies, which count in the same statistics.
+        """
+        self._make = make
+        self._pidfile = pidfile if pidfile is not None else NoPIDFile()
+        self._beside = Companions()
+        self._proxy = make()
+        self._draining: dict[ProxyService, Deferred[None]] = {}
+        self._needs: set[object] = set()
+        self._waiting: list[Deferred[None]] = []
+        self._is_starting = False
+        self._let_go: Deferred[None] = succeed(None)
+        self._state: State = "starting"
+        self._since = time.time()
+        self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None
+
+    def run_beside(self, service: IService) -> None:
+        """Start C{service} with this one, and stop it when nothing can be asked any more."""
+        self._beside.add(service)
+
+    def status(self) -> ProxyStatus:
+        """Its numbers, those of all orders together."""
+        status = self._proxy.status()
+        status["state"], status["since"] = self._state, self._since
+        return status
+
+    def privilegedStartService(self) -> None:
+        """Refuse what can be known not to work once it is needed; raises L{StartError}."""
+        problems: list[BaseException] = []
+
+        def note(failure: Failure) -> None:
+            assert failure.value is not None
+            problems.append(failure.value)
+
+        self._pidfile.claim()
+        try:
+            self._proxy.check().addErrback(note)
+            if problems:
+                raise problems[0]
+            self._beside.start()
+        except Exception:
+            self._beside.stop()
+            self._pidfile.release()
+            raise
+        self._enter("idle", "Started: new connections to :443 are steered here when that is needed")
+
+    def when_started(self) -> Deferred[None]:
+        """Fires when it can be asked to steer, which is as soon as it has started."""
+        return succeed(None)
+
+    def need(self, what: object) -> Deferred[None]:
+        """Steer for as long as C{what} needs it.
+
+        @return: a Deferred that fires when it steers. If it fails, by L{StartError}, nothing needs
+            it any more.
+        """
+        self._needs.add(what)
+        if self._state == "running":
+            return succeed(None)
+        steers: Deferred[None] = Deferred()
+        self._waiting.append(steers)
+        if not self._is_starting:
+            self._steer()
+        return steers
+
+    def needed_no_more(self, what: object) -> None:
+        """C{what} needs it no longer; it need not have."""
+        self._needs.discard(what)
+        self._rest_unless_needed()
+
+    @inlineCallbacks
+    def stopService(self) -> Generator[Deferred[Any], Any, None]:
+        """Steer no more; fires when the last connection of all has ended."""
+        super().stopService()
+        self._needs.clear()
+        if self._is_starting:
+            steers: Deferred[None] = Deferred()
+            self._waiting.append(steers)
+            try:
+                yield steers
+            except StartError:
+                pass
+        self._rest_unless_needed()
+        yield self._let_go
+        yield self._beside.stop()
+        self._pidfile.release()
+        self._enter("draining")
+        yield DeferredList(list(self._draining.values()))
+
+    def end_wait(self) -> None:
+        """Do not wait any longer: reset the live connections."""
+        self._proxy.end_wait()
+        for proxy in self._draining:
+            proxy.end_wait()
+
+    @inlineCallbacks
+    def _steer(self) -> Generator[Deferred[Any], Any, None]:
+        self._is_starting = True
+        yield self._let_go
+        self._proxy = proxy = self._make()
+        proxy.on_loss = self._lost
+        problem = None
+        try:
+            proxy.startService()
+            yield proxy.when_started()
+        except StartError as refusal:
+            problem = refusal
+            self._needs.clear()
+        else:
+            self._enter("running")
+        self._is_starting = False
+        waiting, self._waiting = self._waiting, []
+        for steers in waiting:
+            if problem is None:
+                steers.callback(None)
+            else:
+                steers.errback(problem)
+        self._rest_unless_needed()  # it may have gone meanwhile
+
+    def _rest_unless_needed(self) -> None:
+        if not self._needs and self._state == "running":
+            self._rest()
+
+    def _rest(self) -> None:
+        """Let go."""
+        proxy = self._proxy
+
+        def drained(result: None) -> None:
+            del self._draining[proxy]
+
+        self._draining[proxy] = proxy.stopService()
+        self._draining[proxy].addCallback(drained)
+        self._let_go = proxy.when_let_go()
+        self._enter("idle")
+
+    def _lost(self, problem: VisitorsLost) -> None:
+        """The proxy lets go by itself. What still needs it has to ask again."""
+        self._rest()
+        self.on_loss(problem)
+
+    def _enter(self, state: State, text: str = "") -> None:
+        self._state, self._since = state, time.time()
+        if text:
+            self._log.info(text, is_status=True)

@@ -1,0 +1,93 @@
+"""Asking the daemon over its control socket, without Twisted: for C{hook} and for certbot.
+
+A request is a line, and so is the answer: C{OK}, C{OK TEXT}, or C{ERR WHY}. The requests are
+C{auth IDENT DIGEST [SECONDS]}, C{unauth IDENT} and C{report IDENT}. The first two and their answers
+are those of ualpn(1), which comes with uacme.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Final
+
+_LONGEST_ANSWER: Final = 65_536
+"""Bytes: far more than a report has, and little enough to be held."""
+
+
+class ControlError(Exception):
+    """The daemon did not do what it was asked; the text is one line, the cause before the remedy.
+
+    What it did is not known, unless it is a L{NotListening} or a L{Refused}: then nothing.
+    """
+
+
+class NotListening(ControlError):
+    """There is no daemon at that path."""
+
+
+class Refused(ControlError):
+    """The daemon has answered C{ERR}; the text is what came after it."""
+
+
+def control_path(pidfile: str) -> str:
+    """Where the daemon with that PID file listens, unless C{--control} said otherwise."""
+    return f"{pidfile.removesuffix('.pid')}.control"
+
+
+def ask(path: str, line: str, seconds: float = 60.0) -> str:
+    """Ask the daemon at C{path}, and give what its answer has after C{OK}; empty for C{OK} alone.
+
+    @param line: the request, without its end.
+    @param seconds: for all of it; the first C{auth} of C{start --on-demand} is answered when the
+        daemon steers, which may take some.
+
+    Raises L{ControlError}.
+    """
+    if "\n" in line:
+        raise ControlError(f"{line!r} is more than one line; give one name at a time")
+    try:
+        answer = _exchange(path, line.encode() + b"\n", time.monotonic() + seconds)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotListening(
+            f"no daemon listens at {path}; start it: acme-alpn-proxy start"
+        ) from None
+    except PermissionError:
+        raise ControlError(f"may not use the control socket {path}; run this as root") from None
+    except TimeoutError:
+        raise ControlError(
+            f"no answer at {path} within {seconds:g} s; the log of the daemon says why"
+        ) from None
+    except OSError as problem:
+        raise ControlError(
+            f"cannot ask at {path}: {problem}; see: acme-alpn-proxy status"
+        ) from None
+    word, _, rest = answer.decode(errors="replace").removesuffix("\n").partition(" ")
+    if word == "ERR":
+        raise Refused(rest)
+    if word != "OK" or not answer.endswith(b"\n"):
+        raise ControlError(f"the daemon at {path} gave no answer; its log says why")
+    return rest
+
+
+def _exchange(path: str, request: bytes, deadline: float) -> bytes:
+    """Send the request; gives what came up to the end of a line, or until the daemon closed."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_left(deadline))
+        connection.connect(path)
+        connection.sendall(request)
+        answer = b""
+        while not answer.endswith(b"\n") and len(answer) < _LONGEST_ANSWER:
+            connection.settimeout(_left(deadline))
+            piece = connection.recv(_LONGEST_ANSWER)
+            if not piece:
+                break
+            answer += piece
+    return answer
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

@@ -1,0 +1,304 @@
+"""The control socket: ACME clients tell here which identifiers are pending.
+
+A request is a line of words, and so is its answer: C{OK}, with a space and more where there is
+more, or C{ERR WHY}.
+
+  - C{auth IDENT DIGEST [SECONDS]}: answer validations of C{IDENT} for so long;
+  - C{unauth IDENT}: no more;
+  - C{report IDENT}: one JSON object (L{Report}), what has been seen for C{IDENT};
+  - C{leave}: end the program as soon as nothing is pending and no command needs it.
+
+The first two are those of ualpn(1), which is part of uacme. L{acme_alpn_proxy.responder.client} is
+the other end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Final, TypedDict, cast
+
+from twisted.application.service import Service
+from twisted.internet.defer import (
+    Deferred,
+    DeferredLock,
+    inlineCallbacks,
+    maybeDeferred,
+)
+from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol
+from twisted.internet.protocol import Factory, connectionDone
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
+from twisted.protocols.basic import LineOnlyReceiver
+from twisted.protocols.policies import TimeoutMixin
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..errors import StartError
+from ..host.unixlistener import UnixListener
+from ..host.unixsockets import program_at_other_end
+from ..interfaces import ISteerable, Reactor
+from ..monitoring.status import ValidationStatus
+from ..proxy.identifiers import BadIdentifier, parse_identifier
+from .pending import LIFETIME, BadRequest, Pending, parse_digest, parse_lifetime
+
+PATIENCE: Final = 60.0
+"""Seconds for a client to send a line."""
+
+LONGEST_LINE: Final = 1024
+"""Bytes; a name has 253 and a digest 64."""
+
+MOST_CLIENTS: Final = 64
+"""Connections at a time; more are closed at once."""
+
+
+class Asked(TypedDict):
+    """A connection of a CA, or of somebody who poses as one.
+
+    @ivar name: the server name that it asked for; C{None} if none.
+    @ivar answer: what came of it, in words.
+    """
+
+    peer: str
+    name: str | None
+    answer: str
+
+
+class Report(TypedDict):
+    """What has been seen for an identifier.
+
+    @ivar answered: how many handshakes for it have been completed.
+    @ivar asked: the last few validations, for other identifiers too.
+    """
+
+    identifier: str
+    answered: int
+    asked: list[Asked]
+
+
+def load_in_thread() -> Deferred[object]:
+    """Import the TLS, which takes a tenth of a second the first time, while visitors are served."""
+    return deferToThread(importlib.import_module, ".tls", __package__)
+
+
+class Control:
+    """Does what the clients ask for."""
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        pending: Pending,
+        proxy: ISteerable,
+        validations: Callable[[], Iterable[ValidationStatus]],
+        leave: Callable[[], None],
+        load: Callable[[], Deferred[object]] = load_in_thread,
+    ) -> None:
+        """
+        @param proxy: is needed while something is pending.
+        @param validations: gives the last ones.
+        @param leave: is called when nothing is pending any more, if a client has asked for it.
+        @param load: loads what answers; its Deferred fires when that is so.
+        """
+        self._load = load
+        self._pending = pending
+        self._proxy = proxy
+        self._validations = validations
+        self._leave_program = leave
+        self._leaving = False
+        pending.on_empty = self._emptied
+
+    def request(self, line: str, asked_by: str) -> Deferred[str]:
+        """Do what a line asks for.
+
+        @param asked_by: the program at the other end, for people.
+
+        @return: a Deferred of what the answer has after C{OK}. It fails with L{BadRequest},
+            L{BadIdentifier} or L{StartError}.
+        """
+        return cast("Deferred[str]", maybeDeferred(self._do, line, asked_by))
+
+    def _do(self, line: str, asked_by: str) -> Any:
+        word, *words = line.split() or [""]
+        requests: dict[str, tuple[range, Callable[..., Any]]] = {
+            "auth": (range(2, 4), self._auth),
+            "unauth": (range(1, 2), self._unauth),
+            "report": (range(1, 2), self._report),
+            "leave": (range(1), self._leave),
+        }
+        numbers, function = requests.get(word, (range(0), None))
+        if function is None or len(words) not in numbers:
+            raise BadRequest(
+                "a line is: auth IDENT DIGEST [SECONDS], unauth IDENT, report IDENT, or leave"
+            )
+        return function(asked_by, *words)
+
+    @inlineCallbacks
+    def _auth(
+        self, asked_by: str, identifier: str, digest: str, seconds: str = f"{LIFETIME:g}"
+    ) -> Generator[Deferred[Any], Any, str]:
+        identifier, lifetime = parse_identifier(identifier), parse_lifetime(seconds)
+        checked = parse_digest(digest)
+        yield self._load()
+        self._pending.add(identifier, checked, asked_by, lifetime)
+        self._log.info(
+            "Answering validations of {identifier} for {seconds:g} s, asked by {asked_by}",
+            identifier=identifier,
+            seconds=lifetime,
+            asked_by=asked_by,
+        )
+        try:
+            yield self._proxy.need(self)
+        except StartError:
+            self._pending.remove(identifier)
+            raise
+        return ""
+
+    def _unauth(self, asked_by: str, identifier: str) -> str:
+        checked = parse_identifier(identifier)
+        authorization = self._pending.get(checked)
+        if authorization is not None:
+            self._log.info(
+                "Not answering validations of {identifier} any more: answered {count} times",
+                identifier=checked,
+                count=authorization.answered,
+            )
+            self._pending.remove(checked)
+        return ""
+
+    def _report(self, asked_by: str, identifier: str) -> str:
+        checked = parse_identifier(identifier)
+        authorization = self._pending.get(checked)
+        report: Report = {
+            "identifier": checked,
+            "answered": 0 if authorization is None else authorization.answered,
+            "asked": [
+                {"peer": each["peer"], "name": each["server_name"], "answer": each["result"]}
+                for each in self._validations()
+            ],
+        }
+        return json.dumps(report)
+
+    def _leave(self, asked_by: str) -> str:
+        self._leaving = True
+        if not self._pending:
+            self._emptied()
+        return ""
+
+    def _emptied(self) -> None:
+        self._proxy.needed_no_more(self)
+        if self._leaving:
+            self._leaving = False
+            self._leave_program()
+
+
+@implementer(IHalfCloseableProtocol)
+class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
+    """A client's connection. Its lines are answered one after the other."""
+
+    delimiter = b"\n"
+    MAX_LENGTH = LONGEST_LINE
+    factory: ControlFactory
+    transport: Any
+
+    def __init__(self, asked_by: str) -> None:
+        self._asked_by = asked_by
+        self._turns = DeferredLock()
+
+    def connectionMade(self) -> None:
+        self.factory.clients += 1
+        self.setTimeout(PATIENCE)
+
+    def lineReceived(self, line: bytes) -> None:
+        self.setTimeout(None)
+        self._turns.run(self._answer, line.removesuffix(b"\r"))
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        self._turns.run(self._end, f"ERR a line has {LONGEST_LINE} bytes at most\n".encode())
+
+    def readConnectionLost(self) -> None:
+        self._turns.run(self._end)
+
+    def writeConnectionLost(self) -> None:
+        """The answers have been sent."""
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.clients -= 1
+        self.setTimeout(None)
+
+    @inlineCallbacks
+    def _answer(self, line: bytes) -> Generator[Deferred[Any], Any, None]:
+        try:
+            text = yield self.factory.control.request(line.decode("ascii"), self._asked_by)
+        except UnicodeDecodeError:
+            answer = "ERR a line is ASCII; write an internationalized name as its A-label (xn--)"
+        except (BadRequest, BadIdentifier, StartError) as problem:
+            answer = f"ERR {problem}"
+        else:
+            answer = f"OK {text}".rstrip()
+        self.transport.write(f"{answer}\n".encode("ascii", "backslashreplace"))
+        self.setTimeout(PATIENCE)
+
+    def _end(self, last: bytes = b"") -> None:
+        self.transport.write(last)
+        self.transport.loseConnection()
+
+
+class ControlFactory(Factory):
+    """Makes a L{ControlProtocol} for each client.
+
+    @ivar clients: how many are connected.
+    """
+
+    noisy = False
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+        self.clients = 0
+
+
+class _One(Factory):
+    """Makes the protocol of one client."""
+
+    noisy = False
+
+    def __init__(self, factory: ControlFactory, asked_by: str) -> None:
+        self._factory = factory
+        self._asked_by = asked_by
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        protocol = ControlProtocol(self._asked_by)
+        protocol.factory = self._factory
+        return protocol
+
+
+class ControlService(Service):
+    """Listens from the start, with the privileges of then, until the program steers no more."""
+
+    def __init__(self, reactor: Reactor, path: str, control: Control) -> None:
+        self._reactor = reactor
+        self._path = path
+        self._factory = ControlFactory(control)
+        self._listener = UnixListener(reactor, path, self._accepted)
+
+    def privilegedStartService(self) -> None:
+        """Listen; raises L{StartError}."""
+        try:
+            self._listener.open()
+        except OSError as problem:
+            raise StartError(
+                f"cannot listen on {self._path}: {problem.strerror}; give another path by --control"
+            ) from None
+
+    def stopService(self) -> None:
+        """Listen no more."""
+        super().stopService()
+        self._listener.close()
+
+    def _accepted(self, stream: socket.socket) -> None:
+        with stream:
+            if self._factory.clients < MOST_CLIENTS:
+                one = _One(self._factory, program_at_other_end(stream))
+                self._reactor.adoptStreamConnection(stream.fileno(), socket.AF_UNIX, one)

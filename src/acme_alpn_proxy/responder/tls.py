@@ -1,0 +1,89 @@
+"""The TLS of a validation, by Twisted and pyOpenSSL.
+
+Like L{acme_alpn_proxy.responder.certificates} it takes longer to import than all the rest, and is
+imported when the first identifier is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from OpenSSL import SSL
+from twisted.internet.interfaces import IAddress, IHandshakeListener, IOpenSSLContextFactory
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..proxy.statistics import ANSWERED
+from .certificates import in_words
+from .pending import Authorization
+
+FAILED: Final = "the handshake failed: {why}"
+
+
+@implementer(IHandshakeListener)
+class Answer(Protocol):
+    """The server's side of a validation: a handshake and not a byte more (RFC 8737 section 3)."""
+
+    factory: AnsweringFactory
+    transport: Any
+    _done = False
+
+    def handshakeCompleted(self) -> None:
+        self._done = True
+        self.factory.answered()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.abortConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if not self._done:
+            self.factory.tell(FAILED.format(why=in_words(reason.value)))
+
+
+class AnsweringFactory(Factory):
+    """Makes the one L{Answer} of a validation."""
+
+    noisy = False
+
+    def __init__(
+        self,
+        context: SSL.Context,
+        tell: Callable[[str], None],
+        authorization: Authorization | None,
+    ) -> None:
+        """
+        @param tell: is called with what came of the validation, in words.
+        """
+        self._context = context
+        self.tell = tell
+        self._authorization = authorization
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        answer = Answer()
+        answer.factory = self
+        return answer
+
+    def answered(self) -> None:
+        """The handshake is completed."""
+        if self._authorization is not None:
+            self._authorization.answered += 1
+        self.tell(ANSWERED)
+
+    def over_tls(self) -> Factory:
+        """The same behind TLS."""
+        factory: Any = TLSMemoryBIOFactory(_Contexts(self._context), False, self)
+        return cast(Factory, factory)
+
+
+@implementer(IOpenSSLContextFactory)
+class _Contexts:
+    """Gives the one context."""
+
+    def __init__(self, context: SSL.Context) -> None:
+        self._context = context
+
+    def getContext(self) -> SSL.Context:
+        return self._context

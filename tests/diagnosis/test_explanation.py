@@ -1,0 +1,97 @@
+"""What C{explain} says of an order that failed."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from acme_alpn_proxy.diagnosis.explanation import Seen, explain, from_log, last_lines
+from acme_alpn_proxy.diagnosis.finding import Level
+from acme_alpn_proxy.proxy.statistics import NOT_ANSWERED, VALIDATION_ENDED
+from acme_alpn_proxy.responder.server import REFUSED
+
+TARGET = "127.0.0.1:31443"
+NAME = "site.example"
+
+
+def nobody(name: str) -> Sequence[str]:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def told(*seen: Seen, names: Sequence[str] = (NAME,), look_up: object = nobody) -> list[str]:
+    """The lines, without those that are well."""
+    found = explain(names, seen, TARGET, look_up)  # type: ignore[arg-type]
+    return [str(each) for each in found if each.level is not Level.OK]
+
+
+def test_nobody_came() -> None:
+    """Where no CA has come, it says so, and what the name's records are."""
+    assert told() == [
+        f"failed  {NAME}: no CA has asked; see whether the name leads here, and whether port 443 is"
+        " open from everywhere",
+        f"failed  {NAME}: it has no address: Name or service not known; make an A or AAAA record"
+        " that leads here",
+    ]
+    lines = told(look_up=lambda name: ["127.0.0.1", "192.0.2.1", "2001:db8::1"])
+    assert "its A record 192.0.2.1 is no address of this host" in lines[1]
+    assert "its AAAA record 2001:db8::1 is no address of this host, and a CA tries" in lines[2]
+    assert len(lines) == 3
+    assert told(names=())[0].startswith("failed  validations: no CA has asked")
+
+
+def test_another_name() -> None:
+    """A CA that came for another name is told, and for which."""
+    lines = told(Seen("192.0.2.7:1", "other.example", "answered"))
+    assert f"failed  {NAME}: nobody has asked for it, but for other.example" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (REFUSED, "nothing was pending for this name and nobody answers at 127.0.0.1:31443"),
+        ("unreachable: refused", "127.0.0.1:31443 cannot be reached (refused); start the ACME"),
+        (NOT_ANSWERED, "closed them without an answer; see its log"),
+        ("under way", "under way: 2 validations; ask again"),
+        ("the handshake failed: tlsv1 alert", "the handshake failed: tlsv1 alert; ask the CA why"),
+    ],
+)
+def test_result(result: str, words: str) -> None:
+    """Each way for a validation to end has its line, whatever name is asked about."""
+    seen = [Seen("192.0.2.7:1", NAME.upper(), result), Seen("192.0.2.8:1", NAME, result)]
+    for names in ((NAME,), ()):
+        (line,) = told(*seen, names=names)
+        assert "2 validations" in line
+        assert words in line
+
+
+def test_some_perspectives() -> None:
+    """Where all that came were answered, others may have been kept away."""
+    seen = [Seen(f"192.0.2.{last}:1", NAME, "answered") for last in range(3)]
+    (line,) = told(*seen, Seen("[2001:db8::1]:9", NAME, "answered"))
+    assert "4 addresses have asked (192.0.2.0, 192.0.2.1, 192.0.2.2, 2001:db8::1)" in line
+    assert (
+        told(*seen, *seen, *(Seen(f"198.51.100.{last}:1", NAME, "answered") for last in (1, 2)))
+        == []
+    )
+
+
+def test_address() -> None:
+    """An address is asked for by its reverse name."""
+    seen = Seen("192.0.2.7:1", "80.2.0.192.in-addr.arpa", REFUSED)
+    (line,) = told(seen, names=["192.0.2.80"])
+    assert line.startswith("failed  192.0.2.80: 1 validation, but")
+
+
+def test_log(tmp_path: Path) -> None:
+    """The log has the same, as text or JSON, of the last time that the proxy ran."""
+    ended = VALIDATION_ENDED.format(server_name=NAME, peer="[2001:db8::1]:9", result="answered")
+    log = tmp_path / "log"
+    log.write_text(
+        f"2026 [x#info] {ended}\n2026 [x#info] Started: new connections\n{{\n"
+        f"2026 [x#info] {ended}\n" + json.dumps({"message": ended, "level": "info"}) + "\nelse\n"
+    )
+    assert from_log(last_lines(str(log))) == [Seen("[2001:db8::1]:9", NAME, "answered")] * 2

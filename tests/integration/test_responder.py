@@ -1,0 +1,330 @@
+"""The program's own answers to validations, and steering that is there only while one is due."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import ssl
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
+from acme_alpn_proxy.diagnosis.hellos import acme_hello
+from acme_alpn_proxy.host.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW
+from acme_alpn_proxy.options import WAYS
+from acme_alpn_proxy.proxy.identifiers import server_name_for
+from acme_alpn_proxy.responder.certificates import ChallengeCertificates, faults
+from acme_alpn_proxy.responder.client import ControlError, ask, control_path
+
+from .netns import Node, Street, wait_until
+from .proxy import AT_ONCE, NOBODY, Proxy
+from .visitors import visitors
+from .website import NAME, Website
+
+DIGEST = hashlib.sha256(b"token.thumbprint")
+ADDRESS = "192.0.2.80"
+
+
+class OnDemand:
+    """A running C{start --on-demand}, and its control socket."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self.path = control_path(str(proxy.pid_file))
+
+    def ask(self, line: str) -> str:
+        return ask(self.path, line, 20)
+
+    def refusal(self, line: str) -> str:
+        with pytest.raises(ControlError) as problem:
+            self.ask(line)
+        return str(problem.value)
+
+    def auth(self, identifier: str, *seconds: str) -> None:
+        self.ask(" ".join(["auth", identifier, DIGEST.hexdigest(), *seconds]))
+
+    def status(self) -> dict[str, object]:
+        (status,) = json.loads(self.proxy.run("--json", "status").stdout)["instances"]
+        assert isinstance(status, dict)
+        return status
+
+
+@pytest.fixture
+def on_demand(proxy: Proxy, site: Website) -> Iterator[OnDemand]:
+    """It runs, and nothing is steered."""
+    proxy.start("--on-demand", *AT_ONCE)
+    assert proxy.namespace.rules() == []
+    yield OnDemand(proxy)
+    proxy.stop()
+
+
+def answer(node: Node, host: str, server_name: str) -> x509.Certificate:
+    """Validate as a CA does: the certificate that C{host} answers with."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["acme-tls/1"])
+    plain = node.namespace.connect(host, 443)
+    plain.settimeout(10)
+    with context.wrap_socket(plain, server_hostname=server_name) as tls:
+        assert tls.selected_alpn_protocol() == "acme-tls/1"
+        certificate = tls.getpeercert(binary_form=True)
+        assert certificate is not None
+    return x509.load_der_x509_certificate(certificate)
+
+
+def test_answers(road: Street, on_demand: OnDemand) -> None:
+    """A pending name and a pending address are answered with the certificate that a CA wants, over
+    both families; from the first C{auth} to the last C{unauth} connections are steered."""
+    on_demand.auth(NAME)
+    assert on_demand.proxy.namespace.rules() != []
+    on_demand.auth(ADDRESS)
+    on_demand.auth("2001:DB8::1")
+    for host in (road.host.ipv4, road.host.ipv6):
+        for identifier in (NAME, ADDRESS, "2001:db8::1"):
+            certificate = answer(road.visitor, host, server_name_for(identifier))
+            assert list(faults(certificate, identifier, DIGEST.digest())) == []
+
+    def answers() -> list[str]:
+        report = json.loads(on_demand.ask(f"report {NAME}"))
+        assert report["answered"] == 2
+        return [asked["answer"] for asked in report["asked"]]
+
+    wait_until(lambda: answers() == ["answered"] * 6, "the last handshake")
+    assert on_demand.status()["pending_count"] == 3
+    for identifier in (ADDRESS, NAME):
+        on_demand.ask(f"unauth {identifier}")
+        assert on_demand.proxy.namespace.rules() != []
+    on_demand.ask("unauth 2001:db8::1")
+    wait_until(lambda: on_demand.status()["state"] == "idle", "letting go")
+    assert on_demand.proxy.namespace.rules() == []
+
+
+def test_many(road: Street, site: Website, on_demand: OnDemand) -> None:
+    """1,000 validations, 100 at a time, are all answered while visitors notice nothing."""
+    on_demand.auth(NAME)
+    with visitors(site, road.visitor, road.host) as crowd:
+        crowd.wait_for(10, steered=True)
+        with ThreadPoolExecutor(100) as pool:
+            answers = pool.map(lambda _: answer(road.visitor, road.host.ipv4, NAME), range(1_000))
+            assert len({each.fingerprint(hashes.SHA256()) for each in answers}) == 1
+        on_demand.ask(f"unauth {NAME}")
+        crowd.wait_for(10)
+        assert crowd.leave().failed == 0
+
+
+def alert(node: Node, host: str, server_name: str, newest: ssl.TLSVersion | None = None) -> str:
+    """Validate; the reason for which no handshake comes of it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["acme-tls/1"])
+    if newest is not None:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old versions are deprecated
+            context.minimum_version = context.maximum_version = newest
+    plain = node.namespace.connect(host, 443)
+    plain.settimeout(10)
+    with pytest.raises(ssl.SSLError) as problem:
+        context.wrap_socket(plain, server_hostname=server_name)
+    plain.close()
+    return str(problem.value.reason)
+
+
+def test_refusals(road: Street, on_demand: OnDemand) -> None:
+    """A name that is not pending gets an alert if nobody answers at the ACME client's address, and
+    that client's answer if somebody does; TLS before 1.2 gets an alert."""
+    on_demand.auth(NAME)
+    assert alert(road.visitor, road.host.ipv4, "other.example") == "TLSV1_UNRECOGNIZED_NAME"
+    old = alert(road.visitor, road.host.ipv4, NAME, ssl.TLSVersion.TLSv1)
+    assert old == "TLSV1_ALERT_PROTOCOL_VERSION"
+    report = json.loads(on_demand.ask(f"report {NAME}"))
+    assert [each["name"] for each in report["asked"]] == ["other.example", NAME]
+    told = on_demand.proxy.run("explain", "other.example", NAME, check=False)
+    assert told.returncode == 1
+    assert "nothing was pending for this name and nobody answers at 127.0.0.1:31443" in told.stdout
+    with road.host.namespace.listen("127.0.0.1", 31443) as client:
+        plain = road.visitor.namespace.connect(road.host.ipv4, 443)
+        plain.sendall(acme_hello("other.example"))
+        accepted, _ = client.accept()
+        with accepted, plain:
+            assert accepted.recv(5)[:1] == b"\x16"
+            accepted.sendall(b"from the client")
+            assert plain.recv(15) == b"from the client"
+
+
+def test_cut_anywhere(road: Street, on_demand: OnDemand) -> None:
+    """A handshake that ends after any of its bytes, goes no further, or is followed by data, harms
+    nobody: the next one is answered, and nothing is left of it."""
+    on_demand.auth(NAME)
+    never = road.visitor.namespace.connect(road.host.ipv4, 443)
+    never.sendall(acme_hello(NAME))
+    lengths = [*range(0, 1_700, 100), *range(1_690, 1_701)]
+    for length in lengths:
+        with road.visitor.namespace.connect(road.host.ipv4, 443) as plain:
+            plain.sendall(acme_hello(NAME)[:length])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["acme-tls/1"])
+    for length in range(80):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname=NAME)
+        with road.visitor.namespace.connect(road.host.ipv4, 443) as plain:
+            plain.settimeout(10)
+            done = False
+            while not done:
+                try:
+                    tls.do_handshake()
+                    done = True
+                except ssl.SSLWantReadError:
+                    plain.sendall(outgoing.read())
+                    incoming.write(plain.recv(65_536))
+            plain.sendall(outgoing.read()[:length])
+    plain = road.visitor.namespace.connect(road.host.ipv4, 443)
+    plain.settimeout(10)
+    with context.wrap_socket(plain, server_hostname=NAME) as talking, suppress(OSError):
+        talking.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert talking.recv(1) == b""
+    answer(road.visitor, road.host.ipv4, NAME)
+    never.close()
+
+    def live() -> int:
+        status: Any = on_demand.status()
+        return int(status["routes"]["acme"]["live"])
+
+    wait_until(lambda: live() == 0, "the end of all validations")
+    assert "Traceback" not in on_demand.proxy.log
+
+
+def test_lifetime(on_demand: OnDemand) -> None:
+    """A client that has died keeps nothing steered: its time ends."""
+    on_demand.auth(NAME, "1")
+    wait_until(lambda: on_demand.status()["state"] == "idle", "the end of its time")
+    assert on_demand.proxy.namespace.rules() == []
+
+
+def test_folder(road: Street, proxy: Proxy, site: Website, tmp_path: Path) -> None:
+    """The certificates in a client's folder are served, by their files' names."""
+    folder = tmp_path / "alpn-certs"
+    folder.mkdir()
+    made = ChallengeCertificates()
+    pem = made.certificate(NAME, DIGEST.digest()).public_bytes(serialization.Encoding.PEM)
+    (folder / f"{NAME}.crt.pem").write_bytes(pem)
+    (folder / f"{NAME}.key.pem").write_bytes(
+        made._key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    proxy.start("--alpn-certs", str(folder), *AT_ONCE)
+    certificate = answer(road.visitor, road.host.ipv4, NAME)
+    assert list(faults(certificate, NAME, DIGEST.digest())) == []
+    assert alert(road.visitor, road.host.ipv4, "other.example") == "TLSV1_UNRECOGNIZED_NAME"
+    proxy.stop()
+
+
+def test_run(on_demand: OnDemand) -> None:
+    """C{run} has a daemon that is there steer while its command runs."""
+    command = "iptables -t nat -S PREROUTING | grep -c acme-alpn-proxy"
+    done = on_demand.proxy.run("run", "--", "sh", "-c", command)
+    assert done.stdout == "1\n"
+    wait_until(lambda: on_demand.status()["state"] == "idle", "letting go")
+
+
+def test_cannot_steer(road: Street, proxy: Proxy, site: Website) -> None:
+    """Where it cannot steer any more the client is told why, and nothing is applied."""
+    proxy.start("--on-demand", "--redirect", "iptables", *AT_ONCE)
+    here = OnDemand(proxy)
+    run = road.host.namespace.run
+    run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+    run("iptables", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT")
+    run("iptables", "-P", "INPUT", "DROP")
+    rules = road.host.namespace.rules()
+    assert "INPUT" in here.refusal(f"auth {NAME} {DIGEST.hexdigest()}")
+    assert road.host.namespace.rules() == rules
+    assert here.status()["pending_count"] == 0
+    failed = proxy.run("run", "--", "true", check=False)
+    assert (failed.returncode, failed.stdout) == (78, "")
+    assert "INPUT" in failed.stderr
+    run("iptables", "-P", "INPUT", "ACCEPT")
+    here.auth(NAME)
+    assert road.host.namespace.rules() != rules
+    proxy.stop(wait=True)
+    assert road.host.namespace.rules() == rules
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_after_the_other(road: Street, site: Website, proxy: Proxy, way: str) -> None:
+    """Orders that follow each other at once, each steering and letting go, lose no visitor; when
+    the daemon is killed in the middle of one, the web server serves on."""
+    proxy.start("--on-demand", "--redirect", way)
+    on_demand = OnDemand(proxy)
+    with visitors(site, road.visitor, road.host) as crowd:
+        for number in range(10):
+            on_demand.auth(f"{number}.{NAME}")
+            answer(road.visitor, road.host.ipv4, f"{number}.{NAME}")
+            on_demand.ask(f"unauth {number}.{NAME}")
+        crowd.wait_for(10)
+        assert crowd.leave().failed == 0
+    on_demand.auth(NAME)
+    os.kill(proxy.pid, signal.SIGKILL)
+
+    def is_served() -> bool:
+        try:
+            with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+                return not visit.get().steered
+        except OSError:
+            return False
+
+    wait_until(is_served, "the web server serves on")
+    proxy.start("--on-demand", "--redirect", way, *AT_ONCE)
+    assert OnDemand(proxy).status()["state"] == "idle"
+    proxy.stop()
+
+
+def test_another_user(on_demand: OnDemand) -> None:
+    """The control socket is for root alone, and C{hook} of another user says so."""
+    on_demand.proxy.wrapper = NOBODY
+    words = ("begin", "tls-alpn-01", NAME, "token", DIGEST.hexdigest())
+    refused = on_demand.proxy.run("hook", "uacme", *words, check=False)
+    on_demand.proxy.wrapper = ()
+    assert refused.returncode == 1
+    assert "run this as root" in refused.stderr
+    assert on_demand.status()["pending_count"] == 0
+
+
+@pytest.mark.parametrize("way", ["nftables", "sk-lookup"])
+def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) -> None:
+    """A daemon that has become another user steers and lets go, again and again, with the
+    capabilities for that and no other; with nothing but iptables it is refused."""
+    proxy.start("--on-demand", "--redirect", f"iptables,{way}", "--uid", "nobody", *AT_ONCE)
+    status = Path(f"/proc/{proxy.pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    assert fields["Uid"].split() == ["65534"] * 4
+    kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW | 1 << CAP_BPF
+    assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == kept
+    assert int(fields["CapBnd"], 16) == int(fields["CapInh"], 16) == int(fields["CapAmb"], 16) == 0
+    on_demand = OnDemand(proxy)
+    for number in range(3):
+        on_demand.auth(f"{number}.{NAME}")
+        assert on_demand.status()["redirect"] == way
+        answer(road.visitor, road.host.ipv4, f"{number}.{NAME}")
+        on_demand.ask(f"unauth {number}.{NAME}")
+    wait_until(lambda: on_demand.status()["state"] == "idle", "letting go")
+    proxy.stop()
+    words = ("--on-demand", "--redirect", "iptables", "--uid", "nobody", "start")
+    refused = proxy.run(*words, check=False)
+    assert refused.returncode == 2
+    assert "cannot steer by iptables" in refused.stderr
