@@ -50,6 +50,9 @@ class Kernel:
             raise OSError(self._error, "refused")
         return iter(self._answers)
 
+    def dump_packets(self, kind: int, body: bytes) -> Iterator[bytes]:
+        yield b"".join(self.dump(kind, body))
+
 
 def test_base_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the kernel consults for a visitor's packets are found, with their places."""

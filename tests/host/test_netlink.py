@@ -117,3 +117,15 @@ class KernelTests(SynchronousTestCase):
                     kernel.send([Message(0xFFFF, REQUEST | ACKNOWLEDGE, bytes(16))])
                 self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)
             self.assertTrue(list(kernel.dump(18, struct.pack("=B15x", socket.AF_UNSPEC))))
+
+    def test_packets(self) -> None:
+        """A dump in packets has each answer of the dump, and ends with it; a refusal raises."""
+        question = struct.pack("=B15x", socket.AF_UNSPEC)
+        with Netlink(netlink.ROUTE) as kernel:
+            answers = list(kernel.dump(18, question))
+            packets = b"".join(kernel.dump_packets(18, question))
+            self.assertTrue(answers)
+            self.assertTrue(all(answer in packets for answer in answers))
+            with self.assertRaises(OSError) as caught:
+                list(kernel.dump_packets(0xFFFF, question))
+            self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)

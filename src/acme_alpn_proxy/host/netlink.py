@@ -26,6 +26,8 @@ _MULTI: Final = 0x02
 _ERROR: Final = 2
 _DONE: Final = 3
 _HEADER: Final = struct.Struct("=IHHII")
+_END: Final = struct.Struct("=IHHIIi")
+"""The message that ends a dump: a header and a status."""
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
@@ -111,6 +113,20 @@ class Netlink:
         """Everything of that kind."""
         return self._answers(kind, body, REQUEST | _DUMP)
 
+    def dump_packets(self, kind: int, body: bytes) -> Iterator[bytes]:
+        """The same as the kernel sends it, in packets of many answers with their headers.
+
+        To search in them takes a fraction of the time that it takes to divide them.
+        """
+        self._number += 1
+        self._socket.send(_packed(self._number, kind, REQUEST | _DUMP, body))
+        while True:
+            data = self._socket.recv(_LARGEST)
+            _raise_error(data)
+            yield data
+            if len(data) >= _END.size and _END.unpack(data[-_END.size :])[:2] == (_END.size, _DONE):
+                return
+
     def do(self, kind: int, body: bytes) -> None:
         """Have something done, and wait until it is."""
         for _ in self._answers(kind, body, REQUEST | ACKNOWLEDGE):
@@ -166,6 +182,14 @@ class Netlink:
             found.append((kind, flags, number, data[at + _HEADER.size : at + length]))
             at += length + -length % 4
         return found
+
+
+def _raise_error(packet: bytes) -> None:
+    """Raises L{OSError} if the kernel's answer is one."""
+    _, kind, *_ = _HEADER.unpack_from(packet)
+    if kind == _ERROR:
+        (code,) = struct.unpack_from("=i", packet, _HEADER.size)
+        raise OSError(-code, os.strerror(-code))
 
 
 def _packed(number: int, kind: int, flags: int, body: bytes) -> bytes:
