@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import ssl
 import warnings
 from collections.abc import Iterator
@@ -110,16 +111,50 @@ def test_answers(road: Street, on_demand: OnDemand) -> None:
 
 
 def test_many(road: Street, site: Website, on_demand: OnDemand) -> None:
-    """1,000 validations, 100 at a time, are all answered while visitors notice nothing."""
+    """1,000 validations, 100 at a time, are all answered while visitors notice nothing, and take no
+    memory for good."""
     on_demand.auth(NAME)
+
+    def resident() -> int:
+        status = Path(f"/proc/{on_demand.proxy.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0])
+
+    def ask_often(times: int) -> None:
+        with ThreadPoolExecutor(100) as pool:
+            answers = pool.map(lambda _: answer(road.visitor, road.host.ipv4, NAME), range(times))
+            assert len({each.fingerprint(hashes.SHA256()) for each in answers}) == 1
+
     with visitors(site, road.visitor, road.host) as crowd:
         crowd.wait_for(10, steered=True)
-        with ThreadPoolExecutor(100) as pool:
-            answers = pool.map(lambda _: answer(road.visitor, road.host.ipv4, NAME), range(1_000))
-            assert len({each.fingerprint(hashes.SHA256()) for each in answers}) == 1
+        ask_often(300)
+        before = resident()
+        ask_often(700)
+        assert resident() < before * 1.1
         on_demand.ask(f"unauth {NAME}")
         crowd.wait_for(10)
         assert crowd.leave().failed == 0
+
+
+def test_ten_thousand(road: Street, on_demand: OnDemand) -> None:
+    """With 10,000 names pending each is answered, and C{status} is whole."""
+    names = [f"{number}.{NAME}" for number in range(10_000)]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(on_demand.path)
+        client.settimeout(60)
+        answers = client.makefile("rb")
+
+        def ask_all(lines: list[str]) -> None:
+            for at in range(0, len(lines), 100):
+                some = lines[at : at + 100]
+                client.sendall("".join(f"{line}\n" for line in some).encode())
+                assert [answers.readline() for _ in some] == [b"OK\n"] * len(some)
+
+        ask_all([f"auth {name} {DIGEST.hexdigest()}" for name in names])
+        for name in (names[0], names[-1]):
+            answer(road.visitor, road.host.ipv4, name)
+        status = on_demand.status()
+        assert status["pending_count"] == 10_000
+        ask_all([f"unauth {name}" for name in names])
 
 
 def alert(node: Node, host: str, server_name: str, newest: ssl.TLSVersion | None = None) -> str:

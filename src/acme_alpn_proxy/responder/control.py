@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final, TypedDict, cast
 
@@ -26,6 +27,7 @@ from twisted.internet.defer import (
     DeferredLock,
     inlineCallbacks,
     maybeDeferred,
+    succeed,
 )
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, connectionDone
@@ -80,6 +82,8 @@ class Report(TypedDict):
 
 def load_in_thread() -> Deferred[object]:
     """Import the TLS, which takes a tenth of a second the first time, while visitors are served."""
+    if f"{__package__}.tls" in sys.modules:
+        return succeed(None)
     return deferToThread(importlib.import_module, ".tls", __package__)
 
 
