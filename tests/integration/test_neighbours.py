@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ import pytest
 
 from .netns import Street, ready, wait_until
 from .proxy import AT_ONCE, NOBODY, PORT, Proxy
-from .website import PAGE, Website, steers
+from .website import Website, steers
 
 STALLED = 10
 BYTES_EACH = 5_000_000
@@ -53,30 +51,6 @@ def test_port_of_another_user(road: Street, site: Website, proxy: Proxy, redirec
         assert steers(road, site)
         proxy.stop()
         assert not steers(road, site)
-
-
-def test_stopped(road: Street, site: Website, proxy: Proxy) -> None:
-    """A proxy that is stopped by a signal, as any process of its user can do, lets visitors wait
-    for some seconds; then the guard has removed the rules."""
-    proxy.start(*AT_ONCE, "--redirect", "iptables")
-    assert steers(road, site)
-    os.kill(proxy.pid, signal.SIGSTOP)
-    try:
-        with road.visitor.namespace.connect(road.host.ipv4, 443):  # waits
-            wait_until(
-                lambda: (
-                    road.host.namespace.run("iptables", "-t", "nat", "-S").stdout.count("REDIRECT")
-                    == 0
-                ),
-                "no redirect",
-                20,
-            )
-            with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
-                answer = visit.get()
-    finally:
-        os.kill(proxy.pid, signal.SIGCONT)
-    assert (answer.body, answer.steered) == (PAGE, False)
-    proxy.stop()
 
 
 def _buffered(road: Street) -> int:
