@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def _fuzz(name: str, seconds: int, *, write: bool) -> int:
         print(f"fuzz: {name}: {number and number[1]} inputs in {seconds} s", flush=True)
         if status == 0 and write:
             status, output = _run(name, "-merge=1", str(least), str(inputs))
-            keep(name, [path.read_bytes() for path in least.iterdir()])
+            found = {path.read_bytes() for path in least.iterdir()} - set(target(name).SEEDS)
+            keep(name, [*kept(name), *found])  # a finding stays, even if it reaches nothing new
         if status != 0:
             print(output)
         if finding.exists():
@@ -66,7 +68,8 @@ def _run(name: str, *options: str) -> tuple[int, str]:
     """Exit status and output of the target under atheris."""
     limits = [f"-timeout={SECONDS_FOR_AN_INPUT}", f"-rss_limit_mb={MIB}", "-verbosity=0"]
     done = subprocess.run(
-        [sys.executable, "-m", f"{__package__}.one", name, *limits, *options],
+        [sys.executable, "-m", f"{__package__}.one", *limits, *options],
+        env=os.environ | {"FUZZ_TARGET": name},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
