@@ -15,6 +15,8 @@ from pathlib import Path
 from . import keep, kept, names, target
 
 SECONDS_FOR_AN_INPUT = 10
+LONGEST_KEPT = 3_000
+"""Bytes of an input that is kept; the others would be most of the corpus."""
 MIB = 512
 """Memory of a target; one whose buffers grow is stopped there."""
 
@@ -55,7 +57,8 @@ def _fuzz(name: str, seconds: int, *, write: bool) -> int:
         if status == 0 and write:
             status, output = _run(name, "-merge=1", str(least), str(inputs))
             found = {path.read_bytes() for path in least.iterdir()} - set(target(name).SEEDS)
-            keep(name, [*kept(name), *found])  # a finding stays, even if it reaches nothing new
+            short = [data for data in found if len(data) <= LONGEST_KEPT]
+            keep(name, [*kept(name), *short])  # a finding stays, even if it reaches nothing new
         if status != 0:
             print(output)
         if finding.exists():

@@ -116,6 +116,17 @@ class ExpiryTests(GuardCase):
             self.ask("remove")
             self.assertEqual(self.iptables.rules("nat"), {})
 
+    def test_renewal_after_half_a_removal(self) -> None:
+        """Where one family's redirect could not be removed, that of the other does not come back
+        when it is renewed, and in the end both are gone."""
+        self.ask("apply")
+        self.break_call(3)
+        self.assertIsNotNone(self.ask("release")["failed"])
+        self.advance(RENEWAL + 1)
+        self.assertEqual(list(self.iptables.rules("nat")), ["iptables"])
+        self.ask("release")
+        self.assertEqual(self.iptables.snapshot(), {})
+
     def test_clock_is_set(self) -> None:
         """If the wall clock is set, forwards or backwards, the redirect is renewed at once."""
         self.wall = 7_200.0

@@ -307,7 +307,8 @@ class Guard:
         if self._order["expires"] and self._steers and (jumped or now - self._renewed > RENEWAL):
             with suppress(CommandFailed):  # it is tried again at the next tick
                 for redirect in self._redirects:
-                    redirect.replace(self._rule())
+                    if redirect.stands:
+                        redirect.replace(self._rule())
                 self._renewed, self._offset = now, offset
 
     def clean_up(self) -> None:
