@@ -224,7 +224,7 @@ def _wait() -> None:
 
 if __name__ == "__main__":
     _, name, address, *seconds = sys.argv
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, max(hard, _DESCRIPTORS)))
     if seconds:
         visits(address, float(seconds[0]))

@@ -14,10 +14,11 @@ from typing import cast
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import LogLevel, capturedLogs
 
-from acme_alpn_proxy.monitoring.status import short, socket_path
+from acme_alpn_proxy.host.unixsockets import short
+from acme_alpn_proxy.monitoring.status import socket_path
 from acme_alpn_proxy.monitoring.statussocket import Holders, StatusService
 
-from ...memory import MemoryReactor
+from ...memory import AlwaysSteers, MemoryReactor
 from ...monitoring.descriptions import describe
 from ..conversation import TURN, pieces
 
@@ -38,11 +39,12 @@ def check(data: bytes) -> None:
     has gone, and a client of good manners is served afterwards."""
     reactor = MemoryReactor()
     stops: list[None] = []
-    holders = Holders(lambda: stops.append(None))
+    holders = Holders(lambda: stops.append(None), AlwaysSteers())
     service = StatusService(reactor, _pidfile(), describe, holders)
     clients: list[socket.socket] = []
     with capturedLogs() as events:
         service.privilegedStartService()
+        listening = reactor.getReaders()
         try:
             for number, piece in enumerate(pieces(data)):
                 if piece[:1] == b"!" or number == 0:
@@ -65,10 +67,11 @@ def check(data: bytes) -> None:
                 client.close()
             _run(reactor)
             assert len(holders) == 0
-            assert reactor.getReaders() == [service]
+            assert reactor.getReaders() == listening
             assert not stops or b"leave" in data
         finally:
-            service.close()
+            for close, words, _ in reactor.triggers["during"]["shutdown"]:
+                close(*words)
     assert [event for event in events if event["log_level"] >= LogLevel.warn] == []
 
 
