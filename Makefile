@@ -5,6 +5,7 @@
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
+# make attacks   how long visitors wait beside each attack
 # All as root: they install what they need (Debian packages; Python packages in .venv).
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 DIST := dist
 PROGRAM := .cache/program
 
-.PHONY: demo test test-trixie docs wheel pyz deb bench clean
+.PHONY: demo test test-trixie docs wheel pyz deb bench attacks clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
@@ -29,6 +30,9 @@ docs: $(VENV)/tox
 bench: $(VENV)/bench
 	$(PROGRAM)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps .
 	$(VENV)/bin/python -m bench $(BENCH)
+
+attacks: $(VENV)/bench
+	$(VENV)/bin/python -m bench.attacks $(BENCH)
 
 wheel: $(VENV)/build
 	rm -f $(DIST)/*.whl $(DIST)/*.tar.gz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.attacks import Visits, table
 from bench.contenders import HAPROXY, OURS
 from bench.report import Run, figures, targets
 
@@ -38,3 +39,12 @@ def test_alone() -> None:
         run = run_of(contender)
         assert shown in figures(run)
         assert targets(run) == ""
+
+
+def test_attacks() -> None:
+    """Beside each attack stands how long visitors wait, to without it, and how many failed."""
+    calm, attacked = Visits([1.0] * 98 + [10.0] * 2, 0), Visits([2.0] * 98 + [25.0] * 2, 3)
+    found = {"tiny_records": {"calm": calm, "attacked": attacked, "direct": calm}}
+    assert [cell.strip() for cell in table(found).splitlines()[-1].split("|")[1:-1]] == [
+        *["tiny records", "2.0", "25.0", "10.0", "2.5", "3 of 100", "-", "10.0"]
+    ]

@@ -46,6 +46,17 @@ def test_promises() -> None:
     assert [row for row in rows if not re.search(r"\| `tests/[\w/]+\.py` \|$", row)] == []
 
 
+def test_threats() -> None:
+    """Each row of the threat model names what shows it: files, or tests that there are."""
+    table = (ROOT / "docs/security.md").read_text().partition("| shown by |\n")[2]
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    named = [re.findall(r"`([^`]+)`", row.split("|")[-2]) for row in rows]
+    assert [row for row, names in zip(rows, named, strict=True) if not names] == rows[-1:]
+    for name in itertools.chain(*named):
+        assert (ROOT / name).exists() if "/" in name else f"def {name}(" in tests, name
+
+
 def understood(line: str) -> set[str]:
     """Parse a line of a synopsis, once for each command it offers; gives these commands."""
     line = re.sub(r"[][]|\.\.\.", "", line).replace("HOST:PORT", "127.0.0.1:8443")

@@ -106,20 +106,60 @@ def test_reopen(tmp_path: Path) -> None:
     assert [event["log_level"] for event in events] == [LogLevel.error]
 
 
-def test_bound_where_it_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user who may not move it aside a full log begins anew: it takes no more than ten."""
-    path = tmp_path / "log"
-    file = open_log_file(str(path))
+@pytest.fixture
+def unmovable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the log is to be, in a folder in which this user may not move it aside."""
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != str(tmp_path))
-    line = "x" * 99_999 + "\n"
+    return tmp_path / "log"
+
+
+def test_bound_where_it_cannot_be_moved(unmovable: Path) -> None:
+    """As a user who may not move it aside a full log keeps its newest half: it never takes more
+    than 10 MB, and the last 4.9 MB of lines are there at any time."""
+    file = open_log_file(str(unmovable))
     sizes = set()
-    for _ in range(150):
-        file.write(line)
-        sizes.add(path.stat().st_size)
+    for number in range(30_000):
+        file.write(f"{number:05} {'x' * 993}\n")
+        if number % 500 == 499:
+            sizes.add(unmovable.stat().st_size)
+            with unmovable.open("rb") as log:
+                log.seek(-min(number + 1, 4_900) * 1_000, os.SEEK_END)
+                first, *_, last = (int(line[:5]) for line in log)
+            assert (first, last) == (max(0, number - 4_899), number)
     file.close()
-    assert max(sizes) == 100 * len(line)
-    assert path.stat().st_size == 50 * len(line)
-    assert os.listdir(tmp_path) == ["log"]
+    assert 9_000_000 < max(sizes) <= 10_000_000
+    assert os.listdir(unmovable.parent) == ["log"]
+
+
+def test_long_line(unmovable: Path) -> None:
+    """Of a line that is far too long the beginning is kept: not even it goes over the bound."""
+    file = open_log_file(str(unmovable))
+    for _ in range(200):
+        file.write("first\n")
+        file.write("\xe9" * 600_000 + "\n")
+        assert unmovable.stat().st_size <= 10_000_000
+    file.write("last\n")
+    file.close()
+    *_, first, cut, last = unmovable.read_bytes().splitlines()
+    assert (first, len(cut), last) == (b"first", 65_535, b"last")
+    assert cut.endswith(b"... (cut)")
+
+
+def test_two_instances(unmovable: Path) -> None:
+    """One that drains writes to the same log: no line is lost, and the bound holds for both."""
+    one, other = (open_log_file(str(unmovable)) for _ in range(2))
+    one.write("one\n")
+    other.write("other\n")
+    one.write("one\n")
+    assert unmovable.read_text() == "one\nother\none\n"
+    for _ in range(6_000):
+        for file in (one, other):
+            file.write("x" * 1_999 + "\n")
+    assert unmovable.stat().st_size <= 10_000_000
+    other.write("last\n")
+    for file in (one, other):
+        file.close()
+    assert set(unmovable.read_text().splitlines()) == {"x" * 1_999, "last"}
 
 
 def test_not_a_file(tmp_path: Path) -> None:

@@ -170,7 +170,13 @@ def without(name: str) -> bytes:
         without("routes"),
         json.dumps(answer_of(describe()) | {"since": "now"}).encode() + b"\n",
         json.dumps(answer_of(describe()) | {"last_validation": "x"}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"last_validation": {"at": 1}}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"since": 1e300}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"since": float("nan")}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"state": "\x1b[2J"}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"redirect": "\ud800"}).encode() + b"\n",
         json.dumps(answer_of(describe())).encode()[:-1] + b"\n",
+        b"[" * 60_000 + b"\n",
         b'{"a": "' + b"x" * 100_000 + b'"}\n',
     ],
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import socket
+import threading
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -15,6 +19,7 @@ from acme_alpn_proxy.redirects.guardprocess import (
     CommandFailed,
     Guard,
     Order,
+    obey_proxy,
 )
 
 from ..fake_iptables import LOCKED, FakeIptables
@@ -96,20 +101,31 @@ class ExpiryTests(GuardCase):
         self.advance(2)
         self.steers("00:02:01")
         changes = [call[5] for call in self.iptables.calls if call[0] == "iptables"]
-        self.assertEqual([change for change in changes if change != "-S"], ["-I", "-D"])
+        self.assertEqual([each for each in changes if each in ("-I", "-D")], ["-I", "-D"])
 
     def test_renewal_fails(self) -> None:
         """A renewal that fails is tried again soon, and leaves nothing behind."""
-        for number in range(1, 7):
+        for number, code in itertools.product(range(1, 9), (1, 4)):
             self.iptables = FakeIptables()
             self.guard = self.new_guard()
             self.ask("apply")
-            self.break_call(number)
+            self.break_call(number, code)
             self.advance(RENEWAL + 1)
             self.advance(1)
             self.assertEqual({len(rules) for rules in self.iptables.rules("nat").values()}, {1})
             self.ask("remove")
             self.assertEqual(self.iptables.rules("nat"), {})
+
+    def test_renewal_after_half_a_removal(self) -> None:
+        """Where one family's redirect could not be removed, that of the other does not come back
+        when it is renewed, and in the end both are gone."""
+        self.ask("apply")
+        self.break_call(3)
+        self.assertIsNotNone(self.ask("release")["failed"])
+        self.advance(RENEWAL + 1)
+        self.assertEqual(list(self.iptables.rules("nat")), ["iptables"])
+        self.ask("release")
+        self.assertEqual(self.iptables.snapshot(), {})
 
     def test_clock_is_set(self) -> None:
         """If the wall clock is set, forwards or backwards, the redirect is renewed at once."""
@@ -258,6 +274,50 @@ class EndTests(GuardCase):
         self.assertIsNone(self.ask("sing")["failed"])
         self.assertEqual(self.guard.obey("look")["number"], 0)
         self.assertEqual(self.iptables.snapshot(), before)
+
+
+class HostileProxyTests(GuardCase):
+    """A proxy that was taken over sends what it likes; its rules go with it all the same."""
+
+    def send(self, wishes: bytes) -> list[Any]:
+        """The answers to these, until the proxy closes the line."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                ours.sendall(wishes)
+                ours.shutdown(socket.SHUT_WR)
+                obey_proxy(self.guard, theirs.fileno())
+            return [json.loads(line) for line in ours.makefile("rb")]
+
+    def test_wishes_after_the_last(self) -> None:
+        """What comes with the wish to release is not obeyed: nobody would remove it again."""
+        answers = self.send(b"1 apply\n2 release\n3 apply\n")
+        self.assertEqual([answer["number"] for answer in answers], [1, 2])
+        self.assertTrue(self.guard.ended)
+        self.assertEqual(self.iptables.snapshot(), {})
+
+    def test_applied_twice(self) -> None:
+        """To apply again puts back what is missing, and makes no second rule."""
+        self.send(b"1 apply\n")
+        self.iptables.chains["iptables", "nat", "PREROUTING"].clear()
+        self.send(b"2 apply\n3 apply\n")
+        self.steers("00:01:30")
+        self.advance(RENEWAL + 1)
+        self.steers("00:02:01")
+        self.guard.clean_up()
+        self.assertEqual(self.iptables.snapshot(), {})
+
+    def test_long_number(self) -> None:
+        """A number of thousands of digits is none, and the guard goes on."""
+        answers = self.send(b"1" * 5_000 + b" look\n2 look\n")
+        self.assertEqual([answer["number"] for answer in answers], [0, 2])
+
+    def test_answers_that_nobody_reads(self) -> None:
+        """A proxy that does not read its answers does not stop the guard."""
+        thread = threading.Thread(target=self.send, args=(b"1 nothing\n" * 8_000,), daemon=True)
+        thread.start()
+        thread.join(30)
+        self.assertFalse(thread.is_alive())
 
 
 class HungProxyTests(GuardCase):

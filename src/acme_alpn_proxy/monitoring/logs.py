@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -43,15 +44,40 @@ _PLAIN: Final = (str, int, float, type(None))
 _log = Logger()
 
 
+LONGEST_LINE: Final = 65_536
+"""Bytes of a line that are kept; a traceback has a few thousand."""
+
+_CUT: Final = b"... (cut)\n"
+
+
 class _BoundedLogFile(LogFile):
-    """Begins anew where full files cannot be moved aside, as nobody in a folder of root's."""
+    """Keeps its newest half where full files cannot be moved aside, as nobody in a folder of
+    root's, and the beginning of a line that is too long.
+
+    Another instance, which drains, may write to the same file: what is written goes to its end.
+    """
+
+    def _openFile(self) -> None:
+        super()._openFile()
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | os.O_APPEND)
+
+    def write(self, data: str | bytes) -> None:
+        line = data.encode() if isinstance(data, str) else data
+        if len(line) > LONGEST_LINE:
+            line = line[: LONGEST_LINE - len(_CUT)] + _CUT
+        super().write(line)
 
     def rotate(self) -> None:
         super().rotate()
-        if self.size >= (ROTATED_FILES + 1) * self.rotateLength:
-            self._file.seek(0)
-            self._file.truncate()
-            self.size = 0
+        self.size = os.fstat(self._file.fileno()).st_size
+        limit = (ROTATED_FILES + 1) * self.rotateLength
+        if self.size > limit - LONGEST_LINE:
+            self._file.seek(-limit // 2, os.SEEK_END)
+            newest = self._file.read().partition(b"\n")[2]
+            self._file.truncate(0)
+            self._file.write(newest)
+            self.size = len(newest)
 
 
 def make_log_file(path: str) -> None:

@@ -146,6 +146,9 @@ _NEW_FIELDS: Final = {
 }
 _LONGEST_ANSWER: Final = 65_536
 
+_LIMIT: Final = 2**53
+"""Of a number in an answer; all below it are exact in JSON (RFC 8259 section 6)."""
+
 _PATIENCE: Final = 2.0
 """Seconds for an answer; it takes a millisecond."""
 
@@ -222,8 +225,8 @@ def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> s
         return stream
     stream.close()
     refusal = re.fullmatch(rb"ERR ([0-9]{1,3}) (.*)\n", answer)
-    if refusal is not None:
-        raise StartError(*(refusal[2].decode(errors="replace"), int(refusal[1])))
+    if refusal is not None and (why := refusal[2].decode(errors="replace")).isprintable():
+        raise StartError(why, int(refusal[1]))
     return None
 
 
@@ -238,14 +241,17 @@ def _checked(line: bytes) -> InstanceStatus | None:
             answer.setdefault(field, nothing)  # type: ignore[misc]
         numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
         numbers += [each[field] for each in answer["pending"] for field in _PENDING_NUMBERS]
-        numbers += [] if last is None else [last["at"]]
         texts = [answer["state"], answer["redirect"], acme["target"], fallback["target"]]
         texts += [each[field] for each in answer["pending"] for field in _PENDING_TEXTS]
-        reasons = fallback["reasons"].items()
-    except (AttributeError, KeyError, TypeError, ValueError):
+        texts += fallback["reasons"]
+        numbers += fallback["reasons"].values()
+        if last is not None:
+            numbers.append(last["at"])
+            texts += [last["peer"], last["result"], last["server_name"] or ""]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None
-    whole = all(isinstance(number, int | float) for number in numbers)
-    whole &= all(isinstance(text, str) for text in [*texts, *(key for key, _ in reasons)])
+    whole = all(isinstance(each, int | float) and 0 <= each < _LIMIT for each in numbers)
+    whole &= all(isinstance(text, str) and text.isprintable() for text in texts)
     return answer if whole else None
 
 

@@ -87,7 +87,8 @@ class Guard:
         """Have the guard do what C{wish} says; see L{acme_alpn_proxy.redirects.guardprocess.Guard}.
 
         @return: a Deferred of the answer. Fails with L{GuardGone}, or with L{StartError} if it does
-            not answer in time; a late answer to an earlier wish is passed over.
+            not answer in time; a late answer to an earlier wish is passed over, and one that makes
+            no sense.
         """
         self._wishes += 1
         try:
@@ -121,11 +122,23 @@ class Guard:
         if not data:
             raise ConnectionResetError(0, "it has ended")
         *lines, self._received = (self._received + data)[-_LONGEST_ANSWER:].split(b"\n")
-        for line in lines:
-            answer: Answer = json.loads(line)
-            if answer["number"] == self._wishes:
+        for answer in map(_understood, lines):
+            if answer is not None and answer["number"] == self._wishes:
                 return answer
         return None
+
+
+def _understood(line: bytes) -> Answer | None:
+    """The answer on this line; L{None} if it is none, as from a guard of another release."""
+    try:
+        answer: Answer = json.loads(line)
+        number, programs = answer["number"], [*answer["missing"], *answer["behind"]]
+        words, code, output = answer["failed"] or ([], 0, "")
+        texts = [*programs, *words, output]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return None
+    numbers = all(isinstance(each, int) for each in (number, code))
+    return answer if numbers and all(isinstance(each, str) for each in texts) else None
 
 
 def _started(words: Sequence[str], line: int, claim: int) -> subprocess.Popen[bytes]:

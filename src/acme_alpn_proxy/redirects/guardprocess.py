@@ -53,6 +53,7 @@ _JUMP: Final = 5.0
 _FIRST_PAUSE: Final = 0.2
 _LAST_PAUSE: Final = 5.0
 _LONGEST_LINE: Final = 4_096
+_LONGEST_NUMBER: Final = 18
 
 _NO_SUCH_RULE: Final = 1
 """Exit status of iptables C{-C} and C{-D} where the rule is not there."""
@@ -189,12 +190,9 @@ class Rule:
     def remove(self) -> None:
         """Remove it if it stands; raises L{CommandFailed}."""
         self._remove_outdated()
-        while self.stands:
-            code = self._run("-D", self.words, _NO_SUCH_RULE)
-            self.stands = self.is_there()
-            if self.stands and code == _NO_SUCH_RULE:
-                argv = [*self._argv, "-D", "PREROUTING", *self.words]
-                raise CommandFailed(argv, code, "the rule is still there")
+        if self.stands:
+            self._delete(self.words)
+            self.stands = False
 
     def replace(self, words: Sequence[str]) -> None:
         """Put a rule with C{words} in its place, at no moment without; raises L{CommandFailed}."""
@@ -205,8 +203,18 @@ class Rule:
 
     def _remove_outdated(self) -> None:
         while self._outdated:
-            self._run("-D", self._outdated[0], _NO_SUCH_RULE)
+            self._delete(self._outdated[0])
             del self._outdated[0]
+
+    def _delete(self, words: Sequence[str]) -> None:
+        """Delete a rule, and all its likes; what counts is that it is not there any more."""
+        there = True
+        while there:
+            code = self._run("-D", words, _NO_SUCH_RULE)
+            there = self._run("-C", words, _NO_SUCH_RULE) == 0
+            if there and code == _NO_SUCH_RULE:
+                argv = [*self._argv, "-D", "PREROUTING", *words]
+                raise CommandFailed(argv, code, "the rule is still there")
 
     def _first(self) -> str:
         return run([*self._argv, "-S", "PREROUTING", "1"], *_ANY)[1]
@@ -269,7 +277,7 @@ class Guard:
         """Do what a line from the proxy says."""
         self._heard = self._monotonic()
         number, _, wish = line.partition(" ")
-        if not number.isdigit():
+        if not number.isdigit() or len(number) > _LONGEST_NUMBER:
             number, wish = "0", line
         answer: Answer = {
             "number": int(number),
@@ -299,7 +307,8 @@ class Guard:
         if self._order["expires"] and self._steers and (jumped or now - self._renewed > RENEWAL):
             with suppress(CommandFailed):  # it is tried again at the next tick
                 for redirect in self._redirects:
-                    redirect.replace(self._rule())
+                    if redirect.stands:
+                        redirect.replace(self._rule())
                 self._renewed, self._offset = now, offset
 
     def clean_up(self) -> None:
@@ -319,6 +328,9 @@ class Guard:
 
     def _apply(self, answer: Answer) -> None:
         """Insert all rules; if one cannot be, none of them stays."""
+        if self._steers:
+            self._restore(answer)
+            return
         try:
             self._forget_connections()
             for keeper in self._keepers:
@@ -414,9 +426,38 @@ class Guard:
         return False
 
 
+def obey_proxy(guard: Guard, line: int) -> None:
+    """Do what the proxy says until its end of the line is closed, or everything is removed.
+
+    @param line: the descriptor of the socket that its wishes come by, and the answers go by. An
+        answer that finds no room, since nobody reads them, is lost.
+    """
+    os.set_blocking(line, False)
+    poll = select.poll()
+    poll.register(line, select.POLLIN)
+    buffer = b""
+    while not guard.ended:
+        if poll.poll(_TICK * 1000):
+            try:
+                data = os.read(line, _LONGEST_LINE)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            *lines, buffer = (buffer + data).split(b"\n")
+            buffer = buffer[-_LONGEST_LINE:]
+            for each in lines:
+                if guard.ended:  # nobody would remove what is made now
+                    break
+                answer = guard.obey(each.decode("ascii", "replace"))
+                with suppress(OSError):
+                    os.write(line, json.dumps(answer).encode() + b"\n")
+        guard.tick()
+
+
 def main() -> None:
-    """Guard until everything is removed: standard input and output are the line to the proxy,
-    standard error is the claim."""
+    """Guard until everything is removed: standard input is the line to the proxy, standard error is
+    the claim."""
     for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "PIPE"):
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
     os.dup2(2, _CLAIM)  # inheritable
@@ -424,24 +465,8 @@ def main() -> None:
     os.dup2(null, 2)
     os.close(null)
     guard = Guard(json.loads(sys.argv[-1]), give_back_claim=_close_claim)
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    buffer = b""
-    while not guard.ended:
-        if poll.poll(_TICK * 1000):
-            try:
-                data = os.read(0, _LONGEST_LINE)
-            except OSError:
-                data = b""
-            if not data:
-                break
-            *lines, buffer = (buffer + data).split(b"\n")
-            buffer = buffer[-_LONGEST_LINE:]
-            for line in lines:
-                answer = guard.obey(line.decode("ascii", "replace"))
-                with suppress(OSError):
-                    os.write(1, json.dumps(answer).encode() + b"\n")
-        guard.tick()
+    with suppress(Exception):  # whatever it is, the rules are to go
+        obey_proxy(guard, 0)
     pause = _FIRST_PAUSE
     while not guard.ended:
         try:

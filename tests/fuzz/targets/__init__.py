@@ -1,0 +1,1 @@
+"""The targets; C{tests.fuzz} says what one has."""

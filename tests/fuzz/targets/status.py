@@ -1,0 +1,91 @@
+"""What an instance, or another program at its place, answers to C{status}, C{start} and C{stop}."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import tempfile
+import threading
+from functools import cache
+
+from acme_alpn_proxy import __version__
+from acme_alpn_proxy.errors import StartError
+from acme_alpn_proxy.host.unixsockets import short
+from acme_alpn_proxy.monitoring.status import (
+    VERSION,
+    instances,
+    request,
+    show,
+    socket_path,
+)
+
+from ...monitoring.descriptions import describe
+
+RIGHT = {"version": VERSION, "program": __version__, "pid": 7, "holders": 1, **describe()}
+_ESCAPES = {"peer": "\x1b[2J", "server_name": "\ud800", "at": 1e300, "result": "\n"}
+
+SEEDS = [
+    json.dumps(RIGHT).encode() + b"\nOK\n",
+    json.dumps({**RIGHT, "last_validation": None}).encode() + b"\n",
+    json.dumps({**RIGHT, "last_validation": _ESCAPES}).encode() + b"\n",
+    json.dumps({**RIGHT, "state": "\x1b[31m", "redirect": "\ud800", "since": 1e300}).encode(),
+    json.dumps({**RIGHT, "state": "silent", "pid": True, "since": float("inf")}).encode() + b"\n",
+    json.dumps({**RIGHT, "routes": {"acme": {}, "fallback": []}}).encode() + b"\n",
+    b"[" * 3_000 + b"\n",
+    b"OK\nOK\n",
+    b"\nERR 75 no\n",
+    b"\nERR 75 \x1b[2J\n",
+]
+
+
+def check(data: bytes) -> None:
+    """Whatever is answered: nothing is raised, and what is shown has no control characters."""
+    pidfile = _instance(data)
+    answers = instances(pidfile, None)
+    shown = show(answers, 2_000.0) + json.dumps({"version": VERSION, "instances": answers})
+    assert shown.replace("\n", "").isprintable()
+    shown.encode()
+    for answer in answers:
+        if answer["state"] != "silent":
+            assert f"{answer['pid']} {answer['holders']} {answer['routes']['acme']['target']}"
+    try:
+        connection = request(pidfile, 7, "hold")
+    except StartError as refusal:
+        if not str(refusal).isprintable():
+            raise
+        return
+    if connection is not None:
+        connection.close()
+
+
+def _instance(data: bytes) -> str:
+    """The PID file of an instance that answers so, to everybody until the next call."""
+    pidfile, answer = _answering()
+    answer[0] = data
+    return pidfile
+
+
+@cache
+def _answering() -> tuple[str, list[bytes]]:
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    pidfile = os.path.join(directory.name, "proxy.pid")
+    answer = [b""]
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short(socket_path(pidfile, 7)) as name:
+        listener.bind(name)
+    listener.listen()
+
+    def serve() -> None:
+        while True:
+            stream, _ = listener.accept()
+            with stream:
+                try:
+                    stream.sendall(answer[0])
+                except OSError:
+                    pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    return pidfile, answer

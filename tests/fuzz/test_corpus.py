@@ -1,0 +1,14 @@
+"""Each target on its seeds and on the inputs that are kept for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import kept, names, target
+
+
+@pytest.mark.parametrize("name", names())
+def test_corpus(name: str) -> None:
+    """What fuzzing has found, and what it begins with, does nothing that must not be."""
+    for data in [b"", *target(name).SEEDS, *kept(name)]:
+        target(name).check(data)
