@@ -330,7 +330,7 @@ def test_foreign_table(road: Street, site: Website, proxy: Proxy) -> None:
     host.run("nft", "add", "table", *TABLE.split())
     status, line = refusal(proxy)
     assert status == os.EX_CONFIG
-    assert re.search(f"'{TABLE}' already, .*; remove it .nft delete table {TABLE}.", line)
+    assert re.search(f"'{TABLE}' already, .*; .* or remove it .nft delete table {TABLE}.", line)
     assert tables(host) == [TABLE]
 
 
@@ -374,7 +374,9 @@ def test_bridge(tmp_path: Path) -> None:
             status, line = refusal(proxy)
             assert status == os.EX_CONFIG
             assert re.search(
-                "come in by the bridge br0, .*tables=1.*; use --redirect sk-lookup", line
+                "come in by the bridge br0, .*tables=1.*; use --redirect iptables or"
+                " --redirect sk-lookup, or steer all the same",
+                line,
             )
             start(proxy, "--force")
             assert not all(steered(site, road, family) for family in FAMILIES)

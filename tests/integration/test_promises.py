@@ -217,7 +217,9 @@ def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, redirec
         refused = proxy.start("--redirect", redirect, check=False)
         assert refused.returncode == os.EX_CONFIG
         assert re.search(
-            "exempt from connection tracking.* -j .*--redirect sk-lookup", refused.stderr
+            "exempt from connection tracking.* -j .*; use --redirect nftables or --redirect"
+            " sk-lookup, or steer all the same",
+            refused.stderr,
         )
         assert proxy.namespace.rules() == rules
     else:
@@ -238,7 +240,11 @@ def test_default_drop_firewall(
     if redirect == "iptables":
         refused = proxy.start("--redirect", redirect, check=False)
         assert refused.returncode == os.EX_CONFIG
-        assert re.search("port 21443, where the firewall drops them: .*sk-lookup", refused.stderr)
+        assert re.search(
+            "port 21443, where the firewall drops them: .*; use --redirect nftables or --redirect"
+            " sk-lookup, or steer all the same",
+            refused.stderr,
+        )
         assert proxy.namespace.run("nft", "--stateless", "list", "ruleset").stdout == before
         assert [visit(site, road, family) for family in FAMILIES] == [False, False]
     else:
@@ -291,7 +297,10 @@ def test_published_by_a_container_engine(road: Street, tmp_path: Path, redirect:
         )
         if redirect == "sk-lookup":
             assert started.returncode == os.EX_CONFIG
-            assert re.search("sent elsewhere: .* DOCKER.*--redirect iptables", started.stderr)
+            assert re.search(
+                "sent elsewhere: .* DOCKER; use --redirect iptables or --redirect nftables, or",
+                started.stderr,
+            )
         else:
             if redirect == "auto":
                 assert "Steering by nftables: not sk-lookup, since visitors" in started.stderr
@@ -455,7 +464,8 @@ def test_bpf_not_permitted(road: Street, proxy: Proxy) -> None:
     refused = proxy.start("--redirect", "sk-lookup", check=False)
     assert refused.returncode == os.EX_NOPERM
     assert re.fullmatch(
-        r"acme-alpn-proxy: BPF is not permitted; run this as root.*use --redirect iptables\n",
+        "acme-alpn-proxy: BPF is not permitted; use --redirect iptables or --redirect nftables, or"
+        " run this as root.*\n",
         refused.stderr,
     )
     assert not proxy.pid_file.exists()

@@ -302,7 +302,7 @@ class RefusalTests(NftablesCase):
         body = message(table, nft.NEW_RULE).body
         for name, module in (("fib", "nft_fib_inet"), ("tproxy", "nft_tproxy")):
             at = body.index(b"\x01\x00" + name.encode() + b"\0") - 6
-            pattern = f"lacks the expression '{name}' of nftables; load the module {module}, or use"
+            pattern = f"lacks the expression '{name}' of nftables; load the module {module}$"
             how = (errno.ENOENT, nft.NEW_RULE, at)
             self.refuses(pattern, os.EX_UNAVAILABLE, *how)
         pattern = "one of the expressions fib, tproxy and nat"
@@ -325,7 +325,7 @@ class RefusalTests(NftablesCase):
         for family, switch in ((4, "bridge-nf-call-iptables"), (6, "bridge-nf-call-ip6tables")):
             self.bridges = {4: set(), 6: set(), family: {"br0", "docker0"}}
             problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
-            self.assertRegex(str(problem), f"by the bridge br0, .*{switch}=1.*; use --redirect sk")
+            self.assertRegex(str(problem), f"by the bridge br0, .*{switch}=1.*; steer all the same")
             self.assertEqual(problem.status, os.EX_CONFIG)
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 

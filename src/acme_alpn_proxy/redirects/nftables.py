@@ -193,15 +193,12 @@ class NftablesRedirect:
         """Whether another program's rule sends visitors elsewhere, so that the table must pin them.
         What cannot be seen counts as such a rule, if it is to be steered all the same."""
         try:
-            host: judgement.Host = yield judgement.look(commands, families)
-        except CannotLook as problem:
             if self._force:
-                return True
-            raise judgement.refusal(str(problem), []) from None
-        if not self._force:
-            objection: str | None = yield host.why_not(judgement.NFTABLES, commands)
-            if objection is not None:
-                raise judgement.refusal(objection, [])
+                host: judgement.Host = yield judgement.look(commands, families)
+            else:
+                host = yield judgement.require(judgement.NFTABLES, commands, families)
+        except CannotLook:
+            return True
         return (yield host.why_not(judgement.SK_LOOKUP, commands)) is not None
 
     def _try_table(self, families: Iterable[int]) -> None:
@@ -237,8 +234,7 @@ class NftablesRedirect:
                 raise StartError(
                     f"visitors come in by the bridge {', '.join(sorted(names))}, whose packets pass"
                     f" the firewall before they are this host's ({SWITCHES[family]}=1), so that"
-                    " nftables would not steer them; use --redirect sk-lookup, or steer all the"
-                    " same with --force",
+                    " nftables would not steer them; steer all the same with --force",
                     os.EX_CONFIG,
                 )
 
@@ -256,7 +252,7 @@ def _refusal(problem: OSError) -> StartError:
         if problem.errno == errno.EEXIST:
             return StartError(
                 f"there is an nftables table 'inet {TABLE}' already, which is not this program's;"
-                f" remove it (nft delete table inet {TABLE}), or use --redirect iptables",
+                f" remove it (nft delete table inet {TABLE})",
                 os.EX_CONFIG,
             )
     if problem.errno == errno.EPERM:
@@ -265,18 +261,17 @@ def _refusal(problem: OSError) -> StartError:
         if message is None or message.kind in (nft.BATCH_BEGIN, nft.NEW_TABLE):
             return StartError(
                 f"this kernel ({kernel}) has no nftables whose tables can have an owner; run Linux"
-                " 5.12 or newer, or use --redirect iptables",
+                " 5.12 or newer",
                 os.EX_UNAVAILABLE,
             )
         what, module = _missing(problem, message)
         return StartError(
-            f"this kernel ({kernel}) lacks {what} of nftables; load the module {module}, or use"
-            " --redirect iptables",
+            f"this kernel ({kernel}) lacks {what} of nftables; load the module {module}",
             os.EX_UNAVAILABLE,
         )
     return StartError(
         f"cannot steer by nftables: {problem.strerror}; free some memory and look at the limits"
-        " (ulimit -a), or use --redirect iptables",
+        " (ulimit -a)",
         os.EX_OSERR,
     )
 

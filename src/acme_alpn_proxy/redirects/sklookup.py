@@ -27,11 +27,9 @@ from zope.interface import implementer
 
 from ..errors import StartError
 from ..firewall import judgement
-from ..firewall.reading import CannotLook
 from ..host import facts
 from ..host.routes import own_addresses
 from ..interfaces import ICommands, IRedirect
-from ..options import PORT
 from . import bpf
 from .bpf import Assembler
 
@@ -168,25 +166,8 @@ class SkLookupRedirect:
         if 6 in self._hosts:
             self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
         if not self._force:
-            yield self._refuse_firewall(commands)
+            yield judgement.require(judgement.SK_LOOKUP, commands, self._hosts)
         return tuple(self._hosts.values())
-
-    @inlineCallbacks
-    def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        remedies = []
-        try:
-            host: judgement.Host = yield judgement.look(commands, self._hosts)
-        except CannotLook as problem:
-            reason = str(problem)
-        else:
-            objection: str | None = yield host.why_not(judgement.SK_LOOKUP, commands)
-            if objection is None:
-                return
-            reason = objection
-            works = yield host.why_not(judgement.iptables(PORT), commands)
-            if works is None and host.has_iptables:
-                remedies.append("use --redirect iptables, whose rule comes first")
-        raise judgement.refusal(reason, remedies)
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
@@ -292,24 +273,23 @@ def _refusal(problem: OSError) -> StartError:
     kernel = f"{platform.release()} on {platform.machine()}"
     if isinstance(problem, bpf.Refused) and problem.reason:
         return StartError(
-            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this, or use"
-            " --redirect iptables",
+            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this",
             os.EX_UNAVAILABLE,
         )
     if problem.errno == errno.EPERM:
         return StartError(
             "BPF is not permitted; run this as root, with CAP_BPF and CAP_NET_ADMIN where it runs"
-            " in a container, or use --redirect iptables",
+            " in a container",
             os.EX_NOPERM,
         )
     if problem.errno in (errno.ENOSYS, errno.EINVAL):
         return StartError(
             f"this kernel ({kernel}) has no BPF sk_lookup; run Linux 5.9 or newer, on x86-64 or"
-            " aarch64, or use --redirect iptables",
+            " aarch64",
             os.EX_UNAVAILABLE,
         )
     return StartError(
         f"cannot steer by BPF sk_lookup: {problem.strerror}; free some memory and look at the"
-        " limits (ulimit -a), or use --redirect iptables",
+        " limits (ulimit -a)",
         os.EX_OSERR,
     )
