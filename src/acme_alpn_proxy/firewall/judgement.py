@@ -17,12 +17,12 @@ from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from ..addresses import HTTPS
 from ..errors import StartError, not_permitted
 from ..host import facts, routes
 from ..host.routes import Address, Route
 from ..interfaces import ICommands, Result
 from .choices import PASSED, Choices
-from .iptablesrules import HTTPS
 from .nftrules import Json
 from .packets import Packet
 from .reading import (

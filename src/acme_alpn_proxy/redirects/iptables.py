@@ -21,6 +21,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from ..addresses import HTTPS
 from ..errors import StartError, VisitorsLost
 from ..firewall import judgement
 from ..firewall.xtables import LOCK_WAIT, failed, pinned
@@ -32,8 +33,6 @@ from .guard import Guard, GuardGone
 from .guardprocess import LIFETIME, Answer, Order
 from .leftovers import Leftovers, keeper_comment
 from .rules import COMMENT, KEEPER_MATCH
-
-STEERED_PORT: Final = 443
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
@@ -235,7 +234,7 @@ class IptablesRedirect:
 
     def _refuse_container(self) -> None:
         """A container's processes may all be killed at once, the guard among them."""
-        if not facts.in_first_pid_namespace() and served_from_elsewhere(STEERED_PORT):
+        if not facts.in_first_pid_namespace() and served_from_elsewhere(HTTPS):
             raise StartError(
                 "this is a container, and the web server is outside: should the container be"
                 " killed, nobody would be left to remove the rules; run this where the web"
