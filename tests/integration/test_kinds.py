@@ -25,6 +25,7 @@ CYCLES = int(os.environ.get("CYCLES", "3"))
 LIFETIME = 90.0
 """Seconds after which a redirect of iptables ends by itself, at the latest."""
 
+BY_DEFAULT = "by default"
 AUTO = ("sk-lookup", "nftables", "iptables")
 
 CELLS = [
@@ -88,20 +89,27 @@ def start_by_default(host: Host, kind: Kind, proxy: Proxy) -> None:
         assert f"Steering by {kind.default}: not {WAYS[0]}, since" in done.stderr
 
 
-@every_kind
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, BY_DEFAULT) for name in KINDS), *(("cold tracking", way) for way in WAYS[1:])],
+    scope="module",
+)
 def test_cycles_under_load(
-    host: Host, kind: Kind, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+    host: Host, kind: Kind, proxy: Proxy, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Start and stop, again and again: not one of the visitors who come all along fails."""
     with host.crowd() as crowd:
         for cycle in range(CYCLES):
-            start_by_default(host, kind, proxy)
+            if way == BY_DEFAULT:
+                start_by_default(host, kind, proxy)
+            else:
+                proxy.start("--redirect", way)
             crowd.wait_for(3, steered=True)
             proxy.stop(wait=cycle % 2 == 0)
         report = crowd.leave()
     with capsys.disabled():
         print(
-            f"\n{kind.default}, {CYCLES} cycles: {report.served} visitors, {report.steered} of them"
+            f"\n{way}, {CYCLES} cycles: {report.served} visitors, {report.steered} of them"
             f" steered, {report.failed} lost"
         )
     assert report.failed == 0, report

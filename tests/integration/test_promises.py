@@ -68,19 +68,6 @@ def test_ipv6_left_alone(road: Street, site: Website, tmp_path: Path, redirect: 
 
 
 @all_redirects
-def test_twenty_cycles_under_load(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """Twenty times start and stop, and not one of the connections opened all along fails."""
-    with visitors(site, road.visitor, road.host) as crowd:
-        for cycle in range(20):
-            start(proxy, redirect)
-            crowd.wait_for(3, steered=True)
-            proxy.stop(wait=cycle % 2 == 0)
-        report = crowd.leave()
-    assert report.failed == 0, report
-    nothing_is_left(proxy)
-
-
-@all_redirects
 def test_killed_under_load(
     road: Street,
     site: Website,

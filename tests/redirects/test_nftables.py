@@ -221,6 +221,25 @@ class RedirectTests(NftablesCase):
         self.firewall = translating(-100)
         self.assertEqual(self.chains(), ["steer", "pin"])
 
+    def test_nothing_waits_for_the_trial(self) -> None:
+        """The table is tried when the firewall has been read: programs that read it would take 20
+        ms longer afterwards, since the kernel has them wait until the trial's table is gone."""
+        look = self.look
+
+        def look_first(commands: ICommands, families: Iterable[int]) -> Deferred[Host]:
+            self.assertEqual(self.kernels, [])
+            return look(commands, families)
+
+        self.patch(judgement, "look", look_first)
+        self.applied()
+
+    def test_both_refuse(self) -> None:
+        """Where kernel and firewall are in the way, what the kernel says comes first."""
+        self.firewall = translating(-150)
+        self.refused = lambda messages: OSError(errno.EPERM, "not permitted")
+        problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
+        self.assertRegex(str(problem), "^nftables is not permitted")
+
     def test_translated_before(self) -> None:
         """Where nothing can prevent it, this way is refused; with --force it is taken."""
         self.firewall = translating(-150)

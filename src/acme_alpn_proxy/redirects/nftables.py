@@ -129,9 +129,11 @@ class NftablesRedirect(LoopbackRedirect):
         families = [family for family in self._families if family == 4 or facts.has_ipv6()]
         if not self._force:
             self._refuse_bridge(families)
-        self._try_table(families)
-        self._pin = yield self._look_at_firewall(commands, families)
-        if self._pin:
+        try:
+            self._pin = yield self._look_at_firewall(commands, families)
+        finally:
+            # Not before: what reads the firewall would wait until the kernel is rid of the table.
+            # If both refuse, the kernel has the word: that no privilege is there, say.
             self._try_table(families)
         return self._hosts()
 
