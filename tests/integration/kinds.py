@@ -119,7 +119,7 @@ def _on(
 
 
 def _both_families(host: Namespace, rule: str) -> None:
-    """A rule of iptables, with PREFIX before what differs: icmp or icmpv6, an address."""
+    """A rule of iptables and ip6tables. ICMP and STRANGER stand for what each calls so."""
     for family, icmp, stranger in (("", "icmp", "203.0.113.7"), ("6", "icmpv6", "2001:db8:7::7")):
         words = rule.replace("ICMP", icmp).replace("STRANGER", stranger)
         host.run(f"ip{family}tables", *words.split())
@@ -199,8 +199,7 @@ def _two_published(directory: Path) -> Iterator[Host]:
     with (
         street() as road,
         container(road.host.namespace) as box,
-        container(road.host.namespace, 1, 8443) as other,
-        website(other.namespace, directory / "other"),
+        container(road.host.namespace, 1, 8443),
     ):
         yield from _site_in(road, box, directory)
 

@@ -152,16 +152,8 @@ def visitors(
     command: list[str | Path] = [sys.executable, "-I", "-S", Path(__file__).resolve()]
     for family in families:
         command += ["--address", host.address(family)]
-    command += [
-        "--steered",
-        steered,
-        "--name",
-        NAME,
-        "--authority",
-        site.authority.certificate,
-        "--page",
-        page,
-    ]
+    command += ["--steered", steered, "--name", NAME, "--page", page]
+    command += ["--authority", site.authority.certificate]
     others = f"net.ipv4.ip_local_port_range={LAST_PORT + 1} 65535"
     visitor.namespace.run("sysctl", "-qw", others)
     process = subprocess.Popen(
