@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from zope.interface import implementer
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IStreamClientEndpoint
 
     from .interfaces import Reactor
+
+HTTPS: Final = 443
+"""The port that visitors dial."""
 
 # Twisted's endpoints take longer to import than a command like C{status} takes in all: they are
 # imported where they are needed.

@@ -9,6 +9,12 @@ AS_ADMINISTRATOR: Final = "run this as root, with CAP_NET_ADMIN where it runs in
 """The remedy for a process that may not change the firewall's rules."""
 
 
+def cause_and_remedy(text: str) -> tuple[str, str]:
+    """The two parts of a line for the operator; the remedy is empty if the line has none."""
+    cause, _, remedy = text.rpartition("; ")
+    return (cause, remedy) if cause else (text, "")
+
+
 class StartError(Exception):
     """The proxy cannot start, or cannot go on; nothing is left applied.
 
@@ -25,14 +31,12 @@ class StartError(Exception):
     @property
     def cause(self) -> str:
         """What is the matter, without the remedy."""
-        text = str(self)
-        return text.rpartition("; ")[0] or text
+        return cause_and_remedy(str(self))[0]
 
     @property
     def remedy(self) -> str:
         """What to do; empty if the text does not say."""
-        cause, _, remedy = str(self).rpartition("; ")
-        return remedy if cause else ""
+        return cause_and_remedy(str(self))[1]
 
 
 class AlreadyRunning(StartError):

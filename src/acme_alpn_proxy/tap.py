@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -34,18 +34,25 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirec
 def make_redirect(options: Mapping[str, Any]) -> IRedirect:
     """The redirect that C{--redirect} names, or the choice from its list."""
     names = options["redirect"].split(",")
-    if (
-        options.get("on-demand") and options["uid"]
-    ):  # the programs that iptables needs have no rights
-        names = [name for name in names if name != "iptables"]
-    if len(names) == 1:
-        return make_way(names[0], options)
+    if names == ["none"]:
+        return make_way("none", options)
+    usable: Sequence[str] = WAYS
+    if options.get("on-demand") and options["uid"]:
+        usable = WAYS[1:]  # the programs that iptables needs have no rights
+        names = [name for name in names if name in usable]
     by_default = names == list(WAYS)
-    if options["rulespec"] and "iptables" in names:
-        why = f"{RULESPEC_VARIABLE} is set"
-        return ChosenRedirect([make_way("iptables", options)], why, by_default=by_default)
-    ways = [make_way(name, options, alone=False) for name in names]
-    return ChosenRedirect(ways, by_default=by_default)
+    why = "it works here"
+    if len(names) == 1:
+        why = ""
+    elif options["rulespec"] and "iptables" in names:
+        names, why = ["iptables"], f"{RULESPEC_VARIABLE} is set"
+    alone = len(names) == 1
+    return ChosenRedirect(
+        [make_way(name, options, alone=alone) for name in names],
+        why,
+        others=[make_way(name, options, alone=False) for name in usable if name not in names],
+        by_default=by_default,
+    )
 
 
 def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IRedirect:

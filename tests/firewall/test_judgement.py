@@ -25,7 +25,6 @@ from acme_alpn_proxy.host import facts, routes
 from acme_alpn_proxy.host.routes import Address, Route
 from acme_alpn_proxy.interfaces import NOT_FOUND, ICommands
 from acme_alpn_proxy.options import ProxyOptions
-from acme_alpn_proxy.redirects import bpf
 from acme_alpn_proxy.redirects.iptables import IptablesRedirect
 from acme_alpn_proxy.redirects.sklookup import SkLookupRedirect
 from acme_alpn_proxy.tap import make_redirect
@@ -1032,10 +1031,9 @@ class ReadingTests(HostCase):
 
 class RefusalTests(HostCase):
     def test_refused(self) -> None:
-        """A start is refused by name of what would drop, with the remedies, and changes nothing."""
-        accept_the_program(self)
+        """A start is refused by name of what would drop, with the remedy, and changes nothing."""
         for may, remedy, status in (
-            (True, "use --redirect sk-lookup.*--force$", os.EX_CONFIG),
+            (True, "steer all the same with --force$", os.EX_CONFIG),
             (False, "run this as root, with CAP_NET_ADMIN", os.EX_NOPERM),
         ):
             self.patch(facts, "may_administer_network", lambda may=may: may)
@@ -1077,34 +1075,12 @@ class RefusalTests(HostCase):
         commands = Recorded({"iptables -V": "nf_tables", NAT: f"-P PREROUTING ACCEPT\n{rule}\n"})
         redirect = SkLookupRedirect(ipv6=False)
         text = str(self.failureResultOf(redirect.prepare(commands), StartError).value)
-        self.assertIn(f"sent elsewhere: iptables -t nat {rule}; use --redirect iptables", text)
+        self.assertIn(f"sent elsewhere: iptables -t nat {rule}; steer all the same with", text)
         forced = SkLookupRedirect(ipv6=False, force=True)
         self.assertEqual(self.successResultOf(forced.prepare(commands)), ("127.0.0.1:0",))
 
-    def test_no_circular_advice(self) -> None:
-        """A way that does not work here either is not advised."""
-        accept_the_program(self)
-        base = {"hook": "prerouting", "prio": -110, "type": "nat"}
-        takes = printed(*ruleset(base, [dport(443), {"redirect": {"port": 8443}}]))
-        commands = Recorded({NFT: takes, "iptables -V": "nf_tables"})
-        for redirect in (IptablesRedirect(PORT, ipv6=False), SkLookupRedirect(ipv6=False)):
-            text = str(self.failureResultOf(redirect.prepare(commands), StartError).value)
-            self.assertRegex(text, "'inet t c'; steer all the same with --force$")
-
-    def test_no_sk_lookup_here(self) -> None:
-        """Nor is one that the kernel does not have, or whose program is missing."""
-
-        def refuse(slots: int) -> int:
-            raise PermissionError(1, "not permitted")
-
-        self.patch(bpf, "make_socket_map", refuse)
-        attempt = IptablesRedirect(PORT, ipv6=False).prepare(recorded("ufw"))
-        text = str(self.failureResultOf(attempt, StartError).value)
-        self.assertRegex(text, "'ip filter INPUT'; steer all the same with --force$")
-
     def test_keeping_the_address(self) -> None:
         """Where only the address of the answers is wrong, the rule that keeps it is advised."""
-        accept_the_program(self)
         ways_in = [arrival("tun0", "203.0.113.5", "10.9.0.2", "192.0.2.77")]
 
         def by_source(source: Address, port: int, destination: Address) -> Route:

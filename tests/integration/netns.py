@@ -336,6 +336,22 @@ def unnumbered_street() -> Iterator[Street]:
 
 
 @contextmanager
+def bridged_street() -> Iterator[Street]:
+    """As L{street}, but the host's addresses are on a bridge, and so is the visitor's cable."""
+    with street() as road:
+        host = road.host.namespace
+        host.ip("link add br0 type bridge")
+        host.ip(f"address flush dev {LINK} scope global")
+        host.ip(f"link set {LINK} master br0")
+        host.ip("link set br0 up")
+        host.ip(f"address add {road.host.ipv4}/24 dev br0")
+        host.ip(f"address add {road.host.ipv6}/64 dev br0 nodad")
+        host.ip(f"route add default via {road.visitor.ipv4}")
+        host.ip(f"-6 route add default via {road.visitor.ipv6}")
+        yield road
+
+
+@contextmanager
 def gateway() -> Iterator[Gateway]:
     """Inner, host and outer in a row; the host forwards both families between the two."""
     with ExitStack() as stack:
@@ -358,19 +374,22 @@ def gateway() -> Iterator[Gateway]:
 
 
 @contextmanager
-def container(host: Namespace) -> Iterator[Node]:
-    """A container on C{host} whose port 443 is published by IPv4, in Docker's manner."""
+def container(host: Namespace, number: int = 0, port: int = 443) -> Iterator[Node]:
+    """A container on C{host} whose port 443 is published by IPv4, in Docker's manner.
+
+    @param number: each has one of its own, the first of a host has 0.
+    @param port: the port of the host.
+    """
+    link, network = f"docker{number}", f"172.{17 + number}.0"
     with Namespace.made("container") as inside:
         host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        _cable(host, "docker0", inside, LINK)
-        host.ip("address add 172.17.0.1/16 dev docker0")
-        inside.ip(f"address add 172.17.0.2/16 dev {LINK}")
-        inside.ip("route add default via 172.17.0.1")
-        for rule in (
-            "-N DOCKER",
-            "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
-            "-A DOCKER -i docker0 -j RETURN",
-            "-A DOCKER ! -i docker0 -p tcp --dport 443 -j DNAT --to-destination 172.17.0.2:443",
-        ):
+        _cable(host, link, inside, LINK)
+        host.ip(f"address add {network}.1/16 dev {link}")
+        inside.ip(f"address add {network}.2/16 dev {LINK}")
+        inside.ip(f"route add default via {network}.1")
+        chain = ["-N DOCKER", "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"]
+        target = f"-p tcp --dport {port} -j DNAT --to-destination {network}.2:443"
+        rules = [f"-A DOCKER -i {link} -j RETURN", f"-A DOCKER ! -i {link} {target}"]
+        for rule in [*chain, *rules] if number == 0 else rules:
             host.run("iptables", "-t", "nat", *rule.split())
-        yield Node(inside, "172.17.0.2", "")
+        yield Node(inside, f"{network}.2", "")

@@ -29,7 +29,10 @@ def test_local_ports_run_out(road: Street, site: Website, proxy: Proxy) -> None:
     proxy.stop(wait=True)
 
 
-def test_connection_that_began_meanwhile(road: Street, site: Website, proxy: Proxy) -> None:
+@pytest.mark.parametrize("redirect", ["iptables", "nftables", "sk-lookup"])
+def test_connection_that_began_meanwhile(
+    road: Street, site: Website, proxy: Proxy, redirect: str
+) -> None:
     """A visitor came through the proxy, and again without it from the same port: when the proxy
     comes back that second connection goes on."""
 
@@ -42,7 +45,7 @@ def test_connection_that_began_meanwhile(road: Street, site: Website, proxy: Pro
         connection.connect((road.host.ipv4, 443))
         return connection
 
-    proxy.start(*AT_ONCE)
+    proxy.start("--redirect", redirect, *AT_ONCE)
     first = site.visit_on(dialled())
     assert first.get().steered
     first.close()
@@ -50,7 +53,7 @@ def test_connection_that_began_meanwhile(road: Street, site: Website, proxy: Pro
     second = site.visit_on(dialled())
     try:
         assert not second.get().steered
-        proxy.start(*AT_ONCE)
+        proxy.start("--redirect", redirect, *AT_ONCE)
         assert not second.get().steered
     finally:
         second.close()

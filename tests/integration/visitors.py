@@ -134,9 +134,16 @@ class Visitors:
 
 @contextmanager
 def visitors(
-    site: Website, visitor: Node, host: Node, families: tuple[str, ...] = ("IPv4", "IPv6")
+    site: Website,
+    visitor: Node,
+    host: Node,
+    families: tuple[str, ...] = ("IPv4", "IPv6"),
+    steered: str = STEERED,
 ) -> Iterator[Visitors]:
-    """Visitors of C{site} on C{host}, coming from C{visitor}, until the block is left."""
+    """Visitors of C{site} on C{host}, coming from C{visitor}, until the block is left.
+
+    @param steered: the address that the web server sees if the proxy dials.
+    """
     from .netns import terminate
     from .website import NAME, PAGE
 
@@ -145,7 +152,8 @@ def visitors(
     command: list[str | Path] = [sys.executable, "-I", "-S", Path(__file__).resolve()]
     for family in families:
         command += ["--address", host.address(family)]
-    command += ["--name", NAME, "--authority", site.authority.certificate, "--page", page]
+    command += ["--steered", steered, "--name", NAME, "--page", page]
+    command += ["--authority", site.authority.certificate]
     others = f"net.ipv4.ip_local_port_range={LAST_PORT + 1} 65535"
     visitor.namespace.run("sysctl", "-qw", others)
     process = subprocess.Popen(
@@ -169,7 +177,10 @@ class WrongAnswer(Exception):
 class Load:
     """The visits themselves."""
 
-    def __init__(self, addresses: list[str], name: str, authority: Path, page: bytes) -> None:
+    def __init__(
+        self, addresses: list[str], steered: str, name: str, authority: Path, page: bytes
+    ) -> None:
+        self._steered = steered
         self._name = name
         self._page = page
         self._tls = ssl.create_default_context(cafile=str(authority))
@@ -231,7 +242,7 @@ class Load:
         tally.slowest_seconds = max(tally.slowest_seconds, round(now - began, 3))
         if not failure:
             tally.served += 1
-            tally.steered += seen_from == STEERED
+            tally.steered += seen_from == self._steered
             return
         failures = collections.Counter(tally.failures)
         failures[failure] += 1
@@ -275,11 +286,13 @@ def main() -> None:
     """Visit until standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", action="append", required=True)
+    parser.add_argument("--steered", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--authority", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
     options = parser.parse_args()
-    Load(options.address, options.name, options.authority, options.page.read_bytes()).run()
+    page = options.page.read_bytes()
+    Load(options.address, options.steered, options.name, options.authority, page).run()
 
 
 if __name__ == "__main__":

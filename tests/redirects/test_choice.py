@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from socket import socket
+from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import formatEvent
@@ -77,9 +79,9 @@ class ChosenRedirectTests(SynchronousTestCase):
             self.successResultOf(step)
         self.assertEqual(taken.asked, ["apply", "look after", "remove", "release"])
 
-    def refusal(self, *ways: Candidate) -> StartError:
+    def refusal(self, *ways: Candidate, others: Sequence[Candidate] = ()) -> StartError:
         """What the operator reads where all refuse."""
-        redirect = ChosenRedirect(ways)
+        redirect = ChosenRedirect(ways, others=others)
         problem = self.failureResultOf(redirect.prepare(COMMANDS), StartError).value
         assert isinstance(problem, StartError)
         self.assertEqual(self.events, [])
@@ -122,7 +124,7 @@ class ChosenRedirectTests(SynchronousTestCase):
     def test_all_refuse(self) -> None:
         """Where all refuse it is the first one's refusal, with the causes of the others."""
         problem = self.refusal(
-            Candidate("first", "it is dropped; let it in, or use --redirect second", 78),
+            Candidate("first", "it is dropped; let it in", 78),
             Candidate("second", "the kernel is too old; run a newer one", 69),
             Candidate("third", "not permitted; run this as root", 77),
         )
@@ -132,19 +134,47 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertEqual(str(problem), f"{expected}; let it in")
         self.assertEqual(problem.status, 78)
 
-    def test_remedy(self) -> None:
-        """The remedy is one that helps: not another way, which refuses as well."""
-        problem = self.refusal(
-            Candidate("first", "it is dropped; use --redirect second, which is better"),
-            Candidate("second", "too old; run Linux 5 or 6, or use --redirect first"),
-        )
-        self.assertEqual(str(problem), "it is dropped (nor by second: too old); run Linux 5 or 6")
+    def test_one_alone(self) -> None:
+        """One that was named alone is taken without a word, and refuses in its own words."""
+        self.successResultOf(ChosenRedirect([Candidate("only")], "").prepare(COMMANDS))
+        self.assertEqual(self.events, [])
+        self.assertEqual(str(self.refusal(Candidate("only", "too old; wait"))), "too old; wait")
 
-    def test_no_other_remedy(self) -> None:
-        """If no remedy is left it is the first one's, and one way alone refuses as it is."""
-        dropped, old = "it is dropped; use --redirect second", "too old; use --redirect first"
-        problem = self.refusal(Candidate("first", dropped), Candidate("second", old))
+    def test_another_way(self) -> None:
+        """The remedy names each of the other ways that works here, and none that does not."""
+        works, too = Candidate("works"), Candidate("works-too")
+        old = Candidate("old", "too old; run a newer one")
+        dropped = Candidate("dropped", "it is dropped; let it in", 78)
+        for others, remedy in (
+            ([works], "use --redirect works, or let it in"),
+            ([old, works, too], "use --redirect works or --redirect works-too, or let it in"),
+            ([old], "let it in"),
+        ):
+            problem = self.refusal(dropped, others=others)
+            self.assertEqual(str(problem), f"it is dropped; {remedy}")
+            self.assertEqual(problem.status, 78)
+        problem = self.refusal(dropped, old, others=[works])
         self.assertEqual(
-            str(problem), "it is dropped (nor by second: too old); use --redirect second"
+            str(problem),
+            "it is dropped (nor by old: too old); use --redirect works, or let it in",
         )
-        self.assertEqual(str(self.refusal(Candidate("first", dropped))), dropped)
+        self.assertEqual(works.asked + too.asked, [])
+
+    def test_another_instance(self) -> None:
+        """No other way is advised to somebody who has but to wait, or to stop another instance."""
+        busy = Candidate("busy", "another instance steers; stop it first", os.EX_TEMPFAIL)
+        problem = self.refusal(busy, others=[Candidate("works")])
+        self.assertEqual(str(problem), "another instance steers; stop it first")
+
+    def test_fails_when_applied(self) -> None:
+        """A way that fails only when it is applied names the others as well."""
+
+        class Late(Candidate):
+            def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
+                return fail(StartError("no memory; free some", os.EX_OSERR))
+
+        redirect = ChosenRedirect([Late("late")], others=[Candidate("works")])
+        self.successResultOf(redirect.prepare(COMMANDS))
+        problem: Any = self.failureResultOf(redirect.apply(COMMANDS, []), StartError).value
+        self.assertEqual(str(problem), "no memory; use --redirect works, or free some")
+        self.assertEqual(problem.status, os.EX_OSERR)

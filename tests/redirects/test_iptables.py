@@ -304,7 +304,7 @@ class ContainerTests(IptablesCase):
         for outside in (True, False):
             self.patch(iptables, "served_from_elsewhere", lambda port, outside=outside: outside)
             if outside:
-                self.refused(self.apply(IptablesRedirect(PORT)), "use --redirect sk-lookup")
+                self.refused(self.apply(IptablesRedirect(PORT)), "this is a container")
                 self.assertEqual(self.iptables.calls, [])
             else:
                 self.applied()

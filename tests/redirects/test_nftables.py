@@ -221,6 +221,25 @@ class RedirectTests(NftablesCase):
         self.firewall = translating(-100)
         self.assertEqual(self.chains(), ["steer", "pin"])
 
+    def test_nothing_waits_for_the_trial(self) -> None:
+        """The table is tried when the firewall has been read: programs that read it would take 20
+        ms longer afterwards, since the kernel has them wait until the trial's table is gone."""
+        look = self.look
+
+        def look_first(commands: ICommands, families: Iterable[int]) -> Deferred[Host]:
+            self.assertEqual(self.kernels, [])
+            return look(commands, families)
+
+        self.patch(judgement, "look", look_first)
+        self.applied()
+
+    def test_both_refuse(self) -> None:
+        """Where kernel and firewall are in the way, what the kernel says comes first."""
+        self.firewall = translating(-150)
+        self.refused = lambda messages: OSError(errno.EPERM, "not permitted")
+        problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
+        self.assertRegex(str(problem), "^nftables is not permitted")
+
     def test_translated_before(self) -> None:
         """Where nothing can prevent it, this way is refused; with --force it is taken."""
         self.firewall = translating(-150)
@@ -302,7 +321,7 @@ class RefusalTests(NftablesCase):
         body = message(table, nft.NEW_RULE).body
         for name, module in (("fib", "nft_fib_inet"), ("tproxy", "nft_tproxy")):
             at = body.index(b"\x01\x00" + name.encode() + b"\0") - 6
-            pattern = f"lacks the expression '{name}' of nftables; load the module {module}, or use"
+            pattern = f"lacks the expression '{name}' of nftables; load the module {module}$"
             how = (errno.ENOENT, nft.NEW_RULE, at)
             self.refuses(pattern, os.EX_UNAVAILABLE, *how)
         pattern = "one of the expressions fib, tproxy and nat"
@@ -325,7 +344,7 @@ class RefusalTests(NftablesCase):
         for family, switch in ((4, "bridge-nf-call-iptables"), (6, "bridge-nf-call-ip6tables")):
             self.bridges = {4: set(), 6: set(), family: {"br0", "docker0"}}
             problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
-            self.assertRegex(str(problem), f"by the bridge br0, .*{switch}=1.*; use --redirect sk")
+            self.assertRegex(str(problem), f"by the bridge br0, .*{switch}=1.*; steer all the same")
             self.assertEqual(problem.status, os.EX_CONFIG)
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 

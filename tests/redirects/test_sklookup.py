@@ -219,13 +219,13 @@ class RedirectTests(SynchronousTestCase):
         """A refused program's error has the verifier's own words."""
         problem = bpf.Refused(errno.EACCES, "R1 type=scalar expected=ctx")
         line = self.refusal(problem, os.EX_UNAVAILABLE)
-        self.assertRegex(line, r"refuses the BPF program: R1 type=scalar.*--redirect iptables$")
+        self.assertRegex(line, r"refuses the BPF program: R1 type=scalar.*; report this$")
         self.assertEqual(self.attached, [])
 
     def test_not_permitted(self) -> None:
         """Without the capability the remedy is root."""
         line = self.refusal(bpf.Refused(errno.EPERM, ""), os.EX_NOPERM)
-        self.assertRegex(line, "^BPF is not permitted; run this as root.*--redirect iptables$")
+        self.assertRegex(line, "^BPF is not permitted; run this as root.*in a container$")
 
     def test_too_old(self) -> None:
         """A kernel that has no such programs is told to be too old."""

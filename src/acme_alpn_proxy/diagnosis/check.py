@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, TypedDict, cast
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -27,8 +28,9 @@ from ..host.pidfile import PIDFile
 from ..host.processes import commands_for
 from ..host.tcpsockets import port_taken, taken_by_another_user
 from ..interfaces import ICommands, Reactor, Result
-from ..options import PORT, ConsoleOptions
+from ..options import PORT, WAYS, ConsoleOptions
 from ..proxy.routing import ACME_TLS_1
+from ..redirects.choice import or_another_way
 from ..redirects.claim import claim_redirect
 from ..redirects.iptables import default_rulespec
 from ..redirects.leftovers import LIFE_SIGN, Leftovers
@@ -49,6 +51,13 @@ def _why(problem: BaseException) -> str:
     """On one line."""
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return " ".join(text.split()).rstrip(".")
+
+
+def _or_another_way(finding: Finding, names: Sequence[str]) -> Finding:
+    """If it failed: with the remedy to take one of the ways that work here."""
+    if finding.level is not Level.FAILED:
+        return finding
+    return replace(finding, remedy=or_another_way(names, finding.remedy))
 
 
 class Check:
@@ -72,6 +81,7 @@ class Check:
         self._probe = probe
         self._ways: list[str] = options["redirect"].split(",")
         self._works = ""
+        self._another_instance = False
         self._running: int | None = None
         self.findings: list[Finding] = []
 
@@ -177,6 +187,10 @@ class Check:
             wanted = ["iptables"]
         working = (way for way in wanted if worst(found[way]) is not Level.FAILED)
         self._works = next(working, "")
+        others = [way for way in WAYS if way not in wanted and worst(found[way]) is Level.OK]
+        if others and not self._works and not self._another_instance:
+            for way in wanted:
+                found[way] = [_or_another_way(finding, others) for finding in found[way]]
         for way, findings in found.items():
             if self._works or way not in wanted:
                 found[way] = [finding.at_most(Level.WARNING) for finding in findings]
@@ -185,12 +199,15 @@ class Check:
     @inlineCallbacks
     def _prepare(self, way: str) -> Generator[Deferred[Any], Any, Finding]:
         """What the redirect itself knows before it does anything."""
-        alone = len(self._ways) == 1 or self._options["rulespec"] is not None
+        one = len(self._ways) == 1 or self._options["rulespec"] is not None
+        alone = one and way in self._ways
         try:
             yield make_way(way, self._options, alone=alone).prepare(self._commands)
         except StartError as problem:
-            if self._running is not None and problem.status == os.EX_TEMPFAIL:
-                return Finding(way, Level.OK, "the instance that runs has it")
+            if problem.status == os.EX_TEMPFAIL:
+                self._another_instance = True
+                if self._running is not None:
+                    return Finding(way, Level.OK, "the instance that runs has it")
             return Finding.refused(way, problem)
         return Finding(way, Level.OK)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypedDict
 
+from ..errors import cause_and_remedy
+
 
 class Level(IntEnum):
     """How bad it is, the worst last."""
@@ -45,8 +47,7 @@ class Finding:
     @classmethod
     def refused(cls, name: str, problem: Exception | str, level: Level = Level.FAILED) -> Finding:
         """Of an error for the operator: the cause, a semicolon, the remedy."""
-        cause, _, remedy = str(problem).rpartition("; ")
-        return cls(name, level, cause, remedy) if cause else cls(name, level, remedy)
+        return cls(name, level, *cause_and_remedy(str(problem)))
 
     def at_most(self, level: Level) -> Finding:
         """The same, but no worse than this."""

@@ -187,17 +187,17 @@ def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
         port = PORT if redirect == "iptables" else 443
         remedy = f"see whether the firewall lets in port {port}"
         if redirect == "iptables":
-            remedy += ", which is the one it sees here, or use --redirect sk-lookup"
+            remedy += ", which is the one it sees here, or use another --redirect"
         return f"it cannot connect: {call.problem}", remedy
     cause = "it connected to port 443, but not by the proxy"
     if redirect == "iptables":
         return cause, (
             "see whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"
-            " --redirect sk-lookup"
+            " another --redirect"
         )
     return cause, (
         "see whether a rule sends port 443 elsewhere (iptables -t nat -S PREROUTING), as container"
-        " engines do, and then use --redirect iptables"
+        " engines do, and then use another --redirect"
     )
 
 

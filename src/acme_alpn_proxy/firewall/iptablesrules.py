@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
+from ..addresses import HTTPS
 from .packets import LAST_PORT, Answer, Packet, any_of
 from .rules import Action, Chain, Condition, Rule, Test, of_destination, of_family, of_source
 from .xtables import BINARIES, listed
-
-HTTPS: Final = 443
 
 OWN_ID: Final = ("0", "root")
 """The user and the group that the daemon's sockets belong to."""

@@ -17,12 +17,12 @@ from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from ..addresses import HTTPS
 from ..errors import StartError, not_permitted
 from ..host import facts, routes
 from ..host.routes import Address, Route
-from ..interfaces import NOT_FOUND, ICommands, Result
+from ..interfaces import ICommands, Result
 from .choices import PASSED, Choices
-from .iptablesrules import HTTPS
 from .nftrules import Json
 from .packets import Packet
 from .reading import (
@@ -124,13 +124,13 @@ class Surroundings:
     @ivar arrivals: by family.
     @ivar route: as L{routes.route}.
     @ivar by_mark: the families whose routes may depend on a packet's mark.
-    @ivar legacy: whether iptables is the legacy one; L{None}: there is no iptables.
+    @ivar legacy: whether iptables is the legacy one.
     """
 
     arrivals: Mapping[int, Sequence[Arrival]]
     route: AskRoute = routes.route
     by_mark: Sequence[int] = ()
-    legacy: bool | None = False
+    legacy: bool = False
 
 
 class Host:
@@ -142,10 +142,6 @@ class Host:
         self._around = around
         self._contents: dict[tuple[str, str], Sequence[Json]] = {}
         self._rulesets = {family: ruleset(each, family) for family, each in firewalls.items()}
-
-    @property
-    def has_iptables(self) -> bool:
-        return self._around.legacy is not None
 
     @inlineCallbacks
     def why_not(self, way: Way, commands: ICommands) -> Generator[Deferred[Any], Any, str | None]:
@@ -422,12 +418,11 @@ def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any
     for family in families:
         firewalls[family] = yield read(commands, family, nftables)
     version: Result = yield commands.run([BINARIES[4], "-V"])
-    legacy = None if version.code == NOT_FOUND else "legacy" in version.output
     try:
         around = Surroundings(
             {family: arrivals(family) for family in firewalls},
             by_mark=[family for family in firewalls if routes.routes_by_mark(family)],
-            legacy=legacy,
+            legacy="legacy" in version.output,
         )
     except OSError as problem:  # a sandbox without netlink
         raise CannotLook(
@@ -436,14 +431,30 @@ def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any
     return Host(firewalls, around)
 
 
-def refusal(reason: str, remedies: Sequence[str]) -> StartError:
-    """A way is not taken, since it would hurt.
+@inlineCallbacks
+def require(
+    way: Way, commands: ICommands, families: Iterable[int], variant: tuple[Way, str] | None = None
+) -> Generator[Deferred[Any], Any, Host]:
+    """Refuse a way that would hurt visitors here, by failing with L{StartError}.
 
-    @param remedies: the ways that hurt nobody here.
+    @param variant: another form of this way, and how to have it.
+    @return: a Deferred of what was read.
     """
+    try:
+        host: Host = yield look(commands, families)
+    except CannotLook as problem:
+        raise _refusal(str(problem)) from None
+    reason: str | None = yield host.why_not(way, commands)
+    if reason is None:
+        return host
+    if variant is not None and (yield host.why_not(variant[0], commands)) is None:
+        raise _refusal(reason, variant[1])
+    raise _refusal(reason)
+
+
+def _refusal(reason: str, remedy: str = "") -> StartError:
     if not facts.may_administer_network():
         return not_permitted(reason)
-    if not remedies:
+    if not remedy:
         return StartError(f"{reason}; steer all the same with --force", os.EX_CONFIG)
-    others = ", or ".join(remedies)
-    return StartError(f"{reason}; {others}, or steer all the same with --force", os.EX_CONFIG)
+    return StartError(f"{reason}; {remedy}, or steer all the same with --force", os.EX_CONFIG)

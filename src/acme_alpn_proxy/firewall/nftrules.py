@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from ..addresses import HTTPS
 from .iptablesrules import (
-    HTTPS,
     LENGTH,
     LENGTH_OF_FIRST,
     OWN_ID,

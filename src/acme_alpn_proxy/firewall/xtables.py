@@ -64,7 +64,7 @@ def failed(result: Result, *, custom_rule: bool = False) -> StartError:
         status, remedy = os.EX_NOPERM, AS_ADMINISTRATOR
     elif "open lock file" in result.one_line:
         status = os.EX_CONFIG
-        remedy = "make the folder of that file writable, or use --redirect sk-lookup"
+        remedy = "make the folder of that file writable"
     elif "lock" in result.one_line:
         status = os.EX_TEMPFAIL
         remedy = "another program holds the lock of iptables: try again when it has finished"

@@ -8,11 +8,9 @@ import socket
 
 from twisted.logger import Logger
 
-from ..addresses import Address
+from ..addresses import HTTPS, Address
 from ..errors import StartError
 from ..host.tcpsockets import listeners
-
-HTTPS = 443
 
 _log = Logger()
 

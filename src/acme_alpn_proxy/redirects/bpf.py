@@ -10,8 +10,9 @@ import ctypes
 import os
 import platform
 import resource
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -33,6 +34,8 @@ _ATTRIBUTE_BYTES: Final = 128
 _LOG_BYTES: Final = 65_536
 
 _MEMLOCK_BYTES: Final = 1 << 20
+
+_SO_ATTACH_FILTER: Final = 26
 
 Label = str
 Instruction = tuple[int, int, int, int | Label, int]
@@ -259,3 +262,15 @@ def count_sk_lookup() -> int:
         _call(_PROG_QUERY, attributes)
     count: int = struct.unpack_from("=I", attributes, 24)[0]
     return count
+
+
+def attach_filter(receiver: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Have a socket receive only what a program of the classic BPF passes (socket(7)).
+
+    @param program: code, jump if true, jump if false and number of each instruction
+        (C{linux/filter.h}); it returns how many bytes to pass.
+    """
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    what = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    receiver.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, what)

@@ -1,7 +1,8 @@
-"""The first of several redirects that works on this host."""
+"""The first of several redirects that works on this host, and which others would."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from socket import socket
 from typing import Any
@@ -21,15 +22,22 @@ class ChosenRedirect:
     _log = Logger()
 
     def __init__(
-        self, ways: Sequence[IRedirect], first: str = "it works here", *, by_default: bool = False
+        self,
+        ways: Sequence[IRedirect],
+        first: str = "it works here",
+        *,
+        others: Sequence[IRedirect] = (),
+        by_default: bool = False,
     ) -> None:
         """
         @param ways: one or more, the preferred one first.
-        @param first: why the first one is taken, if it is.
+        @param first: why the first one is taken, if it is; nothing: that goes without saying.
+        @param others: not taken; if all C{ways} refuse, the remedy names those that work here.
         @param by_default: whether nobody chose: that the first one is taken, is for the log alone.
         """
         self._ways = ways
         self._first = first
+        self._others = others
         self._by_default = by_default
         self._chosen: IRedirect | None = None
 
@@ -48,10 +56,16 @@ class ChosenRedirect:
             else:
                 self._choose(way, refusals)
                 return hosts
-        raise _all_refuse(refusals)
+        raise (yield self._advised(commands, _all_refuse(refusals)))
 
-    def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
-        return self._redirect.apply(commands, listeners)
+    @inlineCallbacks
+    def apply(
+        self, commands: ICommands, listeners: Sequence[socket]
+    ) -> Generator[Deferred[Any], Any, None]:
+        try:
+            yield self._redirect.apply(commands, listeners)
+        except StartError as problem:
+            raise (yield self._advised(commands, problem)) from None
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
         return self._redirect.look_after(commands)
@@ -70,6 +84,8 @@ class ChosenRedirect:
     def _choose(self, way: IRedirect, refusals: Sequence[tuple[str, StartError]]) -> None:
         self._chosen = way
         why = "; ".join(f"not {name}, since {problem.cause}" for name, problem in refusals)
+        if not why and not self._first:
+            return
         self._log.info(
             "Steering by {redirect}: {reason}",
             redirect=way,
@@ -77,19 +93,40 @@ class ChosenRedirect:
             for_operator=bool(refusals) or not self._by_default,
         )
 
+    @inlineCallbacks
+    def _advised(
+        self, commands: ICommands, problem: StartError
+    ) -> Generator[Deferred[Any], Any, StartError]:
+        """The refusal, with the remedy of another way if one works here."""
+        if problem.status == os.EX_TEMPFAIL:  # another instance steers, or the lock is held
+            return problem
+        names = []
+        for way in self._others:
+            try:
+                yield way.prepare(commands)
+            except StartError:
+                continue
+            names.append(str(way))
+        if not names:
+            return problem
+        return StartError(
+            f"{problem.cause}; {or_another_way(names, problem.remedy)}", problem.status
+        )
+
+
+def or_another_way(names: Sequence[str], remedy: str) -> str:
+    """A remedy, after the one to take another way.
+
+    @param names: the ways that work here.
+    """
+    ways = " or ".join(f"--redirect {name}" for name in names)
+    return ", or ".join(filter(None, [f"use {ways}", remedy]))
+
 
 def _all_refuse(refusals: Sequence[tuple[str, StartError]]) -> StartError:
-    """The first refusal with the causes of the others, and a remedy that names none of them."""
+    """The first refusal with the causes of the others."""
     (_, first), *others = refusals
     if not others:
         return first
     nor = "; nor by ".join(f"{name}: {problem.cause}" for name, problem in others)
-    remedies = (_without_other_ways(problem.remedy) for _, problem in refusals)
-    remedy = next(filter(None, remedies), first.remedy)
-    return StartError(f"{first.cause} (nor by {nor}); {remedy}", first.status)
-
-
-def _without_other_ways(remedy: str) -> str:
-    """A remedy without those of its alternatives that are another redirect."""
-    alternatives = remedy.split(", or ")
-    return ", or ".join(each for each in alternatives if "--redirect" not in each)
+    return StartError(f"{first.cause} (nor by {nor}); {first.remedy}", first.status)

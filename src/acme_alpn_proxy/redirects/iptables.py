@@ -21,9 +21,9 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from ..addresses import HTTPS
 from ..errors import StartError, VisitorsLost
 from ..firewall import judgement
-from ..firewall.reading import CannotLook
 from ..firewall.xtables import LOCK_WAIT, failed, pinned
 from ..host import facts, routes
 from ..host.tcpsockets import port_taken, served_from_elsewhere, taken_by_another_user
@@ -33,9 +33,6 @@ from .guard import Guard, GuardGone
 from .guardprocess import LIFETIME, Answer, Order
 from .leftovers import Leftovers, keeper_comment
 from .rules import COMMENT, KEEPER_MATCH
-from .sklookup import SkLookupRedirect
-
-STEERED_PORT: Final = 443
 
 GUARD_PATIENCE: Final = 15.0
 """Seconds for the guard of an instance that was killed to finish."""
@@ -237,31 +234,25 @@ class IptablesRedirect:
 
     def _refuse_container(self) -> None:
         """A container's processes may all be killed at once, the guard among them."""
-        if not facts.in_first_pid_namespace() and served_from_elsewhere(STEERED_PORT):
+        if not facts.in_first_pid_namespace() and served_from_elsewhere(HTTPS):
             raise StartError(
                 "this is a container, and the web server is outside: should the container be"
-                " killed, nobody would be left to remove the rules; use --redirect sk-lookup, which"
-                " leaves none",
+                " killed, nobody would be left to remove the rules; run this where the web"
+                " server runs",
                 os.EX_CONFIG,
             )
 
     @inlineCallbacks
     def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        way = judgement.iptables(self._port, keeps_address="REDIRECT" not in self._rulespec)
-        remedies = []
-        try:
-            host: judgement.Host = yield judgement.look(commands, self._families)
-        except CannotLook as problem:
-            reason = str(problem)
-        else:
-            objection: str | None = yield host.why_not(way, commands)
-            if objection is None:
-                if self._cautious:
-                    yield self._refuse_to_spare(commands, host, way)
-                return
-            reason = objection
-            remedies = yield self._other_ways(commands, host)
-        raise judgement.refusal(reason, remedies)
+        keeping = judgement.iptables(self._port, keeps_address=True)
+        way, variant = keeping, None
+        if "REDIRECT" in self._rulespec:
+            rule = shlex.join(_as_dnat(self._rulespec))
+            advice = f"set ACME_ALPN_PROXY_RULESPEC='{rule}', which keeps the address they dialled"
+            way, variant = judgement.iptables(self._port), (keeping, advice)
+        host: judgement.Host = yield judgement.require(way, commands, self._families, variant)
+        if self._cautious:
+            yield self._refuse_to_spare(commands, host, way)
 
     @inlineCallbacks
     def _refuse_to_spare(
@@ -275,26 +266,6 @@ class IptablesRedirect:
                 f" {self._port}: {rule}; have it keep them out of port {self._port}, too",
                 os.EX_CONFIG,
             )
-
-    @inlineCallbacks
-    def _other_ways(
-        self, commands: ICommands, host: judgement.Host
-    ) -> Generator[Deferred[Any], Any, list[str]]:
-        """What would hurt nobody here."""
-        found = []
-        dnat = judgement.iptables(self._port, keeps_address=True)
-        if "REDIRECT" in self._rulespec and (yield host.why_not(dnat, commands)) is None:
-            rule = shlex.join(_as_dnat(self._rulespec))
-            found.append(
-                f"set ACME_ALPN_PROXY_RULESPEC='{rule}', which keeps the address they dialled"
-            )
-        if (yield host.why_not(judgement.SK_LOOKUP, commands)) is None:
-            try:  # whether the kernel takes its program
-                yield SkLookupRedirect(force=True).prepare(commands)
-            except StartError:
-                return found
-            found.append("use --redirect sk-lookup, for which the firewall need not be changed")
-        return found
 
     def _refuse_missing_binary(self) -> None:
         for family in self._families:

@@ -17,11 +17,12 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from ..addresses import is_ours
+from ..addresses import HTTPS, is_ours
+from .bpf import attach_filter
 
 SEVERAL: Final = 2
 """Repetitions that are enough: one visitor's second and third SYN, after three seconds, or those of
@@ -53,7 +54,6 @@ _NO_PACKETS: Final = 0x88B5
 receives nothing."""
 
 _SO_TIMESTAMPNS: Final = 35
-_SO_ATTACH_FILTER: Final = 26
 _SO_LOCK_FILTER: Final = 44
 
 _PACKET_TYPE: Final = 0xFFFFF004
@@ -68,7 +68,7 @@ _SYN_BY_IPV4: Final = (
     (0x45, 7, 0, 0x1FFF),  # not the first fragment: drop
     (0xB1, 0, 0, 0),  # x = length of the IP header
     (0x48, 0, 0, 2),  # load the destination port
-    (0x15, 0, 4, 443),
+    (0x15, 0, 4, HTTPS),
     (0x50, 0, 0, 13),  # load the flags of TCP
     (0x54, 0, 0, 0x17),  # FIN, SYN, RST and ACK of them
     (0x15, 0, 1, 0x02),  # not SYN alone: drop
@@ -81,7 +81,7 @@ _SYN_BY_IPV6: Final = (
     (0x30, 0, 0, 6),  # load the next header
     (0x15, 0, 6, socket.IPPROTO_TCP),
     (0x28, 0, 0, 42),  # load the destination port
-    (0x15, 0, 4, 443),
+    (0x15, 0, 4, HTTPS),
     (0x30, 0, 0, 53),  # load the flags of TCP
     (0x54, 0, 0, 0x17),
     (0x15, 0, 1, 0x02),
@@ -156,7 +156,7 @@ class SynSockets:
                 self._sockets.append((packets, protocol))
                 packets.setblocking(False)
                 packets.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-                _attach(packets, program)
+                attach_filter(packets, program)
                 packets.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
         except OSError:
             self.close()
@@ -187,14 +187,6 @@ class SynSockets:
     def close(self) -> None:
         for packets, _ in self._sockets:
             packets.close()
-
-
-def _attach(packets: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Set a filter (socket(7), SO_ATTACH_FILTER)."""
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    what = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    packets.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, what)
 
 
 def _bind(packets: socket.socket, protocol: int) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
-from twisted.logger import Logger
 from zope.interface import implementer
 
+from ..addresses import HTTPS
 from ..errors import StartError, not_permitted
 from ..firewall import judgement
 from ..firewall.nftrules import OWN_TABLE as TABLE
@@ -32,8 +32,7 @@ from ..host.bridges import SWITCHES, filtered_bridges
 from ..host.netlink import NETFILTER, Message, Netlink, Refused
 from ..interfaces import ICommands, IRedirect
 from . import nftmessages as nft
-
-STEERED_PORT: Final = 443
+from .loopback import LoopbackRedirect
 
 _SYN: Final = b"\x02"
 _FIN_SYN_RST_ACK: Final = b"\x17"
@@ -79,7 +78,7 @@ def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[M
         # SYNs are not told apart: the last packet of a handshake by SYN cookie is steered, too.
         messages.append(nft.new_rule(TABLE, "steer", *visitors, listener, steer))
         if pin:
-            keep = nft.load(1, _packed(STEERED_PORT)) + nft.dnat_to_port(family, port=1)
+            keep = nft.load(1, _packed(HTTPS)) + nft.dnat_to_port(family, port=1)
             messages.append(nft.new_rule(TABLE, "pin", *visitors, *_SYN_ALONE, keep))
     return messages
 
@@ -89,7 +88,7 @@ def _visitors(family: int) -> list[bytes]:
     return [
         nft.meta(nft.NFPROTO) + nft.compare(bytes([family])),
         nft.meta(nft.L4PROTO) + nft.compare(bytes([socket.IPPROTO_TCP])),
-        nft.payload(_PORT_OFFSET, 2) + nft.compare(_packed(STEERED_PORT)),
+        nft.payload(_PORT_OFFSET, 2) + nft.compare(_packed(HTTPS)),
         nft.meta(nft.IIFTYPE) + nft.compare(struct.pack("=H", _LOOPBACK), nft.UNEQUAL),
         nft.fib_type_of_destination() + nft.compare(struct.pack("=I", _LOCAL)),
     ]
@@ -105,19 +104,11 @@ def _packed(port: int) -> bytes:
 
 
 @implementer(IRedirect)
-class NftablesRedirect:
+class NftablesRedirect(LoopbackRedirect):
     """Steers by a table that goes with this process; leaves nothing to remove."""
 
-    _log = Logger()
-
     def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
-        """
-        @param ipv6: whether to steer IPv6 too, where there is any.
-        @param force: whether to steer even if visitors seem to come in by a bridge, or to be sent
-            elsewhere.
-        """
-        self._hosts = {4: "127.0.0.1:0", 6: "[::1]:0"} if ipv6 else {4: "127.0.0.1:0"}
-        self._force = force
+        super().__init__(ipv6=ipv6, force=force)
         self._messages: list[Message] = []
         self._pin = False
         self._kernel: Netlink | None = None
@@ -135,16 +126,16 @@ class NftablesRedirect:
         """On loopback alone. To see whether the kernel takes the table, it is made and deleted in
         one transaction; no packet meets it.
         """
-        families = [family for family in self._hosts if family == 4 or facts.has_ipv6()]
+        families = [family for family in self._families if family == 4 or facts.has_ipv6()]
         if not self._force:
             self._refuse_bridge(families)
-        if 6 in self._hosts:
-            self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
-        self._try_table(families)
-        self._pin = yield self._look_at_firewall(commands, families)
-        if self._pin:
+        try:
+            self._pin = yield self._look_at_firewall(commands, families)
+        finally:
+            # Not before: what reads the firewall would wait until the kernel is rid of the table.
+            # If both refuse, the kernel has the word: that no privilege is there, say.
             self._try_table(families)
-        return tuple(self._hosts.values())
+        return self._hosts()
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
@@ -155,8 +146,7 @@ class NftablesRedirect:
             self._send(self._messages)
         except OSError as problem:
             return fail(_refusal(problem))
-        if len(listeners) < len(self._hosts):
-            self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
+        self._note_families(listeners)
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
@@ -182,10 +172,6 @@ class NftablesRedirect:
             kernel.close()
         return succeed(None)
 
-    def release(self, commands: ICommands) -> Deferred[None]:
-        """Established connections need nothing."""
-        return succeed(None)
-
     @inlineCallbacks
     def _look_at_firewall(
         self, commands: ICommands, families: Sequence[int]
@@ -193,20 +179,17 @@ class NftablesRedirect:
         """Whether another program's rule sends visitors elsewhere, so that the table must pin them.
         What cannot be seen counts as such a rule, if it is to be steered all the same."""
         try:
-            host: judgement.Host = yield judgement.look(commands, families)
-        except CannotLook as problem:
             if self._force:
-                return True
-            raise judgement.refusal(str(problem), []) from None
-        if not self._force:
-            objection: str | None = yield host.why_not(judgement.NFTABLES, commands)
-            if objection is not None:
-                raise judgement.refusal(objection, [])
+                host: judgement.Host = yield judgement.look(commands, families)
+            else:
+                host = yield judgement.require(judgement.NFTABLES, commands, families)
+        except CannotLook:
+            return True
         return (yield host.why_not(judgement.SK_LOOKUP, commands)) is not None
 
     def _try_table(self, families: Iterable[int]) -> None:
         """Raises L{StartError} if the kernel does not take it."""
-        anywhere = [(_ANYWHERE[family], STEERED_PORT) for family in families]
+        anywhere = [(_ANYWHERE[family], HTTPS) for family in families]
         trial = [*steering_table(anywhere, pin=self._pin), nft.delete_table(TABLE)]
         try:
             self._send(nft.batch(trial))
@@ -237,8 +220,7 @@ class NftablesRedirect:
                 raise StartError(
                     f"visitors come in by the bridge {', '.join(sorted(names))}, whose packets pass"
                     f" the firewall before they are this host's ({SWITCHES[family]}=1), so that"
-                    " nftables would not steer them; use --redirect sk-lookup, or steer all the"
-                    " same with --force",
+                    " nftables would not steer them; steer all the same with --force",
                     os.EX_CONFIG,
                 )
 
@@ -256,7 +238,7 @@ def _refusal(problem: OSError) -> StartError:
         if problem.errno == errno.EEXIST:
             return StartError(
                 f"there is an nftables table 'inet {TABLE}' already, which is not this program's;"
-                f" remove it (nft delete table inet {TABLE}), or use --redirect iptables",
+                f" remove it (nft delete table inet {TABLE})",
                 os.EX_CONFIG,
             )
     if problem.errno == errno.EPERM:
@@ -265,18 +247,17 @@ def _refusal(problem: OSError) -> StartError:
         if message is None or message.kind in (nft.BATCH_BEGIN, nft.NEW_TABLE):
             return StartError(
                 f"this kernel ({kernel}) has no nftables whose tables can have an owner; run Linux"
-                " 5.12 or newer, or use --redirect iptables",
+                " 5.12 or newer",
                 os.EX_UNAVAILABLE,
             )
         what, module = _missing(problem, message)
         return StartError(
-            f"this kernel ({kernel}) lacks {what} of nftables; load the module {module}, or use"
-            " --redirect iptables",
+            f"this kernel ({kernel}) lacks {what} of nftables; load the module {module}",
             os.EX_UNAVAILABLE,
         )
     return StartError(
         f"cannot steer by nftables: {problem.strerror}; free some memory and look at the limits"
-        " (ulimit -a), or use --redirect iptables",
+        " (ulimit -a)",
         os.EX_OSERR,
     )
 

@@ -22,20 +22,16 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
-from twisted.logger import Logger
 from zope.interface import implementer
 
+from ..addresses import HTTPS
 from ..errors import StartError
 from ..firewall import judgement
-from ..firewall.reading import CannotLook
-from ..host import facts
 from ..host.routes import own_addresses
 from ..interfaces import ICommands, IRedirect
-from ..options import PORT
 from . import bpf
 from .bpf import Assembler
-
-STEERED_PORT: Final = 443
+from .loopback import LoopbackRedirect
 
 PROGRAM_NAME: Final = "acme_alpn_proxy"
 """As bpftool shows it; the kernel takes 15 characters."""
@@ -110,7 +106,7 @@ def steering_program(sockets: int, addresses: int) -> bytes:
     program = Assembler()
     program.move(6, 1)  # r6 = the lookup; calls leave r6 to r9 alone
     program.load_word(2, 6, _LOCAL_PORT)  # r2 = port that was dialled
-    program.jump_unless_number(2, STEERED_PORT, "pass")
+    program.jump_unless_number(2, HTTPS, "pass")
     program.load_word(2, 6, _PROTOCOL)  # r2 = TCP or UDP
     program.jump_unless_number(2, socket.IPPROTO_TCP, "pass")
     _skip_own(program, addresses)
@@ -139,18 +135,11 @@ def steering_program(sockets: int, addresses: int) -> bytes:
 
 
 @implementer(IRedirect)
-class SkLookupRedirect:
+class SkLookupRedirect(LoopbackRedirect):
     """Steers by a program on the lookup of listening sockets; leaves nothing to remove."""
 
-    _log = Logger()
-
     def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
-        """
-        @param ipv6: whether to steer IPv6 too, where there is any.
-        @param force: whether to steer even if visitors seem to be sent elsewhere.
-        """
-        self._hosts = {4: "127.0.0.1:0", 6: "[::1]:0"} if ipv6 else {4: "127.0.0.1:0"}
-        self._force = force
+        super().__init__(ipv6=ipv6, force=force)
         self._link: int | None = None
         self._addresses = AddressSet()
 
@@ -165,36 +154,16 @@ class SkLookupRedirect:
                 pass
         except OSError as problem:
             raise _refusal(problem) from None
-        if 6 in self._hosts:
-            self._hosts[6] = f"[{facts.ipv6_to_listen_on()}]:0"
         if not self._force:
-            yield self._refuse_firewall(commands)
-        return tuple(self._hosts.values())
-
-    @inlineCallbacks
-    def _refuse_firewall(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        remedies = []
-        try:
-            host: judgement.Host = yield judgement.look(commands, self._hosts)
-        except CannotLook as problem:
-            reason = str(problem)
-        else:
-            objection: str | None = yield host.why_not(judgement.SK_LOOKUP, commands)
-            if objection is None:
-                return
-            reason = objection
-            works = yield host.why_not(judgement.iptables(PORT), commands)
-            if works is None and host.has_iptables:
-                remedies.append("use --redirect iptables, whose rule comes first")
-        raise judgement.refusal(reason, remedies)
+            yield judgement.require(judgement.SK_LOOKUP, commands, self._families)
+        return self._hosts()
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:
         try:
             self._link = self._attach(listeners)
         except OSError as problem:
             return fail(_refusal(problem))
-        if len(listeners) < len(self._hosts):
-            self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
+        self._note_families(listeners)
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
@@ -210,10 +179,6 @@ class SkLookupRedirect:
         if link is not None:
             os.close(link)
         self._addresses.close()
-        return succeed(None)
-
-    def release(self, commands: ICommands) -> Deferred[None]:
-        """Established connections need nothing."""
         return succeed(None)
 
     def _attach(self, listeners: Sequence[socket.socket]) -> int:
@@ -292,24 +257,23 @@ def _refusal(problem: OSError) -> StartError:
     kernel = f"{platform.release()} on {platform.machine()}"
     if isinstance(problem, bpf.Refused) and problem.reason:
         return StartError(
-            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this, or use"
-            " --redirect iptables",
+            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this",
             os.EX_UNAVAILABLE,
         )
     if problem.errno == errno.EPERM:
         return StartError(
             "BPF is not permitted; run this as root, with CAP_BPF and CAP_NET_ADMIN where it runs"
-            " in a container, or use --redirect iptables",
+            " in a container",
             os.EX_NOPERM,
         )
     if problem.errno in (errno.ENOSYS, errno.EINVAL):
         return StartError(
             f"this kernel ({kernel}) has no BPF sk_lookup; run Linux 5.9 or newer, on x86-64 or"
-            " aarch64, or use --redirect iptables",
+            " aarch64",
             os.EX_UNAVAILABLE,
         )
     return StartError(
         f"cannot steer by BPF sk_lookup: {problem.strerror}; free some memory and look at the"
-        " limits (ulimit -a), or use --redirect iptables",
+        " limits (ulimit -a)",
         os.EX_OSERR,
     )

@@ -12,13 +12,12 @@ from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ..addresses import HTTPS
 from ..errors import StartError, VisitorsLost
 from ..host.processes import commands_for
 from ..interfaces import IRedirect, Reactor
 from .lostvisitors import LostVisitorsWatch
 from .syncookies import let_take_cookies, let_web_server_take_cookies
-
-STEERED_PORT: Final = 443
 
 LOOK_INTERVAL: Final = 3.0
 """Seconds between two looks whether the redirect is still there."""
@@ -123,7 +122,7 @@ class RedirectService(Service):
                 watch.stop()
         self._visitors.close()
         yield self._unwatched
-        let_web_server_take_cookies(STEERED_PORT)
+        let_web_server_take_cookies(HTTPS)
         pause = _REMOVE_RETRY
         while True:
             commands = commands_for(self._reactor)

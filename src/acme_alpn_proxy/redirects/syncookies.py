@@ -8,22 +8,20 @@ stop would be reset. So the other listener is made to send one cookie before.
 
 from __future__ import annotations
 
-import ctypes
 import socket
-import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from ..host.tcpsockets import LISTENING, tcp_sockets
+from .bpf import attach_filter
 
 PROC: Final = Path("/proc")
 
 _ALWAYS: Final = "2"
-_SO_ATTACH_FILTER: Final = 26
-_DROP: Final = struct.pack("=HBBI", 0x06, 0, 0, 0)
-"""A classic BPF program (linux/filter.h) that returns 0."""
+_DROP: Final = ((0x06, 0, 0, 0),)
+"""A program of the classic BPF (C{linux/filter.h}) that returns 0: no bytes are passed."""
 
 
 def let_web_server_take_cookies(port: int, proc: Path = PROC) -> None:
@@ -42,7 +40,7 @@ def let_take_cookies(listeners: Iterable[tuple[str, int]], proc: Path = PROC) ->
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as caller:
             caller.setblocking(False)
-            _be_deaf(caller)
+            attach_filter(caller, _DROP)  # its SYN is answered, and that is all
             caller.connect_ex((host, port))
 
 
@@ -51,10 +49,3 @@ def _always(proc: Path) -> bool:
         return (proc / "sys/net/ipv4/tcp_syncookies").read_text().strip() == _ALWAYS
     except OSError:  # the kernel has no SYN cookies
         return False
-
-
-def _be_deaf(caller: socket.socket) -> None:
-    """Drop what it receives (socket(7), SO_ATTACH_FILTER): its SYN is answered, and that is all."""
-    code = ctypes.create_string_buffer(_DROP, len(_DROP))
-    program = struct.pack("@HP", 1, ctypes.addressof(code))
-    caller.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

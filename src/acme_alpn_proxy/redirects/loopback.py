@@ -1,0 +1,44 @@
+"""What the ways have in common that give connections to listeners on loopback."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from ..host import facts
+from ..interfaces import ICommands
+
+
+class LoopbackRedirect:
+    """The part of L{acme_alpn_proxy.interfaces.IRedirect} that is the same for them.
+
+    @ivar _families: 4, and 6 if IPv6 is to be steered, too.
+    """
+
+    _log = Logger()
+
+    def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
+        """
+        @param ipv6: whether to steer IPv6 too, where there is any.
+        @param force: whether to steer even if it seems that visitors would be lost, or not be
+            steered.
+        """
+        self._families = (4, 6) if ipv6 else (4,)
+        self._force = force
+
+    def _hosts(self) -> tuple[str, ...]:
+        """Where to listen, any port."""
+        hosts = {4: "127.0.0.1:0", 6: f"[{facts.ipv6_to_listen_on()}]:0"}
+        return tuple(hosts[family] for family in self._families)
+
+    def _note_families(self, listeners: Sequence[socket.socket]) -> None:
+        """Say so if there is none for IPv6."""
+        if len(listeners) < len(self._families):
+            self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
+
+    def release(self, commands: ICommands) -> Deferred[None]:
+        """Established connections need nothing."""
+        return succeed(None)
