@@ -226,7 +226,7 @@ def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> s
     stream.close()
     refusal = re.fullmatch(rb"ERR ([0-9]{1,3}) (.*)\n", answer)
     if refusal is not None and (why := refusal[2].decode(errors="replace")).isprintable():
-        raise StartError(why, int(refusal[1]))
+        raise StartError(*(why, int(refusal[1])))  # made, and documented, where it comes from
     return None
 
 
