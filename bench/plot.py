@@ -6,9 +6,11 @@ By itself it draws the newest complete run that is kept: C{python -m bench.plot}
 from __future__ import annotations
 
 import json
+import re
+from io import StringIO
 from pathlib import Path
 
-from matplotlib import rcParams
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Drawing
 
 from .contenders import OURS
@@ -18,72 +20,124 @@ from .report import BYTES, GROWN, IDLE, LATENCY, TCP, TLS, Figure, Run, facts, f
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 BEGIN = "<!-- Figures: written by bench/plot.py -->"
+END = "<!-- End of the figures -->"
 
-_OURS_COLOUR, _OTHERS_COLOUR = "#c1440e", "#8899a6"
+_WIDTH = 4.8
+"""Inches. On a phone the page shrinks a drawing to about three quarters of that."""
+
+_TEXT, _OURS_COLOUR, _OTHERS_COLOUR = "#010203", "#040506", "#7a8a96"
+"""The first two stand for what the page decides, or F{_STYLE} where the drawing stands alone."""
+
+_IN_THE_FILE = {_TEXT: "currentColor", _OURS_COLOUR: "var(--accent)"}
+_STYLE = """<style>
+svg { color: #1f2328; --accent: #b93a08 }
+@media (prefers-color-scheme: dark) { svg { color: #e6e6e6; --accent: #ff8f5f } }
+</style>"""
+_FONT = "system-ui, sans-serif"
+
+_LINES = (("s", "-"), ("^", "--"), ("D", ":"))
+"""Marker and dash of each other contender."""
+
+_RC = {
+    "svg.hashsalt": "acme-alpn-proxy",  # the same run gives the same file
+    "svg.fonttype": "none",
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _TEXT),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "axes.titlelocation": "left",
+    "savefig.transparent": True,
+}
+
+_PICTURES = {
+    "connections": "CPU of the proxy for a connection, and latency",
+    "bytes": "CPU of the proxy for a GB",
+    "memory": f"Memory with {MANY:,} idle connections",
+    "growth": "CPU of the proxy for a connection beside open ones",
+}
 
 
 def draw(run: Run) -> None:
-    """Write the plots below C{docs/} and the figures at the end of the page."""
-    rcParams["svg.hashsalt"] = "acme-alpn-proxy"  # the same run gives the same file
-    _bars("connections", run, {"µs of CPU, TCP": TCP, "µs of CPU, TLS": TLS, "µs, p50": LATENCY})
-    _bars("bytes", run, {f"s of CPU per GB, {each.title}": each for each in BYTES.values()})
-    _bars("memory", run, {f"MiB, {MANY:,} idle pairs": IDLE})
-    _growth(run)
-    pictures = {
-        "connections": "CPU of the proxy for a connection, and latency",
-        "bytes": "CPU of the proxy for a GB",
-        "memory": f"Memory with {MANY:,} idle pairs",
-        "growth": "CPU of the proxy for a connection beside open ones",
-    }
-    images = "\n\n".join(f"![{text}](performance-{name}.svg)" for name, text in pictures.items())
+    """Write the plots below C{docs/} and the figures into the page, between L{BEGIN} and L{END}."""
+    with rc_context(_RC):
+        _bars(
+            "connections",
+            run,
+            {"TCP: µs of CPU": TCP, "TLS: µs of CPU": TLS, "Latency, p50: µs": LATENCY},
+        )
+        _bars("bytes", run, {f"{each.title}: s of CPU per GB": each for each in BYTES.values()})
+        _bars("memory", run, {f"MiB with {MANY:,} idle connections": IDLE})
+        _growth(run)
+    images = "\n\n".join(
+        f"![{text}](performance-{name}.svg)\n\n*{text}. Lower is better.*"
+        for name, text in _PICTURES.items()
+    )
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
     parts = [
         *(BEGIN, "## What must be shown", targets(run), "## Figures", images, figures(run)),
-        *("## Where", facts(run)),
+        *("## Where", facts(run), END),
     ]
-    head = PAGE.read_text().partition(BEGIN)[0]
-    PAGE.write_text(head + "\n\n".join(parts) + "\n")
+    PAGE.write_text(before + "\n\n".join(parts) + after)
 
 
 def _bars(name: str, run: Run, panels: dict[str, Figure]) -> None:
-    """One panel of horizontal bars a figure; the proxy's stand out."""
-    drawing = Drawing(figsize=(3.4 * len(panels), 2.8), layout="constrained")
-    axes = drawing.subplots(1, len(panels), squeeze=False).flat
-    for axis, (title, column) in zip(axes, panels.items(), strict=True):
-        values = {
+    """One panel of horizontal bars a figure, one below the other; the proxy's stand out."""
+    found = {
+        title: {
             each: value
             for each in reversed(run["contenders"])
             if (value := column.of(run, each)) is not None
         }
+        for title, column in panels.items()
+    }
+    heights = [len(values) + 1.6 for values in found.values()]
+    drawing = Drawing(figsize=(_WIDTH, 0.22 * sum(heights)), layout="constrained")
+    axes = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flat
+    for axis, (title, values) in zip(axes, found.items(), strict=True):
         colours = [_OURS_COLOUR if each.startswith(OURS) else _OTHERS_COLOUR for each in values]
-        bars = axis.barh(list(values), list(values.values()), color=colours)
-        axis.bar_label(bars, fmt=f"%.{column.digits}f", padding=2, fontsize=8)
-        axis.margins(x=0.18)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        bars = axis.barh(list(values), list(values.values()), color=colours, height=0.7)
+        axis.bar_label(bars, fmt=f"%.{panels[title].digits}f", padding=3)
+        axis.margins(x=0.12)
+        axis.set_title(title)
+        axis.tick_params(length=0)
+        axis.xaxis.set_visible(False)
+        axis.spines["bottom"].set_visible(False)
     _save(drawing, name)
 
 
 def _growth(run: Run) -> None:
-    drawing = Drawing(figsize=(5, 3), layout="constrained")
+    drawing = Drawing(figsize=(_WIDTH, 3), layout="constrained")
     axis = drawing.subplots()
+    lines = iter(_LINES)
     for each in run["contenders"]:
         values = [GROWN[number].of(run, each) for number in GROWTH]
         if None not in values:
-            colour = _OURS_COLOUR if each == OURS else None
-            axis.plot(GROWTH, values, marker="o", label=each, color=colour)
+            colour = _OURS_COLOUR if each == OURS else _OTHERS_COLOUR
+            marker, dash = ("o", "-") if each == OURS else next(lines)
+            axis.plot(GROWTH, values, marker=marker, linestyle=dash, label=each, color=colour)
     axis.set_xscale("log")
     axis.set_xticks(GROWTH, [f"{number:,}" for number in GROWTH])
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("open connections", fontsize=9)
-    axis.set_ylabel("µs of CPU for one more", fontsize=9)
-    axis.legend(fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
+    axis.set_xlabel("open connections")
+    axis.set_title("µs of CPU for one more connection")
+    drawing.legend(loc="outside lower center", ncols=2)
     _save(drawing, "growth")
 
 
 def _save(drawing: Drawing, name: str) -> None:
-    drawing.savefig(DOCS / f"performance-{name}.svg", metadata={"Date": None})
+    """Write a drawing whose text has the colour and the font of the page that it is in."""
+    file = StringIO()
+    drawing.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    for colour, shown in _IN_THE_FILE.items():
+        text = text.replace(colour, shown)
+    text = re.sub(r"(font: [\d.]+px )[^;\"]+", rf"\1{_FONT}", text)
+    text = re.sub('<g id="[^"]+"', "<g", text)  # several drawings come into one page
+    text = re.sub(r"(<svg [^>]+>)", rf"\1\n{_STYLE}", text, count=1)
+    (DOCS / f"performance-{name}.svg").write_text(text)
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ START = Figure("start", "seconds", "start, s", 2)
 
 TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
     (
-        "Connections: CPU of the proxy for each, and how many a second",
+        "Connections: CPU of the proxy for each (lower is better), and how many a second",
         (
             TCP,
             Figure("tcp", "per_s", "TCP, 1/s"),
@@ -65,16 +65,16 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
         ),
     ),
     (
-        "Latency: from connect to the first byte",
+        "Latency: from connect to the first byte (lower is better)",
         (LATENCY, Figure("latency", "p99_us", "p99, µs")),
     ),
-    ("Bytes: seconds of CPU of the proxy for a GB", tuple(BYTES.values())),
+    ("Bytes: seconds of CPU of the proxy for a GB (lower is better)", tuple(BYTES.values())),
     (
-        "Bytes: GB a second",
+        "Bytes: GB a second (higher is better)",
         tuple(Figure(kind, "gb_per_s", each.title, 2) for kind, each in BYTES.items()),
     ),
     (
-        f"Memory (PSS) with {MANY:,} connections",
+        f"Memory (PSS) with {MANY:,} connections (lower is better)",
         (
             Figure("idle", "base_mib", "none, MiB", 1),
             IDLE,
@@ -84,8 +84,8 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
             Figure("silent", "kib_each", "silent, KiB each", 2),
         ),
     ),
-    ("CPU of the proxy for a connection beside open ones", tuple(GROWN.values())),
-    ("acme-alpn-proxy start, until it steers", (START,)),
+    ("CPU of the proxy for a connection beside open ones (lower is better)", tuple(GROWN.values())),
+    ("acme-alpn-proxy start, until it steers (lower is better)", (START,)),
 )
 
 

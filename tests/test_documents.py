@@ -13,7 +13,8 @@ from twisted.application.service import Application, IServiceCollection
 from acme_alpn_proxy.options import COMMANDS, ConsoleOptions
 from acme_alpn_proxy.service import ProxyService
 
-from .documents import CLIENTS, MAKE, README, ROOT, SYNOPSIS, fenced_blocks, spans
+from .documents import CLIENTS, INSTALL, MAKE, README, ROOT, SYNOPSIS, fenced_blocks, spans
+from .integration.sessions import PAGES
 
 RECIPES = {
     "demo": "python -m tests.integration.demo",
@@ -74,13 +75,19 @@ def test_synopsis() -> None:
     assert set().union(*map(understood, lines)) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", [README, CLIENTS])
+@pytest.mark.parametrize("document", [README, CLIENTS, INSTALL, *PAGES])
 def test_commands_in_the_text(document: str) -> None:
     """Each command of the proxy that is named in the text is understood."""
     lines = [span for span in spans(document) if span.startswith("acme-alpn-proxy ")]
     for line in lines:
         if line != "acme-alpn-proxy --help":
             assert understood(line)
+
+
+def test_each_command_has_a_section() -> None:
+    """No command is missing in docs/commands.md."""
+    headings = re.findall("^## (.+)$", (ROOT / "docs/commands.md").read_text(), re.MULTILINE)
+    assert set(COMMANDS) <= set(headings)
 
 
 def test_options_in_the_text() -> None:
@@ -93,9 +100,11 @@ def test_options_in_the_text() -> None:
 
 
 def test_make() -> None:
-    """Each make command of the README is one that there is, and does what is tested."""
+    """Each make command of README and docs/install.md exists, and does what is tested."""
     lines = fenced_blocks(README)[MAKE].splitlines()
     lines += [span for span in spans(README) if span.startswith("make ")]
+    blocks = "".join(fenced_blocks(INSTALL).values())
+    lines += [line for line in blocks.splitlines() if line.startswith("make ")]
     targets = [line.partition("#")[0].split()[1] for line in lines]
     assert set(targets) == set(RECIPES)
     for target in targets:

@@ -1,4 +1,4 @@
-"""The document's table of errors, against the texts that the source makes."""
+"""The page of errors, against the texts that the source makes."""
 
 from __future__ import annotations
 
@@ -82,20 +82,39 @@ def in_the_source() -> Rows:
     return found
 
 
+ENTRY = re.compile(r"(.+)\n\n`(.+)`\n\n- \*\*Cause:\*\* .+\n(?:- \*\*What to do:\*\* .+\n)?(.*)")
+"""Heading, line, and the exit status or nothing."""
+
+
+def entries() -> list[tuple[str, str, str]]:
+    """Heading, line and statuses of each error of the page."""
+    _, *sections = re.split("^### ", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
+    found = [(section, ENTRY.match(section)) for section in sections]
+    assert [section for section, entry in found if entry is None] == []
+    return [(entry[1], entry[2], entry[3]) for _, entry in found if entry is not None]
+
+
 def in_the_document() -> Rows:
-    text = (ROOT / "docs" / "operations.md").read_text()
-    section = text.partition("\n## Errors\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(.+?)` \|.*\|(.*)\|$", section, re.MULTILINE)
-    return {alike(line): set(re.findall("[0-9]+", status)) for line, status in rows}
+    found: Rows = {}
+    for _, line, statuses in entries():
+        found.setdefault(alike(line), set()).update(re.findall("[0-9]+", statuses))
+    return found
+
+
+def test_anchors() -> None:
+    """Each error has a heading of its own, from which the same anchor is made everywhere."""
+    headings = [heading for heading, _, _ in entries()]
+    assert len(set(headings)) == len(headings)
+    assert [each for each in headings if not re.fullmatch("[A-Z][A-Za-z0-9_ -]+", each)] == []
 
 
 def test_every_error_is_in_the_document() -> None:
-    """Every line by which the program refuses has a row, and every row is such a line."""
+    """The page has every line by which the program refuses, and no other line."""
     assert in_the_source().keys() == in_the_document().keys()
 
 
 def test_status() -> None:
-    """Its row tells the exit status that goes with a line."""
+    """The page tells the exit status that goes with a line."""
     told = in_the_document()
     assert {
         line for line, statuses in in_the_source().items() if not statuses <= told[line]

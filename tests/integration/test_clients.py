@@ -7,40 +7,21 @@ is not tested; a synopsis or commands of make, looked at by F{tests/test_documen
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ..documents import CLIENTS, MAKE, README, ROOT, SYNOPSIS, fenced_blocks
-from .acme import Issued, Pebble, issued, pebble
+from ..documents import CLIENTS, MAKE, README, SYNOPSIS, fenced_blocks
+from .acme import pebble
 from .netns import CommandFailed, Namespace, Street, wait_until
-from .proxy import PROGRAM
+from .privatehost import Host, Order
 from .visitors import visitors
 from .website import NAME, Website
 
 BLOCKS = {
     name: text for document in (README, CLIENTS) for name, text in fenced_blocks(document).items()
 }
-
-
-@dataclass(frozen=True)
-class Order:
-    """A block by which a certificate is ordered.
-
-    @ivar certificate: where it is afterwards; like C{account} a pattern of sh.
-    @ivar account: where the key of the ACME account is.
-    @ivar after: a block that is to be run before, for the same account.
-    @ivar orders: how many there were, that one included.
-    """
-
-    certificate: str
-    account: str
-    after: str = ""
-    orders: int = 1
 
 
 def _lego(folder: str) -> tuple[str, str]:
@@ -73,67 +54,6 @@ ORDERS = {
 
 HOOKS = f"{CLIENTS}: Any client with hooks"
 NOT_TESTED = "(not tested)"
-
-
-class Host:
-    """The host as whoever follows a document finds it: its own F{/etc}, F{/var} and so on.
-
-    What is written there goes with the last process, so the host of the tests does not change. A
-    command is the client's own, and asks the test CA where it would ask Let's Encrypt.
-    """
-
-    _PRIVATE = """
-mount -t tmpfs tmpfs "$SCRATCH"
-for folder in etc root usr/local var; do
-    mkdir -p "$SCRATCH/$folder/upper" "$SCRATCH/$folder/work"
-    mount -t overlay overlay "/$folder" \\
-        -o "lowerdir=/$folder,upperdir=$SCRATCH/$folder/upper,workdir=$SCRATCH/$folder/work"
-done
-mount -t tmpfs tmpfs /run
-cp "$AUTHORITY" /etc/ssl/certs/ca-certificates.crt
-echo "CA=$CA KEYSIZE=2048" >/etc/dehydrated/conf.d/ca.sh
-cd "$WORK"
-"""
-
-    def __init__(self, namespace: Namespace, ca: Pebble, directory: Path) -> None:
-        self._namespace = namespace
-        self._ca = ca
-        self._certificate = directory / "certificate.pem"
-        self._account = directory / "account.pem"
-        self._log = directory / "proxy.log"
-        programs = directory / "programs"
-        for folder in (programs, directory / "scratch", directory / "work"):
-            folder.mkdir(parents=True)
-        (directory / "work" / "examples").symlink_to(ROOT / "examples")
-        for name, option in (("lego", "--server"), ("uacme", "-a")):
-            command = programs / name
-            command.write_text(f'#!/bin/sh\nexec {shutil.which(name)} {option} "$CA" "$@"\n')
-            command.chmod(0o755)
-        for program in (PROGRAM, PROGRAM.with_name(f"{PROGRAM.name}-hook")):
-            (programs / program.name).symlink_to(program)
-        self._env = {
-            "AUTHORITY": str(ca.authority.certificate),
-            "CA": ca.directory_url,
-            "PATH": f"{programs}:{os.environ['PATH']}:/usr/sbin",
-            "SCRATCH": str(directory / "scratch"),
-            "WORK": str(directory / "work"),
-        }
-
-    def order(self, script: str, order: Order) -> Issued:
-        """Run a script, every line of which has to succeed, and give what it brought home."""
-        keep = (
-            f"cp {order.certificate} {self._certificate}\n"
-            f"cp {order.account} {self._account}\n"
-            f"cp /var/log/acme-alpn-proxy.log {self._log}\n"
-        )
-        private = ("unshare", "--mount", "--propagation", "private", "sh", "-euc")
-        self._namespace.run(*private, self._PRIVATE + script + keep, env=self._env)
-        return issued(self._namespace, self._ca, self._certificate, self._account)
-
-    @property
-    def routed(self) -> list[str]:
-        """What the proxy has logged of validations."""
-        return [line for line in self._log.read_text().splitlines() if "to acme target" in line]
 
 
 @pytest.fixture
