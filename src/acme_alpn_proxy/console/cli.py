@@ -1,4 +1,4 @@
-"""The commands of the console script: C{acme-alpn-proxy start|stop|run|status|check}.
+"""The commands of the console script: C{acme-alpn-proxy COMMAND}.
 
 What needs Twisted's reactor or twistd is imported by the commands that start the proxy: the others
 do without.
@@ -34,7 +34,7 @@ from ..monitoring.status import (
 from ..options import PORT, ConsoleOptions, Unusable
 from ..responder.client import ControlError, NotListening, ask, control_path
 from .child import CannotRun, run_command
-from .terminal import fill_standard_descriptors, tell
+from .terminal import fill_standard_descriptors, is_terminal, tell
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -245,6 +245,37 @@ def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     return DONE if check_this_host(options, pidfile) else FAILED
 
 
+def show_help(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Print the help, or that of one command."""
+    from .help import help_text
+
+    print(help_text(options["about"]), end="", flush=True)
+    return DONE
+
+
+def completion(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Print the completions for a shell."""
+    from .completion import COMPLETIONS
+
+    print(COMPLETIONS[options["about"]](), end="", flush=True)
+    return DONE
+
+
+def manual(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Show the man page; where nobody looks, or there is no man(1), print its source."""
+    from .manual import manual
+
+    if is_terminal(sys.stdout):
+        page = os.memfd_create("manual")
+        os.write(page, manual().encode())
+        os.lseek(page, 0, os.SEEK_SET)
+        os.dup2(page, 0)
+        with suppress(FileNotFoundError):
+            os.execvp("man", ["man", "-l", "-"])  # noqa: S606, S607
+    print(manual(), end="", flush=True)
+    return DONE
+
+
 COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "start": start,
     "stop": stop,
@@ -253,6 +284,9 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "check": check,
     "explain": explain,
     "hook": hook,
+    "help": show_help,
+    "completion": completion,
+    "manual": manual,
 }
 
 
