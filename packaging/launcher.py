@@ -5,7 +5,12 @@ taken; a folder that other users could change never is.
 """
 
 import os
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # To unpack takes a second: Ctrl-C ends it without a traceback, and the next run begins again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 ROOM = 64 << 20
 """Bytes that must be free; it takes half of that."""

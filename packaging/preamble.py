@@ -16,3 +16,6 @@ sys.path[:] = [
     for path in sys.path
     if path == str(site_packages) or not path.rstrip("/").endswith(others)  # noqa: F821
 ]
+
+# Debian's zope.interface begins this package when Python starts, in a folder of its own.
+sys.modules.pop("zope", None)

@@ -35,3 +35,13 @@ def test_module() -> None:
     done = run("-m", "acme_alpn_proxy", "begin")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("acme-alpn-proxy: one command is needed")
+
+
+def test_nothing_is_loaded_before_the_signal_is_taken() -> None:
+    """Ctrl-C shows Python's traceback until the program takes it: nothing of ours comes first."""
+    line = "import sys; old = {*sys.modules}; import acme_alpn_proxy.__main__"
+    done = run("-c", f"{line}; print(*sys.modules.keys() - old)")
+    assert set(done.stdout.split()) - {"__future__"} == {
+        "acme_alpn_proxy",
+        "acme_alpn_proxy.__main__",
+    }

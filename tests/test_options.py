@@ -10,9 +10,22 @@ from twisted.python.usage import UsageError
 
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.console import cli
-from acme_alpn_proxy.options import ALIASES, COMMANDS, ConsoleOptions, ProxyOptions, Unusable
+from acme_alpn_proxy.options import (
+    ALIASES,
+    COMMANDS,
+    TOPICS,
+    About,
+    ConsoleOptions,
+    ProxyOptions,
+    Unusable,
+    all_options,
+    of_the_proxy,
+)
 
-COMMAND_NEEDED = "one command is needed, start, stop, run, status, check, explain or hook"
+ONE_COMMAND = (
+    "one command is needed, start, stop, run, status, check, explain, hook, help, completion or"
+    " manual"
+)
 RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
 
 
@@ -117,22 +130,22 @@ def test_check() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ((), COMMAND_NEEDED),
+        ((), ONE_COMMAND),
         (
             ("restart",),
-            f"{COMMAND_NEEDED}, not 'restart'",
+            f"{ONE_COMMAND}, not 'restart'",
         ),
         (
             ("start", "stop"),
-            f"{COMMAND_NEEDED}, not 'start stop'",
+            f"{ONE_COMMAND}, not 'start stop'",
         ),
         (
             ("start", "--", "-x"),
-            f"{COMMAND_NEEDED}, not 'start -x'",
+            f"{ONE_COMMAND}, not 'start -x'",
         ),
         (
             ("--", "start"),
-            f"{COMMAND_NEEDED}, not 'start'",
+            f"{ONE_COMMAND}, not 'start'",
         ),
         (("run",), RUN_NEEDS),
         (("run", "--"), RUN_NEEDS),
@@ -330,39 +343,76 @@ def test_real_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options["pidfile"] == "/run/my.pid"
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """C{--help} shows the usage, every command and every variable on a line of its own."""
-    with pytest.raises(SystemExit) as end:
-        console("--help")
-    assert not end.value.code
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Usage: acme-alpn-proxy [options] start|stop|status|check"
-    assert lines[1] == "       acme-alpn-proxy [options] run -- COMMAND..."
-    for beginning in (
-        "start ",
-        "stop ",
-        "run ",
-        "status ",
-        "ACME_ALPN_PROXY_PIDFILE ",
-        "ACME_ALPN_PROXY_RULESPEC ",
-        "ACME_ALPN_PROXY_DISABLEV6=y ",
-        "77 ",
-    ):
-        assert [line for line in lines if line.startswith(beginning)] != [], beginning
+@pytest.mark.parametrize("words", [("-h",), ("--help",), ("-help",), ("help",), ("-n", "--help")])
+def test_ways_to_ask_for_help(words: tuple[str, ...]) -> None:
+    """Help is asked for in each of the usual ways, Go's among them, whatever stands beside it."""
+    options = console(*words)
+    assert (options["command"], options["about"]) == ("help", "")
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [("help", "run"), ("run", "--help"), ("run", "-h"), ("run", "--help", "--", "lego", "-h")],
+)
+def test_help_of_a_command(words: tuple[str, ...]) -> None:
+    """So is that of one command, by its name."""
+    options = console(*words)
+    assert (options["command"], options["about"]) == ("help", "run")
+
+
+def test_help_of_another_name() -> None:
+    """The other name of a command does too; what is no command is refused."""
+    assert console("help", "doctor")["about"] == "check"
+    assert refusal("help", "restart").startswith("help explains one command: start, stop, ")
+    assert refusal("restart", "--help").startswith("help explains one command: start, stop, ")
+    assert refusal("help", "start", "stop").startswith("help explains one command: ")
+
+
+def test_help_of_the_command_of_run() -> None:
+    """What stands behind C{--} asks another program for help."""
+    assert console("run", "--", "lego", "--help")["command"] == "run"
+
+
+def test_completion() -> None:
+    """Completions are for one of three shells."""
+    assert console("completion", "zsh")["about"] == "zsh"
+    for words in ((), ("tcsh",), ("bash", "zsh")):
+        assert refusal("completion", *words) == (
+            "completion needs the name of a shell, bash, zsh or fish"
+        )
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version", "-version"])
+def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """C{--version} prints this program's, not Twisted's."""
     with pytest.raises(SystemExit) as end:
-        console("--version")
+        console(flag)
     assert end.value.code == 0
     assert capsys.readouterr().out == f"acme-alpn-proxy {__version__}\n"
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help", "-help"])
-def test_ways_to_ask_for_help(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Help is asked for in each of the usual ways, Go's among them."""
-    with pytest.raises(SystemExit) as end:
-        console(flag)
-    assert not end.value.code
-    assert "Usage: acme-alpn-proxy" in capsys.readouterr().out
+def test_of_the_proxy() -> None:
+    """What two starts differ in is seen, and what a command does besides is not."""
+    usual = of_the_proxy(console("start"))
+    assert usual["--alpn"] == "127.0.0.1:31443"
+    assert (usual["--linger"], usual["--uid"], usual["--force"]) == ("15", "unset", "off")
+    for words in (("-n", "start"), ("run", "--wait", "--shared", "--", "true")):
+        assert of_the_proxy(console(*words)) == usual
+    variables = {"ACME_ALPN_PROXY_RULESPEC": "-j 'a b'", "ACME_ALPN_PROXY_DISABLEV6": "y"}
+    given = ("start", "-alpn", "[::1]:5001", "--linger", "1.5", "--force", "--redirect", "auto")
+    other = of_the_proxy(console(*given, environment=variables))
+    assert {name: text for name, text in other.items() if usual[name] != text} == {
+        "--alpn": "[::1]:5001",
+        "--linger": "1.5",
+        "--force": "on",
+        "--redirect": "sk-lookup,nftables,iptables",
+        **variables,
+    }
+
+
+def test_topics() -> None:
+    """Each option stands under a heading of the help, which is in its order."""
+    described = [each[3] for each in all_options("optParameters")]
+    described += [each[2] for each in all_options("optFlags")]
+    assert [about for about in described if not isinstance(about, About)] == []
+    assert {about.topic for about in described} <= set(TOPICS)

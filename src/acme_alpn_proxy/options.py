@@ -10,11 +10,13 @@ import os
 import pwd
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from twisted.python import usage
+from twisted.python.reflect import accumulateClassList
 from twisted.python.usage import UsageError
 from twisted.python.util import gidFromString, uidFromString
 
@@ -35,8 +37,23 @@ PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
-COMMANDS: Final = ("start", "stop", "run", "status", "check", "explain", "hook")
+COMMANDS: Final = {
+    "start": "steer, in the background; returns once connections are steered",
+    "stop": "steer no more; connections under way go on",
+    "run": "steer while COMMAND runs; exit as COMMAND did",
+    "status": "show what runs, and what it has done so far",
+    "check": "look whether it would work on this host",
+    "explain": "after an order that failed: say what was seen here",
+    "hook": "do what an ACME client asks its hook for",
+    "help": "explain a command, as in: acme-alpn-proxy help start",
+    "completion": "print the completions for a shell: bash, zsh or fish",
+    "manual": "show the man page",
+}
+"""Each command, and what it does."""
+
 ALIASES: Final = {"doctor": "check"}
+
+SHELLS: Final = ("bash", "zsh", "fish")
 
 GO_WITH: Final = {
     "nodaemon": ("start",),
@@ -52,7 +69,53 @@ GO_WITH: Final = {
 DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
+UNSET: Final = "unset"
+
 _LONGEST: Final = 86_400.0
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A heading that options stand under in the help.
+
+    @ivar commands: the commands whose help has these options. L{GO_WITH} counts more.
+    """
+
+    title: str
+    commands: tuple[str, ...]
+
+
+_STARTS: Final = ("start", "run", "check")
+
+TARGETS: Final = Topic("Where connections go", _STARTS)
+STEERING: Final = Topic("How to steer", _STARTS)
+RESPONDER: Final = Topic("Answering validations itself", (*_STARTS, "hook"))
+LIMITS: Final = Topic("Timeouts and limits", _STARTS)
+ENDING: Final = Topic("How it ends", (*_STARTS, "stop"))
+PROCESS: Final = Topic("The process, its log and its metrics", ("start", "run"))
+COMMAND_FLAGS: Final = Topic("What belongs to one command", ())
+OTHERS: Final = Topic("Other options", tuple(COMMANDS))
+"""For an option that names no topic."""
+
+TOPICS: Final = (TARGETS, STEERING, RESPONDER, LIMITS, ENDING, PROCESS, COMMAND_FLAGS, OTHERS)
+"""In the order of the help."""
+
+
+class About(str):
+    """What an option does. Twisted takes it for a C{str}; the help also reads what it has besides.
+
+    @ivar topic: where the help shows the option.
+    @ivar value: what stands there for the value of the option.
+    """
+
+    topic: Topic
+    value: str
+
+    def __new__(cls, text: str, topic: Topic, value: str = "VALUE") -> About:
+        about = super().__new__(cls, text)
+        about.topic = topic
+        about.value = value
+        return about
 
 
 class Unusable(UsageError):
@@ -189,98 +252,142 @@ class ProxyOptions(usage.Options):
     )
 
     optFlags = [  # noqa: RUF012
-        ["force", None, "steer although the firewall seems to be in the way"],
+        ["force", None, About("Steer although the firewall seems to be in the way", STEERING)],
     ]
     optParameters = [  # noqa: RUF012
         [
             "alpn",
             None,
             parse_address("127.0.0.1:31443"),
-            "Where the ACME client answers validations: host:port, [v6]:port or a Twisted endpoint"
-            " string",
+            About(
+                "Where the ACME client answers validations: host:port, [v6]:port or a Twisted"
+                " endpoint string",
+                TARGETS,
+                "ADDRESS",
+            ),
             _address("alpn"),
         ],
         [
             "fallback",
             None,
             parse_address("127.0.0.1:443"),
-            "Where the web server answers everything else",
+            About("Where the web server answers everything else", TARGETS, "ADDRESS"),
             _address("fallback"),
         ],
         [
             "redirect",
             None,
             ",".join(WAYS),
-            "How to be given new connections to :443: a list of iptables, nftables (Linux 5.12) and"
-            " sk-lookup (BPF, Linux 5.9), of which the first that works here is taken; auto"
-            f" ({','.join(AUTO)}); or none (you steer them to port {PORT})",
+            About(
+                "One of iptables, nftables (Linux 5.12), sk-lookup (BPF, Linux 5.9), or a list of"
+                " them, of which the first that works here is taken; auto is the list"
+                f" {','.join(AUTO)}; none: you steer connections to port {PORT} yourself",
+                STEERING,
+                "WAYS",
+            ),
             _ways,
         ],
         [
             "hello-timeout",
             None,
             5.0,
-            "Seconds for a visitor to send a whole ClientHello; without one it goes to the"
-            " fallback",
+            About(
+                "Time for a visitor to send a whole ClientHello; after that, the connection goes to"
+                " the fallback",
+                LIMITS,
+                "SECONDS",
+            ),
             _seconds("hello-timeout"),
         ],
         [
             "connect-timeout",
             None,
             10.0,
-            "Seconds for a target to accept a connection; then the visitor is reset",
+            About(
+                "Time for a target to accept a connection; after that, the visitor is reset",
+                LIMITS,
+                "SECONDS",
+            ),
             _seconds("connect-timeout"),
         ],
         [
             "idle-timeout",
             None,
             0.0,
-            "Seconds without a byte until an established connection is reset; 0: never",
+            About(
+                "Time without a byte until an established connection is reset; 0: never",
+                LIMITS,
+                "SECONDS",
+            ),
             _seconds("idle-timeout"),
         ],
         [
             "max-connections",
             None,
             0,
-            "How many visitors at a time, the others wait; 0: as many as the limit on open files"
-            " allows",
+            About(
+                "How many visitors at a time, others wait; 0: as many as the limit on open files"
+                " allows",
+                LIMITS,
+                "NUMBER",
+            ),
             _count("max-connections"),
         ],
         [
             "linger",
             None,
             15.0,
-            "Seconds to go on accepting at stop, at most, while handshakes are under way",
+            About(
+                "Time to go on accepting at a stop, at most, while handshakes are under way",
+                ENDING,
+                "SECONDS",
+            ),
             _seconds("linger"),
         ],
         [
             "drain-timeout",
             None,
             180.0,
-            "Seconds to wait at stop for live connections; then they are reset",
+            About(
+                "Time to wait at a stop for live connections; after that, they are reset",
+                ENDING,
+                "SECONDS",
+            ),
             _seconds("drain-timeout"),
         ],
         [
             "control",
             None,
             None,
-            "Unix socket at which root's ACME clients tell what to answer validations with;"
-            " acme-alpn-proxy: beside the PID file (default /var/run/acme-alpn-proxy.control)",
+            About(
+                "Unix socket at which root's ACME clients tell what to answer validations with; by"
+                " default beside the PID file, /var/run/acme-alpn-proxy.control",
+                RESPONDER,
+                "PATH",
+            ),
         ],
         [
             "alpn-certs",
             None,
             None,
-            "Folder with challenge certificates to answer with, NAME.crt.pem and NAME.key.pem, as"
-            " dehydrated makes them",
+            About(
+                "Folder with challenge certificates to answer with, NAME.crt.pem and NAME.key.pem,"
+                " as dehydrated makes them",
+                RESPONDER,
+                "FOLDER",
+            ),
             _folder,
         ],
         [
             "metrics",
             None,
             None,
-            "Where to serve numbers to Prometheus: a port of 127.0.0.1 or a Twisted server endpoint"
-            " string",
+            About(
+                "Where to serve numbers to Prometheus: a port of 127.0.0.1 or a Twisted server"
+                " endpoint string",
+                PROCESS,
+                "ENDPOINT",
+            ),
             _metrics,
         ],
     ]
@@ -334,80 +441,57 @@ class ProxyOptions(usage.Options):
 class ConsoleOptions(ProxyOptions):
     """What the console script understands besides: a command and what goes with it."""
 
-    synopsis = (
-        "Usage: acme-alpn-proxy [options] start|stop|status|check\n"
-        "       acme-alpn-proxy [options] run -- COMMAND...\n"
-        "       acme-alpn-proxy [options] explain [NAME...]\n"
-        "       acme-alpn-proxy [options] hook uacme|dehydrated WORDS..."
-    )
-    longdesc = (
-        f"{ProxyOptions.longdesc}\n\n"
-        "start  go to the background and steer; exit 0 once that is so, or if it runs already\n"
-        "stop   steer no more; exit 0 once that is so; connections under way go on\n"
-        "run    steer, run COMMAND, steer no more; exit as COMMAND did\n"
-        "status show what runs, and what it has done so far\n"
-        "check  look whether it would work here: one line each, ok, warning or failed\n"
-        "doctor the same\n"
-        "explain after an order that failed: say what was seen here, for each NAME\n"
-        "hook   for the hook of an ACME client, with the words that this one gives to it\n\n"
-        "Environment:\n"
-        f"{PIDFILE_VARIABLE}    PID file (default {DEFAULT_PIDFILE})\n"
-        f"{RULESPEC_VARIABLE}   instead of the usual rule, behind 'iptables -t nat -I PREROUTING'\n"
-        f"{DISABLE_IPV6_VARIABLE}=y leave IPv6 alone\n\n"
-        "Exit status:\n"
-        "0    done\n"
-        "2    wrong usage\n"
-        "3    status: nothing runs\n"
-        "67   there is no such user or group\n"
-        "69   what is needed is missing, or taken\n"
-        "70   a defect of this program\n"
-        "71   the system refuses\n"
-        "73   PID file or log file cannot be written\n"
-        "75   somebody else is at it: try again later; run: COMMAND was not run\n"
-        "77   not permitted\n"
-        "78   as this host is set up, visitors would be lost\n"
-        "1    any other failure; nothing is left applied, whatever it was\n"
-        "126  run: COMMAND is no program; 127: it is not found; 128 + N: signal N ended it;\n"
-        "     otherwise run exits as COMMAND did"
-    )
-
     optFlags = [  # noqa: RUF012
-        ["nodaemon", "n", "start: stay in the foreground and log to stderr"],
-        ["on-demand", None, "start: steer only while an identifier is pending or run needs it"],
-        ["wait", None, "stop, run: wait until the last connection has ended"],
-        ["probe", None, "check: steer for a moment, and dial port 443 from outside"],
-        ["json", None, "status, check, explain: print one JSON document"],
-        ["watch", None, "status: show it again every second"],
-        ["shared", None, "run: if an instance runs already, run COMMAND with that one"],
+        ["nodaemon", "n", About("Stay in the foreground and log to stderr", PROCESS)],
+        [
+            "on-demand",
+            None,
+            About("Steer only while an identifier is pending or run needs it", STEERING),
+        ],
+        ["wait", None, About("Wait until the last connection has ended", ENDING)],
+        ["probe", None, About("Steer for a moment, and dial port 443 from outside", COMMAND_FLAGS)],
+        ["json", None, About("Print one JSON document", COMMAND_FLAGS)],
+        ["watch", None, About("Show it again every second", COMMAND_FLAGS)],
+        [
+            "shared",
+            None,
+            About("If an instance runs already, run COMMAND with that one", COMMAND_FLAGS),
+        ],
     ]
     optParameters = [  # noqa: RUF012
-        ["logfile", None, DEFAULT_LOGFILE, "start, run: where to log in the background"],
+        [
+            "logfile",
+            None,
+            DEFAULT_LOGFILE,
+            About("Where to log in the background", PROCESS, "FILE"),
+        ],
         [
             "log-format",
             None,
             "text",
-            "start, run: text, or json: one object a line",
+            About("text, or json: one object a line", PROCESS, "FORMAT"),
             _choice("log-format", ("text", "json")),
         ],
         [
             "log-level",
             None,
             "info",
-            "start, run: the least that is logged: debug (each visitor), info, warn, error",
+            About(
+                "The least that is logged: debug (each visitor), info, warn or error",
+                PROCESS,
+                "LEVEL",
+            ),
             _choice("log-level", ("debug", "info", "warn", "error")),
         ],
-        ["uid", None, None, "start, run: user to run as once it steers", _user],
-        ["gid", None, None, "start, run: group to run as (default: that of --uid)", _group],
+        ["uid", None, None, About("The user to run as once it steers", PROCESS, "USER"), _user],
+        [
+            "gid",
+            None,
+            None,
+            About("The group to run as; by default that of --uid", PROCESS, "GROUP"),
+            _group,
+        ],
     ]
-
-    def getUsage(self, width: int | None = None) -> str:
-        """The base class folds the long description's lines; keep them."""
-        folded, self.longdesc = self.longdesc, ""
-        try:
-            text: str = super().getUsage(width)
-        finally:
-            self.longdesc = folded
-        return f"{text.rstrip()}\n\n{folded}\n"
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """Options may stand before and after the command; what is behind C{--} is not ours."""
@@ -422,6 +506,8 @@ class ConsoleOptions(ProxyOptions):
             parsed, rest = getopt.gnu_getopt(words, self.shortOpt, self.longOpt)
         except getopt.error as problem:
             raise UsageError(str(problem)) from None
+        if not {"--help", "-h"}.isdisjoint(name for name, _ in parsed):
+            self["argv"], parsed, rest = [], [], ["help", *rest[:1]]
         ordered = [
             f"{name}={value}" if f"{name[2:]}=" in self.longOpt else name for name, value in parsed
         ]
@@ -429,12 +515,17 @@ class ConsoleOptions(ProxyOptions):
 
     def opt_version(self) -> None:
         """Print the version and exit"""
-        print(f"acme-alpn-proxy {__version__}")
+        print(f"acme-alpn-proxy {__version__}", flush=True)
         raise SystemExit(0)
 
+    opt_V = opt_version
+
     def parseArgs(self, *words: str) -> None:
-        """Exactly one command, and for C{run} another program's."""
+        """One command, what it is about if it takes that, and for C{run} another program's."""
         argv = self["argv"]
+        self["about"] = ""
+        if words[:1] in (("help",), ("completion",)) and not argv:
+            words, self["about"] = words[:1], self._about(*words)
         if words[:1] == ("run",) and (len(words) > 1 or not argv):
             raise UsageError(
                 "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
@@ -445,9 +536,19 @@ class ConsoleOptions(ProxyOptions):
         command = ALIASES.get(words[0], words[0]) if len(words) == 1 else None
         if command not in COMMANDS or (argv and command not in ("run", "hook")):
             got = f", not {shlex.join([*words, *argv])!r}" if words or argv else ""
-            *but_last, last = COMMANDS
-            raise UsageError(f"one command is needed, {', '.join(but_last)} or {last}{got}")
+            raise UsageError(f"one command is needed, {_one_of(COMMANDS)}{got}")
         self["command"] = command
+
+    def _about(self, command: str, *words: str) -> str:
+        """What C{help} or C{completion} is asked about; nothing for the help as a whole."""
+        if command == "completion":
+            if len(words) != 1 or words[0] not in SHELLS:
+                raise UsageError(f"completion needs the name of a shell, {_one_of(SHELLS)}")
+            return words[0]
+        about = ALIASES.get(words[0], words[0]) if words else ""
+        if len(words) > 1 or (words and about not in COMMANDS):
+            raise UsageError(f"help explains one command: {_one_of(COMMANDS)}")
+        return about
 
     def postOptions(self) -> None:
         """Which option goes with which command, and the paths."""
@@ -467,3 +568,41 @@ class ConsoleOptions(ProxyOptions):
                 )
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *but_last, last = names
+    return f"{', '.join(but_last)} or {last}"
+
+
+def of_the_proxy(options: Mapping[str, Any]) -> dict[str, str]:
+    """What C{start} was told of the proxy itself, as text, by the names of the options.
+
+    So two starts can be compared. What a command does besides, such as to wait, is not in it.
+
+    @param options: parsed L{ConsoleOptions}.
+    """
+    told = {f"--{name}": _as_text(options[name]) for name, *_ in all_options("optParameters")}
+    for name, *_ in all_options("optFlags"):
+        if name != "nodaemon" and "start" in GO_WITH.get(name, ("start",)):
+            told[f"--{name}"] = "on" if options[name] else "off"
+    told[RULESPEC_VARIABLE] = _as_text(shlex.join(options["rulespec"] or ()) or None)
+    told[DISABLE_IPV6_VARIABLE] = UNSET if options["ipv6"] else "y"
+    return told
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return UNSET
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def all_options(kind: str) -> list[Any]:
+    """All that the console script takes, as Twisted wants them described.
+
+    @param kind: C{optFlags} or C{optParameters}.
+    """
+    found: list[Any] = []
+    accumulateClassList(ConsoleOptions, kind, found)
+    return found

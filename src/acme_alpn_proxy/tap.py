@@ -171,9 +171,16 @@ def make_proxy(
 
 
 def make_program(
-    options: Mapping[str, Any], reactor: Reactor, pidfile: IPIDFile | None = None
+    options: Mapping[str, Any],
+    reactor: Reactor,
+    pidfile: IPIDFile | None = None,
+    told: Mapping[str, str] | None = None,
 ) -> Program:
-    """The proxy as the whole program of this process: it takes the signals."""
+    """The proxy as the whole program of this process: it takes the signals.
+
+    @param told: the options as they were given, for C{status}; see
+        L{acme_alpn_proxy.options.of_the_proxy}.
+    """
     parts = Parts(options, reactor)
     on_demand = bool(options.get("on-demand"))
     proxy = OnDemandProxy(parts.proxy, pidfile) if on_demand else parts.proxy(pidfile=pidfile)
@@ -184,7 +191,7 @@ def make_program(
         def describe() -> DaemonStatus:
             return {**proxy.status(), **parts.pending.status(), "on_demand": on_demand}
 
-        service = StatusService(reactor, options["pidfile"], describe, program.holders)
+        service = StatusService(reactor, options["pidfile"], describe, program.holders, told or {})
         service.setServiceParent(program)
     return program
 

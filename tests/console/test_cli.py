@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import json
 import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from acme_alpn_proxy.console import cli, daemon
+from acme_alpn_proxy.__main__ import main
+from acme_alpn_proxy.console import cli, daemon, startup
 from acme_alpn_proxy.console.handover import Report
+from acme_alpn_proxy.diagnosis import check
+from acme_alpn_proxy.diagnosis.finding import Finding, Level
+from acme_alpn_proxy.diagnosis.probe import Tell
 from acme_alpn_proxy.errors import AlreadyRunning, StartError
-from acme_alpn_proxy.monitoring.status import SILENT
-from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.monitoring.status import SILENT, InstanceStatus
+from acme_alpn_proxy.options import ConsoleOptions, of_the_proxy
 
+from ..monitoring.descriptions import answer_of, describe
 from .child_processes import assert_was_waited_for, stubborn_process
 
 
@@ -189,35 +195,106 @@ class SharedRunTests(CommandCase):
         self.assertEqual(self.run_shared({"pid": 7, "state": SILENT}), "127.0.0.1:31443")
 
 
-class Terminal(io.StringIO):
-    """Standard output that is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 class Interrupted(Exception):
     """Somebody has seen enough."""
 
 
 class WatchTests(CommandCase):
-    def test_redraws(self) -> None:
-        """On a terminal C{status --watch} wipes what it told before, every second."""
-        pauses: list[float] = []
+    def test_again(self) -> None:
+        """C{status --watch} asks again each time."""
+        drawn: list[str] = []
 
-        def pause(seconds: float) -> None:
-            pauses.append(seconds)
-            if len(pauses) == 2:
-                raise Interrupted
+        def watch(draw: Callable[[], str]) -> None:
+            drawn.extend(draw() for _ in range(2))
+            raise Interrupted
 
-        terminal = Terminal()
-        self.patch(sys, "stdout", terminal)
-        self.patch(time, "sleep", pause)
+        self.patch(cli, "watch", watch)
         self.addCleanup(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
         with self.assertRaises(Interrupted):
             cli.status(self.options("status", "--watch"), OwnerFile(None))  # type: ignore[arg-type]
-        self.assertEqual(terminal.getvalue(), f"{cli.CLEAR}not running\n" * 2)
-        self.assertEqual(pauses, [1.0, 1.0])
+        self.assertEqual(drawn, ["not running\n"] * 2)
+
+
+class OtherOptionsTests(CommandCase):
+    """C{start}, while an instance runs that was started with certain options."""
+
+    def start(self, answer: InstanceStatus | None, *words: str) -> str:
+        """How it ends: the words of the error."""
+        self.kept: list[str] = []
+        options = self.options("--logfile", os.devnull, *words, "start")
+        self.patch(cli, "ask_instance", lambda path: answer)
+        self.patch(cli, "ANSWER_DEADLINE", 0.05)
+        self.patch(cli, "request", lambda path, pid, word: self.kept.append(word))
+        with self.assertRaises(StartError) as ended:
+            cli.start(options, OwnerFile(7))  # type: ignore[arg-type]
+        self.refusal = ended.exception
+        return str(ended.exception)
+
+    def answer(self, *words: str) -> InstanceStatus:
+        """That of an instance that was started so."""
+        options = of_the_proxy(self.options("--logfile", os.devnull, *words, "start"))
+        return {**answer_of(describe()), "options": options}
+
+    def test_same(self) -> None:
+        """With the same options it runs already, which is no error, and goes on."""
+        said = self.start(self.answer("--linger", "1"), "--linger", "1.0", "-n")
+        self.assertEqual(said, "already running as PID 7 (/nowhere/pid)")
+        self.assertIsInstance(self.refusal, AlreadyRunning)
+        self.assertEqual(self.kept, ["keep"])
+
+    def test_other(self) -> None:
+        """With others it is refused, and what differs is said."""
+        said = self.start(self.answer("--force"), "-alpn", "127.0.0.1:5001")
+        self.assertEqual(
+            said,
+            "already running as PID 7 (/nowhere/pid) with other options: --alpn is 127.0.0.1:31443,"
+            " not 127.0.0.1:5001, --force is on, not off; stop that one first, or start with its"
+            " options",
+        )
+        self.assertEqual((self.refusal.status, self.kept), (os.EX_TEMPFAIL, []))
+
+    def test_unknown(self) -> None:
+        """One that does not say, as an older release, is taken for the same."""
+        older = self.answer()
+        older["options"] = {}
+        for answer in (None, older):
+            self.start(answer, "--force")
+            self.assertIsInstance(self.refusal, AlreadyRunning)
+
+
+class CheckTests(CommandCase):
+    """What C{check} prints."""
+
+    def check(self, *findings: Finding, words: tuple[str, ...] = ()) -> tuple[int, str]:
+        """Its exit status and its output, if this is found."""
+
+        def look(options: object, pidfile: object, tell: Tell, doing: object) -> list[Finding]:
+            for finding in findings:
+                tell(finding)
+            return list(findings)
+
+        self.patch(check, "check_this_host", look)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            status = cli.check(self.options("check", *words), OwnerFile(None))  # type: ignore[arg-type]
+        return status, output.getvalue()
+
+    def test_lines(self) -> None:
+        """A line for each, one for all, and the exit status."""
+        finding = Finding("port", Level.WARNING, "it is so", "do this")
+        self.assertEqual(
+            self.check(finding),
+            (
+                cli.DONE,
+                "warning port: it is so; do this\n"
+                "It would work here, but there are warnings: 1 of 1 checks.\n",
+            ),
+        )
+        self.assertEqual(self.check(Finding("port", Level.FAILED))[0], cli.FAILED)
+
+    def test_json(self) -> None:
+        """C{--json} prints one document and nothing else."""
+        status, output = self.check(Finding("port", Level.FAILED), words=("--json",))
+        self.assertEqual((status, json.loads(output)["verdict"]), (cli.FAILED, "failed"))
 
 
 class FullDisk(io.StringIO):
@@ -260,10 +337,12 @@ class MainTests(CommandCase):
 
     def test_sigint(self) -> None:
         """SIGINT ends a command at once; where it is ignored it stays so."""
+        self.patch(startup, "load_lightly", lambda: None)
         for before, after in (
             (signal.default_int_handler, signal.SIG_DFL),
             (signal.SIG_IGN, signal.SIG_IGN),
         ):
             signal.signal(signal.SIGINT, before)
-            cli.run_command_line(["restart"])
+            with self.assertRaises(SystemExit):
+                main(["restart"])
             self.assertEqual(signal.getsignal(signal.SIGINT), after)

@@ -25,6 +25,14 @@ class ReportTests(ReportCase):
         self.assertTrue(self.report.started())
         self.assertEqual(self.told(), {"error": None, "running": None, "lines": ["careful"]})
 
+    def test_waits(self) -> None:
+        """C{start} hears at once what the daemon waits for, while it starts."""
+        self.report({"log_format": "Waiting for {it}", "it": "the port", "is_waiting": True})
+        self.assertEqual(self.told(), {"waiting": "Waiting for the port"})
+        self.ours.close()
+        self.report({"log_format": "Waiting", "is_waiting": True})
+        self.assertEqual(self.report.lines, [])
+
     def test_nobody_listens(self) -> None:
         """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
         self.ours.close()
@@ -75,9 +83,10 @@ class AwaitTests(SynchronousTestCase):
         self.addCleanup(self.ours.close)
         self.addCleanup(self.theirs.close)
         self.lines: list[str] = []
+        self.waits: list[str] = []
 
     def wait(self, patience: float = 30.0) -> None:
-        await_report(self.ours, self.process.pid, patience, self.lines.append)
+        await_report(self.ours, self.process.pid, patience, self.lines.append, self.waits.append)
 
     def tell(self, **told: object) -> None:
         """As the daemon does."""
@@ -120,6 +129,14 @@ class AwaitTests(SynchronousTestCase):
         self.tell()
         self.wait()
         self.assertEqual(self.theirs.recv(1), b"1")
+        assert_was_waited_for(self, self.process)
+
+    def test_waits(self) -> None:
+        """What the daemon waits for is told at once, and is no answer yet."""
+        self.theirs.sendall(json.dumps({"waiting": "for the port"}).encode() + b"\n")
+        self.tell()
+        self.wait()
+        self.assertEqual((self.waits, self.lines), (["for the port"], []))
         assert_was_waited_for(self, self.process)
 
     def test_refusal_waits_for_the_end(self) -> None:

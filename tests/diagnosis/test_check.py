@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,7 +24,7 @@ from acme_alpn_proxy.diagnosis import check
 from acme_alpn_proxy.diagnosis.check import Check
 from acme_alpn_proxy.diagnosis.finding import Finding, Level
 from acme_alpn_proxy.diagnosis.handshake import OnlyAlert
-from acme_alpn_proxy.diagnosis.probe import Tell
+from acme_alpn_proxy.diagnosis.probe import Doing, Tell
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.firewall import xtables
 from acme_alpn_proxy.host.facts import pid_namespace
@@ -91,7 +90,9 @@ class CheckCase(SynchronousTestCase):
         result = self.handshakes[target.text]
         return fail(result) if isinstance(result, Exception) else succeed(result)
 
-    def probe(self, reactor: Any, options: Mapping[str, Any], tell: Tell) -> Deferred[None]:
+    def probe(
+        self, reactor: Any, options: Mapping[str, Any], tell: Tell, doing: Doing
+    ) -> Deferred[None]:
         self.probed.append(options)
         return succeed(None)
 
@@ -105,6 +106,7 @@ class CheckCase(SynchronousTestCase):
         }
         options.parseOptions(["check", "--logfile", f"{folder}/log", *words])
         told: list[Finding] = []
+        self.done: list[str] = []
         checking = Check(
             MemoryReactor(),
             options,
@@ -112,6 +114,7 @@ class CheckCase(SynchronousTestCase):
             self.commands,
             told.append,
             probe=self.probe,
+            doing=self.done.append,
         )
         self.successResultOf(checking.look())
         self.assertEqual(told, checking.findings)
@@ -149,6 +152,7 @@ class CheckTests(CheckCase):
             ],
         )
         self.assertEqual({call[5] for call in self.commands.calls}, {"-S", "-C"})
+        self.assertEqual(self.done[0], "asking the web server at 127.0.0.1:443")
         self.assertEqual(self.probed, [])
 
     def test_probe(self) -> None:
@@ -415,15 +419,10 @@ class RunTests(SynchronousTestCase):
         self.patch(globalLogBeginner, "beginLoggingTo", lambda *arguments, **named: None)
         self.level = Level.OK
 
-    @contextlib.contextmanager
-    def on(self, reactor: FakeReactor) -> Iterator[io.StringIO]:
-        with (
-            mock.patch("twisted.internet.reactor", reactor, create=True),
-            contextlib.redirect_stdout(io.StringIO()) as output,
-        ):
-            yield output
+    def on(self, reactor: FakeReactor) -> contextlib.AbstractContextManager[object]:
+        return mock.patch("twisted.internet.reactor", reactor, create=True)
 
-    def run_check(self, *words: str) -> bool:
+    def run_check(self, *words: str) -> list[Finding]:
         def look(checking: Check) -> Deferred[None]:
             checking._tell(Finding("port", self.level, "it is so"))
             return succeed(None)
@@ -431,29 +430,34 @@ class RunTests(SynchronousTestCase):
         self.patch(Check, "look", look)
         return self.run_on(*words)
 
-    def run_on(self, *words: str) -> bool:
+    def run_on(self, *words: str) -> list[Finding]:
         options = ConsoleOptions()
         options.environment = {}
         options.parseOptions(["check", *words])
-        return check.check_this_host(options, OwnerFile())  # type: ignore[arg-type]
+        self.told: list[Finding] = []
+        return check.check_this_host(
+            options,
+            OwnerFile(),  # type: ignore[arg-type]
+            self.told.append,
+            lambda what: None,
+        )
 
-    def test_lines(self) -> None:
-        """A line for each, and whether none failed."""
-        for level, well in ((Level.OK, True), (Level.WARNING, True), (Level.FAILED, False)):
-            self.level = level
-            reactor = FakeReactor()
-            with self.on(reactor) as output:
-                self.assertEqual(self.run_check(), well)
-            self.assertEqual(output.getvalue(), f"{level!s:<7} port: it is so\n")
-            self.successResultOf(reactor.triggers[0]())
+    def test_findings(self) -> None:
+        """Each finding is told at once, and all are given in the end."""
+        reactor = FakeReactor()
+        with self.on(reactor):
+            found = self.run_check()
+        self.assertEqual(found, [Finding("port", Level.OK, "it is so")])
+        self.assertEqual(self.told, found)
+        self.successResultOf(reactor.triggers[0]())
 
     def test_json(self) -> None:
-        """One document, and nothing else."""
-        self.level = Level.WARNING
-        with self.on(FakeReactor()) as output:
-            self.assertTrue(self.run_check("--json"))
+        """As JSON they are one document, with the verdict on all."""
+        findings = [Finding("port", Level.WARNING, "it is so"), Finding("IPv6", Level.OK)]
+        about = json.loads(check.document(findings))
+        self.assertEqual((about["verdict"], len(about["checks"])), ("warning", 2))
         told = {"name": "port", "verdict": "warning", "cause": "it is so", "remedy": ""}
-        self.assertEqual(json.loads(output.getvalue()), {"verdict": "warning", "checks": [told]})
+        self.assertEqual(about["checks"][0], told)
 
     def test_stopped_by_a_signal(self) -> None:
         """The reactor may be about to end already."""

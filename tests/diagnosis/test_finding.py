@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_alpn_proxy.diagnosis.finding import Finding, Level, worst
+from acme_alpn_proxy.diagnosis.finding import Finding, Level, summary, worst
 
 
 def test_line() -> None:
@@ -24,6 +24,17 @@ def test_error() -> None:
     finding = Finding.refused("start", ValueError("so; or so; do this"), Level.WARNING)
     assert finding == Finding("start", Level.WARNING, "so; or so", "do this")
     assert Finding.refused("start", "just so") == Finding("start", Level.FAILED, "just so")
+
+
+def test_summary() -> None:
+    """The verdict on all together is one sentence."""
+    ok, warning, failed = (Finding("a", level) for level in Level)
+    assert summary([ok, ok]) == "It would work here: 2 checks, all ok."
+    assert summary([ok, warning]) == ("It would work here, but there are warnings: 1 of 2 checks.")
+    assert summary([ok, warning, warning, failed]) == (
+        "It would not work here: 1 of 4 checks failed, 2 warned."
+    )
+    assert summary([ok, failed, failed]) == "It would not work here: 2 of 3 checks failed."
 
 
 def test_worst() -> None:

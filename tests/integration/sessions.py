@@ -24,7 +24,7 @@ from .website import Visit, website
 PAGES = ("docs/tutorial.md", "docs/commands.md")
 
 _BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"# (?:.*\\\n)*.*\n")
+_COMMAND = re.compile(r"^# (?:.*\\\n)*.*\n", re.MULTILINE)
 _END = "--- end of what it prints ---"
 
 _SHOWN = {"10.88.0.2:14000": "ca.example", "10.88.0.2_14000": "ca.example"}

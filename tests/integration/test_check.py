@@ -46,7 +46,9 @@ def check(proxy: Proxy, *words: str) -> subprocess.CompletedProcess[str]:
 def levels(output: str) -> dict[str, str]:
     """The verdict of each check, by its name, from lines for the operator."""
     found = {}
-    for line in output.splitlines():
+    *lines, verdict = output.splitlines()
+    assert re.match("It would( not)? work here", verdict), output
+    for line in lines:
         match = re.fullmatch(r"(ok|warning|failed) +([^:]+)(?:: .+)?", line)
         assert match is not None, line
         found[match[2]] = match[1]

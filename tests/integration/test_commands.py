@@ -555,8 +555,8 @@ def test_rulespec_that_iptables_refuses(proxy: Proxy) -> None:
         (["-fallback", "127.0.0.1:21443", "start"], "own listener.*: name the port"),
         (["-alpn=[::1]:21443", "start"], "own listener.*: name the port"),
         (["-fallback", "nonsense", "start"], "--fallback 'nonsense'"),
-        (["restart"], "one command is needed, start, stop, run, status or check, not 'restart'"),
-        ([], "one command is needed, start, stop, run, status or check"),
+        (["restart"], "one command is needed, start, .* or manual, not 'restart'"),
+        ([], "one command is needed, start, stop, run, status, check, help, completion or manual"),
     ],
 )
 def test_wrong_usage(proxy: Proxy, warm: WarmProxy, words: list[str], pattern: str) -> None:

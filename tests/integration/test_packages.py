@@ -101,7 +101,7 @@ def test_installed(debian: Machine, dist: Path) -> None:
     )
     assert debian.run("acme-alpn-proxy", "--version").stdout == f"acme-alpn-proxy {__version__}\n"
     assert "Get TLS certificates" in debian.run("twistd3", "--help").stdout
-    assert "--fallback=VALUE" in debian.run("man", "acme-alpn-proxy").stdout
+    assert "--fallback=ADDRESS" in debian.run("man", "acme-alpn-proxy").stdout
     complete = "source /usr/share/bash-completion/completions/acme-alpn-proxy; complete -p"
     assert "_acme_alpn_proxy acme-alpn-proxy" in debian.run("bash", "-c", complete).stdout
     assert debian.run("dpkg", "--verify", "acme-alpn-proxy").stdout == ""

@@ -67,6 +67,7 @@ def test_running(road: Street, site: Website, proxy: Proxy) -> None:
             (told,) = _status(proxy)
     assert (told["version"], told["pid"], told["state"]) == (1, proxy.pid, "running")
     assert (told["redirect"], told["undecided"]) == ("iptables", 0)
+    assert (told["options"]["--linger"], told["options"]["--uid"]) == ("0", "unset")
     assert told["routes"]["acme"] == {
         "target": "127.0.0.1:31443",
         "live": 0,
@@ -82,7 +83,7 @@ def test_running(road: Street, site: Website, proxy: Proxy) -> None:
     assert re.fullmatch(rf"{re.escape(road.visitor.ipv4)}:\d+", last["peer"])
     assert (last["server_name"], last["result"]) == ("site.example", "answered")
     done = proxy.run("status")
-    assert done.stdout.startswith(f"PID {proxy.pid} running since ")
+    assert done.stdout.startswith(f"PID {proxy.pid}  running for ")
     proxy.stop(wait=True)
     assert _sockets(proxy) == []
 

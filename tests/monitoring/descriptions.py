@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from acme_alpn_proxy.monitoring.status import DaemonStatus, ProxyStatus
+from acme_alpn_proxy import __version__
+from acme_alpn_proxy.monitoring.status import DaemonStatus, InstanceStatus, ProxyStatus
 from acme_alpn_proxy.proxy.clienthello import NOT_TLS, ClientHello
 from acme_alpn_proxy.proxy.protocols import END_OF_FILE, NO_HELLO_IN_TIME, TOO_MANY_HELLOS
 from acme_alpn_proxy.proxy.routing import Route, Routing
 from acme_alpn_proxy.proxy.statistics import Statistics
 
 ROUTING = Routing(Route("acme", "127.0.0.1:31443"), Route("fallback", "127.0.0.1:443"))
+OPTIONS = {"--linger": "15", "--drain-timeout": "180"}
 DOUBTS = (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS)
 
 
@@ -29,3 +31,9 @@ def describe() -> DaemonStatus:
 def daemon_status(about: ProxyStatus) -> DaemonStatus:
     """The same of a daemon that answers for nothing."""
     return {**about, "on_demand": False, "pending": [], "pending_count": 0}
+
+
+def answer_of(about: ProxyStatus) -> InstanceStatus:
+    """What an instance answers of a proxy."""
+    head = {"version": 1, "program": __version__, "pid": 7, "holders": 0, "options": dict(OPTIONS)}
+    return {**head, **daemon_status(about)}  # type: ignore[typeddict-item]

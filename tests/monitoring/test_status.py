@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from twisted.internet.interfaces import IReadDescriptor
@@ -27,21 +27,17 @@ from acme_alpn_proxy.host.unixlistener import UnixListener
 from acme_alpn_proxy.host.unixsockets import short
 from acme_alpn_proxy.monitoring.status import (
     SILENT,
-    InstanceStatus,
-    ProxyStatus,
-    SilentInstance,
     ask,
     instances,
     remove_stale,
     request,
-    show,
     socket_path,
     sockets,
 )
 from acme_alpn_proxy.monitoring.statussocket import Holders, StatusService
 
 from ..memory import AlwaysSteers, MemoryReactor
-from .descriptions import daemon_status, describe, statistics
+from .descriptions import OPTIONS, answer_of, describe
 
 
 @pytest.fixture
@@ -79,15 +75,9 @@ def answering(path: str, line: bytes) -> Iterator[None]:
         thread.join()
 
 
-def answer_of(about: ProxyStatus) -> InstanceStatus:
-    """What an instance answers of a proxy."""
-    daemon = daemon_status(about)
-    return {"version": 1, "program": __version__, "pid": 7, "holders": 0, **daemon}
-
-
 def status_service(reactor: MemoryReactor, pidfile: str) -> StatusService:
     """That of a proxy which nothing holds."""
-    return StatusService(reactor, pidfile, describe, Holders(lambda: None, AlwaysSteers()))
+    return StatusService(reactor, pidfile, describe, Holders(lambda: None, AlwaysSteers()), OPTIONS)
 
 
 def test_service(pidfile: str, reactor: MemoryReactor) -> None:
@@ -107,7 +97,13 @@ def test_service(pidfile: str, reactor: MemoryReactor) -> None:
         listener.doRead()
         listener.doRead()  # nobody else is there
         answer = asking.makefile("rb").readline()
-        about = {"version": 1, "program": __version__, "pid": os.getpid(), "holders": 0}
+        about = {
+            "version": 1,
+            "program": __version__,
+            "pid": os.getpid(),
+            "holders": 0,
+            "options": OPTIONS,
+        }
         assert json.loads(answer) == about | describe()
         (client,) = set(reactor.getReaders()) - {listener}
     cast(IReadDescriptor, client).doRead()  # it has left
@@ -150,6 +146,16 @@ def test_instances(pidfile: str) -> None:
     assert sockets(pidfile) == {}
 
 
+def test_older_release(pidfile: str) -> None:
+    """One that an older release runs is understood: it does not tell its options."""
+    about: Any = answer_of(describe())
+    del about["options"], about["holders"]
+    with answering(socket_path(pidfile, 20), json.dumps(about).encode() + b"\n"):
+        (answer,) = instances(pidfile, 20)
+    assert answer["state"] != SILENT
+    assert (answer["options"], answer["holders"]) == ({}, 0)
+
+
 def without(name: str) -> bytes:
     """An answer that lacks something."""
     about = dict(answer_of(describe()))
@@ -170,6 +176,7 @@ def without(name: str) -> bytes:
         without("routes"),
         json.dumps(answer_of(describe()) | {"since": "now"}).encode() + b"\n",
         json.dumps(answer_of(describe()) | {"last_validation": "x"}).encode() + b"\n",
+        json.dumps(answer_of(describe()) | {"options": {"--linger": 15}}).encode() + b"\n",
         json.dumps(answer_of(describe()) | {"last_validation": {"at": 1}}).encode() + b"\n",
         json.dumps(answer_of(describe()) | {"since": 1e300}).encode() + b"\n",
         json.dumps(answer_of(describe()) | {"since": float("nan")}).encode() + b"\n",
@@ -219,39 +226,6 @@ def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyP
     assert list(sockets(pidfile)) == [20]
 
 
-def test_show() -> None:
-    """People read state, targets, numbers, and the last validation."""
-    text = show([answer_of(describe())], now=1_060.0)
-    assert text.startswith("PID 7 running since ")
-    assert " (60 s), redirect none\n" in text
-    assert (
-        "  acme     127.0.0.1:31443: 1 live, 1 in all, 0 not reached, 0 bytes in, 0 out\n" in text
-    )
-    assert (
-        "  fallback 127.0.0.1:443: 0 live, 1 in all, 0 not reached, 10 bytes in, 20 out\n" in text
-    )
-    assert "no acme alpn 1, not tls 0, deadline 0, end of file 0, crowded 0\n" in text
-    assert "  undecided: 2\n" in text
-    assert " from 192.0.2.7:50000 for site.example: under way\n" in text
-
-
-def test_show_little() -> None:
-    """Nothing is told as such: no instance, no answer, no validation, no name."""
-    assert show([], now=0) == "not running\n"
-    silent: SilentInstance = {"version": 1, "pid": 7, "state": SILENT}
-    assert "PID 7 runs but does not answer" in show([silent], now=0)
-    answer = answer_of(statistics().status("none", 0))
-    assert "  no validation yet\n" in show([answer], now=0)
-    for name, shown in ((None, "no name"), ("a\x1b[2J", r"a\x1b[2J")):
-        answer["last_validation"] = {
-            "peer": "p",
-            "server_name": name,
-            "at": 0,
-            "result": "answered",
-        }
-        assert f" for {shown}: answered\n" in show([answer], now=0)
-
-
 def test_holders() -> None:
     """Told to leave, an instance stops when the last one that holds it is gone; unless it is told
     to keep on meanwhile."""
@@ -278,7 +252,7 @@ def test_requests(pidfile: str, reactor: MemoryReactor) -> None:
     """A connection holds the instance from the word on until it is closed; a stranger's word is
     answered by the end of the connection."""
     holders = Holders(lambda: None, AlwaysSteers())
-    service = StatusService(reactor, pidfile, describe, holders)
+    service = StatusService(reactor, pidfile, describe, holders, OPTIONS)
     service.privilegedStartService()
 
     def turn() -> None:

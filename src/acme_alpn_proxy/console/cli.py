@@ -1,4 +1,4 @@
-"""The commands of the console script: C{acme-alpn-proxy start|stop|run|status|check}.
+"""The commands of the console script: C{acme-alpn-proxy COMMAND}.
 
 What needs Twisted's reactor or twistd is imported by the commands that start the proxy: the others
 do without.
@@ -25,16 +25,31 @@ from ..host.pidfile import PIDFile
 from ..monitoring.status import (
     SILENT,
     VERSION,
+    Answer,
     InstanceStatus,
     instances,
     remove_stale,
     request,
-    show,
+    socket_path,
 )
-from ..options import PORT, ConsoleOptions, Unusable
+from ..monitoring.status import ask as ask_instance
+from ..options import PORT, ConsoleOptions, Unusable, of_the_proxy
 from ..responder.client import ControlError, NotListening, ask, control_path
+from . import display
 from .child import CannotRun, run_command
-from .terminal import fill_standard_descriptors, tell
+from .terminal import (
+    Waiting,
+    coloured,
+    fill_standard_descriptors,
+    is_terminal,
+    nobody_reads,
+    tell,
+)
+from .watch import WATCH_SECONDS, watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..diagnosis.finding import Finding
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -48,19 +63,17 @@ TRY_LATER: Final = os.EX_TEMPFAIL
 TARGET_VARIABLE: Final = "ACME_ALPN_PROXY_TARGET"
 """Where the ACME client is to answer, for the command that C{run} runs."""
 
-WATCH_SECONDS: Final = 1.0
-CLEAR: Final = "\x1b[H\x1b[J"
-"""To the terminal: go to its first line, erase what is below (ECMA-48 CUP, ED)."""
-
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
+
+ANSWER_DEADLINE: Final = 2.0
+"""Seconds for an instance that is just starting to be ready for questions; it takes some tenths."""
+
+ANSWER_STEP: Final = 0.02
 
 
 def run_command_line(argv: Sequence[str] | None = None) -> int:
     """Run the command in C{argv} and give its exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        # Until the proxy takes it: end at once, without a traceback of whatever ran just then.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     fill_standard_descriptors()
     options = ConsoleOptions()
     try:
@@ -82,6 +95,9 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
     except ControlError as problem:
         tell(str(problem))
         return FAILED
+    except BrokenPipeError:
+        nobody_reads()
+        return DONE
     except OSError as problem:
         refusal = refused_by_system(problem)
         tell(str(refusal))
@@ -99,6 +115,7 @@ def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
         else:
             _start_in_background(options, pidfile).close()
     except AlreadyRunning as instance:
+        _refuse_other_options(options, pidfile, instance)
         if (connection := request(pidfile.path, instance.pid, "keep")) is not None:
             connection.close()
         raise
@@ -124,11 +141,15 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
         status = _run_command(options, options["alpn"].host_and_port)
         owner = pidfile.owner()
         if owner is not None and owner == pid:
+            answer = _answer_of(pidfile, pid) if is_terminal(sys.__stderr__) else None
+            account = [] if answer is None else display.account(answer, time.time())
             try:
                 stop(options, pidfile)
             except StartError as problem:
                 tell(str(problem))
                 return status or FAILED
+            for line in account:
+                tell(line)
         else:  # it was stopped, was killed, or has let go by itself
             reason = reason_of_end(connection)
             if owner is None:
@@ -146,7 +167,11 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
     pid = pidfile.owner()
     if pid is None:
         removed = clean_up(options)
-        tell("not running" + (f"; removed {removed} rules of a killed instance" * bool(removed)))
+        if options["wait"] and _await_drains(options, pidfile):
+            return DONE
+        also = [f"removed {removed} rules of a killed instance"] if removed else []
+        also += [f"{display.draining(each)}; see status" for each in _draining(pidfile)]
+        tell("; ".join(["not running", *also]))
         return DONE
     try:
         with ProcessHandle(pid) as process:
@@ -157,8 +182,9 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
                 _await_let_go(process, pidfile)
                 pidfile.remove_of(pid)
                 if options["wait"]:
-                    patience = options["linger"] + options["drain-timeout"] + STOP_DEADLINE
-                    _await_end(process, patience)
+                    _await_end(options, process, pidfile)
+                if options["wait"] and options["command"] == "stop":
+                    _await_drains(options, pidfile)
                 if not process.ended(0):
                     return DONE
     except PermissionError:
@@ -171,18 +197,12 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Show the instances that run or drain; raises L{StartError}."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a few lines alone gets no traceback
-    while True:
-        found = instances(pidfile.path, pidfile.owner())
-        if options["json"]:
-            text = json.dumps({"version": VERSION, "instances": found}) + "\n"
-        else:
-            text = show(found, time.time())
-        clear = CLEAR if options["watch"] and sys.stdout.isatty() else ""
-        print(clear + text, end="", flush=True)
-        if not options["watch"]:
-            return DONE if found else NOT_RUNNING
-        time.sleep(WATCH_SECONDS)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # after "head -1" there is nothing to watch for
+    if options["watch"]:
+        watch(lambda: _status(options, pidfile)[1])
+    found, text = _status(options, pidfile)
+    print(text, end="", flush=True)
+    return DONE if found else NOT_RUNNING
 
 
 def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -199,7 +219,7 @@ def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
     if options["json"]:
         print(document(findings))
     else:
-        print(*findings, sep="\n")
+        print(*map(_line, findings), sep="\n")
     return FAILED if worst(findings) is Level.FAILED else DONE
 
 
@@ -240,9 +260,60 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
 
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Look whether the proxy would work here."""
-    from ..diagnosis.check import check_this_host
+    from ..diagnosis.check import check_this_host, document
+    from ..diagnosis.finding import Level, summary, worst
 
-    return DONE if check_this_host(options, pidfile) else FAILED
+    def show(text: str) -> None:
+        waiting.clear()
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # visitors may be steered just now: go on to the end
+            nobody_reads()
+
+    def tell_finding(finding: Finding) -> None:
+        if not options["json"]:
+            show(_line(finding))
+
+    with Waiting() as waiting:
+        findings = check_this_host(options, pidfile, tell_finding, waiting.show)
+        show(document(findings) if options["json"] else summary(findings))
+    return FAILED if worst(findings) is Level.FAILED else DONE
+
+
+def _line(finding: Finding) -> str:
+    level, name, rest = finding.parts()
+    return f"{coloured(level, sys.stdout)} {name}{rest}"
+
+
+def show_help(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Print the help, or that of one command."""
+    from .help import help_text
+
+    print(help_text(options["about"]), end="", flush=True)
+    return DONE
+
+
+def completion(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Print the completions for a shell."""
+    from .completion import COMPLETIONS
+
+    print(COMPLETIONS[options["about"]](), end="", flush=True)
+    return DONE
+
+
+def manual(options: ConsoleOptions, pidfile: PIDFile) -> int:
+    """Show the man page; where nobody looks, or there is no man(1), print its source."""
+    from .manual import manual
+
+    if is_terminal(sys.stdout):
+        page = os.memfd_create("manual")
+        os.write(page, manual().encode())
+        os.lseek(page, 0, os.SEEK_SET)
+        os.dup2(page, 0)
+        with suppress(FileNotFoundError):
+            os.execvp("man", ["man", "-l", "-"])  # noqa: S606, S607
+    print(manual(), end="", flush=True)
+    return DONE
 
 
 COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
@@ -253,6 +324,9 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
     "check": check,
     "explain": explain,
     "hook": hook,
+    "help": show_help,
+    "completion": completion,
+    "manual": manual,
 }
 
 
@@ -279,12 +353,79 @@ def _await_let_go(process: ProcessHandle, pidfile: PIDFile) -> None:
     )
 
 
-def _await_end(process: ProcessHandle, seconds: float) -> None:
-    pid = process.pid
-    if not process.ended(seconds):
+def _await_end(options: ConsoleOptions, process: ProcessHandle, pidfile: PIDFile) -> None:
+    """Wait until an instance that was stopped has ended; a terminal shows for how many it waits."""
+    pid, seconds = process.pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE
+    deadline = time.monotonic() + seconds
+    with Waiting() as waiting:
+        while (left := deadline - time.monotonic()) > 0:
+            if waiting:
+                waiting.show(display.drain(_ask(pidfile, pid), pid, time.time()))
+            if process.ended(min(left, WATCH_SECONDS) if waiting else left):
+                return
+    raise StartError(
+        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
+        f" kill {pid}",
+        os.EX_TEMPFAIL,
+    )
+
+
+def _draining(pidfile: PIDFile) -> list[InstanceStatus]:
+    """The instances that were stopped before, and serve their last connections."""
+    found = instances(pidfile.path, None)
+    return [answer for answer in found if answer["state"] == "draining"]
+
+
+def _await_drains(options: ConsoleOptions, pidfile: PIDFile) -> bool:
+    """Wait for the instances that were stopped before; whether there were any."""
+    found = _draining(pidfile)
+    for answer in found:
+        with suppress(ProcessLookupError), ProcessHandle(answer["pid"]) as process:
+            _await_end(options, process, pidfile)
+    return bool(found)
+
+
+def _status(options: ConsoleOptions, pidfile: PIDFile) -> tuple[list[Answer], str]:
+    """What C{status} has found, and what it prints."""
+    found = instances(pidfile.path, pidfile.owner())
+    if options["json"]:
+        return found, json.dumps({"version": VERSION, "instances": found}) + "\n"
+    return found, display.table(found, time.time())
+
+
+def _ask(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
+    """What an instance answers; L{None} if it does not."""
+    try:
+        return ask_instance(socket_path(pidfile.path, pid))
+    except OSError:
+        return None
+
+
+def _answer_of(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
+    """What the instance that runs answers, as soon as it does; L{None} if it does not."""
+    deadline = time.monotonic() + ANSWER_DEADLINE
+    while pidfile.owner() == pid and time.monotonic() < deadline:
+        if (answer := _ask(pidfile, pid)) is not None:
+            return answer
+        time.sleep(ANSWER_STEP)
+    return None
+
+
+def _refuse_other_options(
+    options: ConsoleOptions, pidfile: PIDFile, instance: AlreadyRunning
+) -> None:
+    """Raise L{StartError} if the instance that runs was started with other options."""
+    answer = _answer_of(pidfile, instance.pid)
+    running = {} if answer is None else answer["options"]  # empty of older releases, too
+    differences = [
+        f"{name} is {running[name]}, not {wanted}"
+        for name, wanted in of_the_proxy(options).items()
+        if running.get(name, wanted) != wanted
+    ]
+    if differences:
         raise StartError(
-            f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
-            f" kill {pid}",
+            f"already running as PID {instance.pid} ({instance.path}) with other options:"
+            f" {', '.join(differences)}; stop that one first, or start with its options",
             os.EX_TEMPFAIL,
         )
 
@@ -311,7 +452,9 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
         raise SystemExit(daemon.be_the_daemon(options, pidfile, report))
     theirs.close()
     try:
-        await_report(ours, child, START_DEADLINE + options["linger"], tell)
+        with Waiting() as waiting:
+            patience = START_DEADLINE + options["linger"]
+            await_report(ours, child, patience, waiting.tell, waiting.show)
     except DaemonDied:
         ours.close()
         with suppress(StartError):  # "stop" says what is the matter

@@ -26,7 +26,7 @@ from ..host.pidfile import PIDFile
 from ..host.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, drop_privileges
 from ..interfaces import Reactor
 from ..monitoring.logs import observer, open_log_file, reopen
-from ..options import ConsoleOptions, responder_is_installed
+from ..options import ConsoleOptions, of_the_proxy, responder_is_installed
 from ..program import Program
 from ..responder.client import control_path
 from ..tap import make_program
@@ -185,10 +185,11 @@ def serve(
     from ..transports.reactor import install  # exists on Linux only
 
     _refuse_other_user(options["uid"], options["gid"])
+    told = of_the_proxy(options)
     if options["control"] is None and responder_is_installed():
         options["control"] = control_path(pidfile.path)
     reactor = install()
-    program = make_program(options, reactor, pidfile)
+    program = make_program(options, reactor, pidfile, told)
     if options["nodaemon"]:
         program.on_refusal = lambda problem: None  # the caller prints it
 

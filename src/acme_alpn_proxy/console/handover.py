@@ -1,8 +1,9 @@
 """Both ends of the socket between C{start} and the daemon.
 
-The daemon sends one JSON object on one line (L{Told}): how its start went. C{start} answers with
-one byte before it exits 0. So a C{start} that was killed leaves no daemon that nobody knows of, and
-a daemon that dies before it has told is noticed by the end-of-file.
+The daemon sends JSON objects, one on a line: what it waits for (L{Waits}), if it does, and then how
+its start went (L{Told}). C{start} answers with one byte before it exits 0. So a C{start} that was
+killed leaves no daemon that nobody knows of, and a daemon that dies before it has told is noticed
+by the end-of-file.
 """
 
 from __future__ import annotations
@@ -48,12 +49,25 @@ class Told(TypedDict):
     running: tuple[int, str] | None
 
 
+class Waits(TypedDict):
+    """What the daemon tells when it has to wait.
+
+    @ivar waiting: for what, and how long at most.
+    """
+
+    waiting: str
+
+
 class DaemonDied(Exception):
     """The daemon ended before it had told how its start went, or before it was answered."""
 
 
 def await_report(
-    stream: socket.socket, child: int, patience: float, tell: Callable[[str], None]
+    stream: socket.socket,
+    child: int,
+    patience: float,
+    tell: Callable[[str], None],
+    waits: Callable[[str], None],
 ) -> None:
     """The end of C{start}: wait for the report, and answer it.
 
@@ -62,16 +76,22 @@ def await_report(
     @param child: the PID of twistd's first process, this process's child; it has ended on return.
     @param patience: seconds to wait for the report.
     @param tell: is called with each line for the operator.
+    @param waits: is called with what the daemon waits for, each time.
     """
     stream.settimeout(patience)
     with stream.makefile("rb") as reader:
-        try:
-            line = reader.readline()
-        except TimeoutError:
-            line = b""
-        if not line:
-            raise _died(child)
-        told: Told = json.loads(line)
+        while True:
+            try:
+                line = reader.readline()
+            except TimeoutError:
+                line = b""
+            if not line:
+                raise _died(child)
+            message = json.loads(line)
+            if "waiting" not in message:
+                break
+            waits(message["waiting"])
+        told: Told = message
         for text in told["lines"]:
             tell(text)
         if told["running"] is not None or told["error"] is not None:
@@ -159,10 +179,15 @@ class Report:
             self._tell(problem)
 
     def __call__(self, event: LogEvent) -> None:
-        """As a log observer: C{start} prints warnings, and what is C{for_operator}."""
+        """As a log observer: C{start} prints warnings, and what is C{for_operator}; it shows what
+        C{is_waiting}.
+        """
         if self._told:
             return
-        if event.get("log_level") == LogLevel.warn:
+        if event.get("is_waiting"):
+            with contextlib.suppress(OSError):
+                self._send({"waiting": formatEvent(event)})
+        elif event.get("log_level") == LogLevel.warn:
             self.lines.append(f"warning: {formatEvent(event)}")
         elif event.get("for_operator"):
             self.lines.append(formatEvent(event))
@@ -181,5 +206,8 @@ class Report:
             "error": None if problem is None else (str(problem), problem.status),
             "running": (problem.pid, problem.path) if isinstance(problem, AlreadyRunning) else None,
         }
+        self._send(told)
+
+    def _send(self, message: Told | Waits) -> None:
         self.stream.settimeout(_ACK_DEADLINE)
-        self.stream.sendall(json.dumps(told).encode() + b"\n")
+        self.stream.sendall(json.dumps(message).encode() + b"\n")

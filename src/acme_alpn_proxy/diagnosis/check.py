@@ -38,7 +38,7 @@ from ..redirects.rules import EXPIRY
 from ..tap import make_way
 from .finding import Finding, FindingObject, Level, worst
 from .handshake import OnlyAlert, handshake
-from .probe import Probe, Tell, probe
+from .probe import Doing, Probe, Tell, probe
 
 _FILES: Final = (
     ("PID file", "pidfile", "set ACME_ALPN_PROXY_PIDFILE to"),
@@ -72,13 +72,20 @@ class Check:
         tell: Tell,
         *,
         probe: Probe,
+        doing: Doing = lambda what: None,
     ) -> None:
+        """
+        @param tell: is called with each finding.
+        @param probe: does the real thing.
+        @param doing: is called with what may take a while.
+        """
         self._reactor = reactor
         self._options = options
         self._pidfile = pidfile
         self._commands = commands
         self._report = tell
         self._probe = probe
+        self._doing = doing
         self._ways: list[str] = options["redirect"].split(",")
         self._works = ""
         self._another_instance = False
@@ -92,10 +99,14 @@ class Check:
             self._tell(finding)
         self._tell(self._look_at_port())
         self._tell(self._look_at_ipv6())
+        self._doing(f"asking the web server at {self._options['fallback']}")
         self._tell((yield self._look_at_fallback()))
+        self._doing(f"looking for an ACME client at {self._options['alpn']}")
         self._tell((yield self._look_at_acme_target()))
+        self._doing("looking at each way to steer")
         for finding in (yield self._look_at_ways()):
             self._tell(finding)
+        self._doing("looking for rules of killed instances")
         self._tell((yield self._look_for_leftovers()))
         if self._options["probe"]:
             yield self._try_it()
@@ -272,7 +283,7 @@ class Check:
             cause = "not done: visitors would be steered, and something failed"
             self._tell(Finding("probe", Level.WARNING, cause, "see above"))
         else:
-            yield self._probe(self._reactor, self._options, self._tell)
+            yield self._probe(self._reactor, self._options, self._tell, doing=self._doing)
 
 
 def why_not_writable(path: str) -> str | None:
@@ -318,8 +329,14 @@ def document(findings: Sequence[Finding]) -> str:
     return json.dumps(about, indent=2)
 
 
-def check_this_host(options: ConsoleOptions, pidfile: PIDFile) -> bool:
-    """Check, and print what was found. Whether nothing failed."""
+def check_this_host(
+    options: ConsoleOptions, pidfile: PIDFile, tell: Tell, doing: Doing
+) -> list[Finding]:
+    """Check, in a reactor that this runs and ends; gives what was found.
+
+    @param tell: is called with each finding at once.
+    @param doing: is called with what may take a while.
+    """
     from twisted.internet import reactor as installed
 
     reactor = cast(Reactor, installed)
@@ -327,14 +344,11 @@ def check_this_host(options: ConsoleOptions, pidfile: PIDFile) -> bool:
     checks: list[Check] = []
     failures: list[Failure] = []
 
-    def tell(finding: Finding) -> None:
-        if not options["json"]:
-            print(finding, flush=True)
-
     def start() -> None:
         # Before the probe steers, there is nothing to undo: SIGTERM may end the process at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        check = Check(reactor, options, pidfile, commands_for(reactor), tell, probe=probe)
+        commands = commands_for(reactor)
+        check = Check(reactor, options, pidfile, commands, tell, probe=probe, doing=doing)
         checks.append(check)
         done = check.look().addErrback(failures.append)
         reactor.addSystemEventTrigger("before", "shutdown", lambda: done)
@@ -352,6 +366,4 @@ def check_this_host(options: ConsoleOptions, pidfile: PIDFile) -> bool:
     for failure in failures:
         failure.raiseException()
     (check,) = checks
-    if options["json"]:
-        print(document(check.findings), flush=True)
-    return worst(check.findings) is not Level.FAILED
+    return check.findings

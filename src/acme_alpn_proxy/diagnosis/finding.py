@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypedDict
@@ -53,9 +53,14 @@ class Finding:
         """The same, but no worse than this."""
         return replace(self, level=min(self.level, level))
 
-    def __str__(self) -> str:
+    def parts(self) -> tuple[str, str, str]:
+        """Its line in three: the level, padded, the name, and the rest."""
         told = "; ".join(filter(None, [self.cause, self.remedy]))
-        return f"{self.level!s:<7} {self.name}{': ' * bool(told)}{told}"
+        return f"{self.level!s:<7}", self.name, f"{': ' * bool(told)}{told}"
+
+    def __str__(self) -> str:
+        level, name, rest = self.parts()
+        return f"{level} {name}{rest}"
 
     def as_object(self) -> FindingObject:
         """For JSON."""
@@ -65,6 +70,18 @@ class Finding:
             "cause": self.cause,
             "remedy": self.remedy,
         }
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """The verdict on all together, as a sentence."""
+    count = {level: sum(each.level is level for each in findings) for level in Level}
+    checks = f"{len(findings)} checks"
+    if count[Level.FAILED]:
+        but = f", {count[Level.WARNING]} warned" if count[Level.WARNING] else ""
+        return f"It would not work here: {count[Level.FAILED]} of {checks} failed{but}."
+    if count[Level.WARNING]:
+        return f"It would work here, but there are warnings: {count[Level.WARNING]} of {checks}."
+    return f"It would work here: {checks}, all ok."
 
 
 def worst(findings: Iterable[Finding]) -> Level:

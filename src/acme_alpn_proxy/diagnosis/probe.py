@@ -52,7 +52,12 @@ _RECORD_HEADER: Final = 5
 Tell: TypeAlias = Callable[[Finding], None]
 """Reports a finding."""
 
-Probe: TypeAlias = Callable[[Reactor, Mapping[str, Any], Tell], "Deferred[None]"]
+Doing: TypeAlias = Callable[[str], None]
+"""Reports what is being done, and may take a while."""
+
+Probe: TypeAlias = Callable[..., "Deferred[None]"]
+"""As L{probe}."""
+
 NamesInterfaces: TypeAlias = Callable[[ICommands, int], "Deferred[bool]"]
 
 
@@ -236,12 +241,14 @@ def probe(
     options: Mapping[str, Any],
     tell: Tell,
     names: NamesInterfaces = names_interfaces,
+    doing: Doing = lambda what: None,
 ) -> Generator[Deferred[Any], Any, None]:
     """Steer for a moment, and dial. Nothing is left, by whatever end.
 
     @param reactor: runs already.
     @param tell: is called with each finding.
     @param names: whether the firewall names interfaces, for a family.
+    @param doing: is called with what may take a while.
     """
     families = [4]
     if options["ipv6"] and has_ipv6():
@@ -258,7 +265,7 @@ def probe(
         return
     try:
         with _log_told(tell):
-            yield _steer_and_dial(reactor, options, namespace, tell, names)
+            yield _steer_and_dial(reactor, options, namespace, tell, names, doing)
     except StartError as problem:
         tell(Finding.refused("probe", problem))
     finally:
@@ -272,6 +279,7 @@ def _steer_and_dial(
     namespace: Namespace,
     tell: Tell,
     names: NamesInterfaces,
+    doing: Doing,
 ) -> Generator[Deferred[Any], Any, None]:
     seen: set[bytes] = set()
     responder = Factory.forProtocol(lambda: Responder(seen))
@@ -298,22 +306,32 @@ def _steer_and_dial(
     program.on_refusal = lambda problem: None  # it is told below
     who = callers(sorted(namespace.subnets))
     try:
+        doing("steering")
         program.privilegedStartService()
         yield proxy.when_started()
+        doing("dialling port 443 from outside")
         try:
             calls = yield _dial_all(namespace, who)
-        finally:
+        except BaseException:
             yield proxy.stopService()
+            raise
+        redirect = proxy.status()["redirect"]
+        let_go = proxy.stopService()
+        try:
+            for caller, call in zip(who, calls, strict=True):
+                finding = judge(caller, call, met[0].met, seen, redirect)
+                well = finding.level is Level.OK
+                if not well and (yield names(commands_for(reactor), caller.family)):
+                    finding = softened(finding)
+                if not program.ending:
+                    tell(finding)
+        finally:
+            doing("letting go of port 443; visitors who came meanwhile are served to their end")
+            yield let_go
     finally:
         yield maybeDeferred(port.stopListening)
     if program.ending:
         raise StartError("interrupted; run it again")
-    redirect = proxy.status()["redirect"]
-    for caller, call in zip(who, calls, strict=True):
-        finding = judge(caller, call, met[0].met, seen, redirect)
-        if finding.level is not Level.OK and (yield names(commands_for(reactor), caller.family)):
-            finding = softened(finding)
-        tell(finding)
 
 
 def _dial_all(namespace: Namespace, who: Sequence[Caller]) -> Deferred[list[Dial]]:

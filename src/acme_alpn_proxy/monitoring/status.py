@@ -1,4 +1,4 @@
-"""Asking instances how they are, by their sockets, and showing what they answer.
+"""Asking instances how they are, by their sockets.
 
 An instance listens on a Unix socket beside its PID file that only root, or who started it, may
 connect to. The name has its PID, so that one that drains is found beside its successor. To whoever
@@ -12,8 +12,6 @@ import os
 import re
 import socket
 import struct
-import time
-from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, TypedDict
 
 from ..errors import StartError
@@ -107,12 +105,14 @@ class InstanceStatus(DaemonStatus):
     """The answer of an instance.
 
     @ivar holders: how many commands of C{run --shared} it serves.
+    @ivar options: what C{start} was told; see L{acme_alpn_proxy.options.of_the_proxy}.
     """
 
     version: int
     program: str
     pid: int
     holders: int
+    options: dict[str, str]
 
 
 class SilentInstance(TypedDict):
@@ -139,6 +139,7 @@ _PENDING_NUMBERS: Final[tuple[Literal["seconds_left", "answered"], ...]] = (
 _PENDING_TEXTS: Final[tuple[Literal["identifier", "asked_by"], ...]] = ("identifier", "asked_by")
 _NEW_FIELDS: Final = {
     "holders": 0,
+    "options": {},
     "on_demand": False,
     "pending": (),
     "pending_count": 0,
@@ -242,6 +243,8 @@ def _checked(line: bytes) -> InstanceStatus | None:
         numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
         numbers += [each[field] for each in answer["pending"] for field in _PENDING_NUMBERS]
         texts = [answer["state"], answer["redirect"], acme["target"], fallback["target"]]
+        texts += [text for option in answer["options"].items() for text in option]
+        texts += [each["peer"] for each in answer["validations"]]
         texts += [each[field] for each in answer["pending"] for field in _PENDING_TEXTS]
         texts += fallback["reasons"]
         numbers += fallback["reasons"].values()
@@ -274,56 +277,3 @@ def instances(pidfile: str, owner: int | None) -> list[Answer]:
     if owner is not None and owner not in found:
         found[owner] = {"version": VERSION, "pid": owner, "state": SILENT}
     return list(found.values())
-
-
-def show(answers: Sequence[Answer], now: float) -> str:
-    """For people; several lines, each with its end.
-
-    @param now: in seconds since the epoch.
-    """
-    return "".join(_show(answer, now) for answer in answers) or "not running\n"
-
-
-def _show(answer: Answer, now: float) -> str:
-    if answer["state"] == SILENT:
-        return f"PID {answer['pid']} runs but does not answer; its log may say why\n"
-    seconds = max(0, round(now - answer["since"]))
-    lines = [
-        f"PID {answer['pid']} {answer['state']} since {_when(answer['since'])} ({seconds} s),"
-        f" redirect {answer['redirect']}"
-    ]
-    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
-    for name, route in (("acme", acme), ("fallback", fallback)):
-        lines.append(
-            f"  {name:<9}{route['target']}: {route['live']} live, {route['total']} in all,"
-            f" {route['failures']} not reached, {route['bytes_from_visitors']} bytes in,"
-            f" {route['bytes_to_visitors']} out"
-        )
-    reasons = fallback["reasons"].items()
-    why = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
-    lines.append(f"  to fallback because of: {why}")
-    lines.append(f"  undecided: {answer['undecided']}")
-    last = answer["last_validation"]
-    lines.append(
-        "  no validation yet"
-        if last is None
-        else f"  last validation: {_when(last['at'])} from {last['peer']} for"
-        f" {_printable(last['server_name'])}: {last['result']}"
-    )
-    lines += [
-        f"  pending: {_printable(each['identifier'])} for {each['seconds_left']:.0f} s more,"
-        f" answered {each['answered']} times, asked by {_printable(each['asked_by'])}"
-        for each in answer["pending"]
-    ]
-    if len(answer["pending"]) < answer["pending_count"]:
-        lines.append(f"  pending in all: {answer['pending_count']}")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _printable(text: str | None) -> str:
-    """What a peer has sent may be meant for the terminal."""
-    return "no name" if text is None else ascii(text)[1:-1]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -136,15 +136,18 @@ class StatusService(Service):
         pidfile: str,
         describe: Callable[[], DaemonStatus],
         holders: Holders,
+        options: Mapping[str, str],
     ) -> None:
         """
         @param pidfile: its path; the socket goes beside it.
         @param describe: gives the numbers.
+        @param options: what C{start} was told.
         """
         self._reactor = reactor
         self._pidfile = pidfile
         self._describe = describe
         self._holders = holders
+        self._options = dict(options)
 
     def privilegedStartService(self) -> None:
         remove_stale(self._pidfile)
@@ -168,6 +171,7 @@ class StatusService(Service):
             "program": __version__,
             "pid": os.getpid(),
             "holders": len(self._holders),
+            "options": self._options,
             **self._describe(),
         }
         try:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 
 from ..errors import StartError
 from ..host.processes import commands_for
@@ -122,6 +123,7 @@ class ListenerService(Service):
     """
 
     ready: Deferred[None]
+    _log = Logger()
 
     def __init__(
         self,
@@ -154,6 +156,14 @@ class ListenerService(Service):
         while not self._try_to_open():
             if waited >= self._patience or taken_by_another_user(self.port):
                 raise port_taken(self.port)
+            if not waited:
+                self._log.info(
+                    "Waiting for port {port}: a stopped instance gives it back; {seconds:g} s at"
+                    " most",
+                    port=self.port,
+                    seconds=self._patience,
+                    is_waiting=True,
+                )
             yield commands.pause(_BIND_RETRY)
             waited += _BIND_RETRY
         for listener in self.sockets:

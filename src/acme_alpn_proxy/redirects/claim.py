@@ -15,6 +15,7 @@ from collections.abc import Generator
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.logger import Logger
 
 from ..errors import StartError
 from ..host.unixsockets import BoundName, abstract_names
@@ -24,6 +25,12 @@ _PREFIX: Final = b"acme-alpn-proxy redirect"
 
 _STEP: Final = 0.02
 _JITTER_MILLISECONDS: Final = 20
+
+
+_NEWS_AFTER: Final = 1.0
+"""Seconds of waiting before the operator is told."""
+
+_log = Logger()
 
 
 class _Held(Exception):
@@ -57,6 +64,12 @@ def claim_redirect(
             )
         # Two that see each other both step back; after unequal pauses one of them is alone.
         pause = _STEP + secrets.randbelow(_JITTER_MILLISECONDS) / 1000
+        if waited < _NEWS_AFTER <= waited + pause:
+            _log.info(
+                "Waiting for another instance to let go of :443; {seconds:g} s at most",
+                seconds=seconds,
+                is_waiting=True,
+            )
         yield commands.pause(pause)
         waited += pause
 

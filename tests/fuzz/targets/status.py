@@ -11,13 +11,13 @@ import threading
 from functools import cache
 
 from acme_alpn_proxy import __version__
+from acme_alpn_proxy.console.display import account, drain, table
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.host.unixsockets import short
 from acme_alpn_proxy.monitoring.status import (
     VERSION,
     instances,
     request,
-    show,
     socket_path,
 )
 
@@ -33,6 +33,8 @@ SEEDS = [
     json.dumps({**RIGHT, "state": "\x1b[31m", "redirect": "\ud800", "since": 1e300}).encode(),
     json.dumps({**RIGHT, "state": "silent", "pid": True, "since": float("inf")}).encode() + b"\n",
     json.dumps({**RIGHT, "routes": {"acme": {}, "fallback": []}}).encode() + b"\n",
+    json.dumps({**RIGHT, "options": {"--linger": "nan", "--drain-timeout": "1e999"}}).encode(),
+    json.dumps({**RIGHT, "validations": [{"peer": "\x1b[2J"}, {}, None]}).encode() + b"\n",
     b"[" * 3_000 + b"\n",
     b"OK\nOK\n",
     b"\nERR 75 no\n",
@@ -44,12 +46,14 @@ def check(data: bytes) -> None:
     """Whatever is answered: nothing is raised, and what is shown has no control characters."""
     pidfile = _instance(data)
     answers = instances(pidfile, None)
-    shown = show(answers, 2_000.0) + json.dumps({"version": VERSION, "instances": answers})
+    shown = table(answers, 2_000.0) + json.dumps({"version": VERSION, "instances": answers})
     assert shown.replace("\n", "").isprintable()
     shown.encode()
     for answer in answers:
         if answer["state"] != "silent":
             assert f"{answer['pid']} {answer['holders']} {answer['routes']['acme']['target']}"
+            lines = [*account(answer, 2_000.0), drain(answer, 7, 2_000.0), *answer["options"]]
+            assert all(line.isprintable() for line in lines)
     try:
         connection = request(pidfile, 7, "hold")
     except StartError as refusal:

@@ -19,7 +19,7 @@ from acme_alpn_proxy.monitoring.status import socket_path
 from acme_alpn_proxy.monitoring.statussocket import Holders, StatusService
 
 from ...memory import AlwaysSteers, MemoryReactor
-from ...monitoring.descriptions import describe
+from ...monitoring.descriptions import OPTIONS, describe
 from ..conversation import TURN, pieces
 
 SEEDS = [
@@ -40,7 +40,7 @@ def check(data: bytes) -> None:
     reactor = MemoryReactor()
     stops: list[None] = []
     holders = Holders(lambda: stops.append(None), AlwaysSteers())
-    service = StatusService(reactor, _pidfile(), describe, holders)
+    service = StatusService(reactor, _pidfile(), describe, holders, OPTIONS)
     clients: list[socket.socket] = []
     with capturedLogs() as events:
         service.privilegedStartService()

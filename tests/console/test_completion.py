@@ -1,70 +1,32 @@
-"""What is made of the options: the man page and the completions."""
+"""The completions, tried in the shells."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from twisted.python.usage import UsageError
 
-from acme_alpn_proxy.options import REDIRECTS, ConsoleOptions
+from acme_alpn_proxy.console.completion import NAMES
+from acme_alpn_proxy.options import COMMANDS, REDIRECTS, SHELLS, ConsoleOptions
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = "acme-alpn-proxy"
-LONG_OPTIONS = {f"--{name.rstrip('=')}" for name in ConsoleOptions().longOpt if name != "h"}
+from .commands import NAME, program, run
 
-
-def run(*command: str | Path) -> str:
-    """Run a command that has to go well without a word on stderr; gives what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    return done.stdout
-
-
-def commands() -> set[str]:
-    """The commands, as the program names them to who gives none."""
-    with pytest.raises(UsageError) as refusal:
-        ConsoleOptions().parseOptions([])
-    told = re.search(r"one command is needed, ([a-z, ]+)", str(refusal.value))
-    assert told is not None
-    return set(re.split(", | or ", told[1].strip()))
+ROOT = Path(__file__).parents[2]
+LONG_OPTIONS = {f"--{name.rstrip('=')}" for name in ConsoleOptions().longOpt if len(name) > 1}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all that is made."""
+    """A folder with what C{completion} prints for each shell; zsh looks for a name of its own."""
     folder = tmp_path_factory.mktemp("made")
-    run(sys.executable, ROOT / "packaging/generate.py", folder)
+    for shell in SHELLS:
+        (folder / shell).write_text(program("completion", shell))
+    (folder / f"_{NAME}").write_text(program("completion", "zsh"))
     return folder
-
-
-@pytest.fixture(scope="module")
-def page(made: Path) -> str:
-    """The man page as it is read."""
-    return run("man", "--warnings", "-l", made / f"{PROGRAM}.8")
-
-
-def test_man_page_names_everything(page: str) -> None:
-    """The man page has every option, every command and every variable."""
-    assert set(re.findall(r"--[a-z0-9-]+", page)) >= LONG_OPTIONS
-    margin = re.search(r"^NAME\n( +)", page, re.MULTILINE)  # 7 or, from groff 1.24 on, 5 spaces
-    assert margin is not None
-    commands_on = page.partition("COMMANDS")[2]
-    named = set(re.findall(rf"^{margin[1]}([a-z]+)\b", commands_on, re.MULTILINE))
-    assert commands() <= named
-    assert {"ACME_ALPN_PROXY_PIDFILE", "ACME_ALPN_PROXY_RULESPEC"} <= set(page.split())
-    statuses = page.partition("EXIT STATUS")[2].partition("FILES")[0]
-    assert re.search(r"^ +77 +not permitted$", statuses, re.MULTILINE)
-
-
-def test_man_page_is_sound(made: Path) -> None:
-    """mandoc, which is stricter than man, has nothing against the man page."""
-    assert run("mandoc", "-T", "lint", made / f"{PROGRAM}.8") == ""
 
 
 def complete_in_bash(made: Path, *words: str) -> set[str]:
@@ -73,14 +35,14 @@ def complete_in_bash(made: Path, *words: str) -> set[str]:
         'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
         '_acme_alpn_proxy; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    file = made / f"{PROGRAM}.bash"
-    return set(run("bash", "-uc", script, "bash", file, PROGRAM, *words).split())
+    file = made / "bash"
+    return set(run("bash", "-uc", script, "bash", file, NAME, *words).split())
 
 
 def complete_in_fish(made: Path, *words: str) -> set[str]:
     """What fish offers for the last of these words."""
-    line = " ".join([PROGRAM, *words])
-    file = made / f"{PROGRAM}.fish"
+    line = " ".join([NAME, *words])
+    file = made / "fish"
     offers = run("fish", "--no-config", "-c", f"source {file}; complete -C '{line}'").splitlines()
     return {offer.split("\t")[0] for offer in offers}
 
@@ -88,9 +50,11 @@ def complete_in_fish(made: Path, *words: str) -> set[str]:
 @pytest.mark.parametrize("complete", [complete_in_bash, complete_in_fish])
 def test_completion(made: Path, complete: Callable[..., set[str]]) -> None:
     """bash and fish offer commands, options, and the values that an option can have."""
-    assert complete(made, "") == commands() | {"doctor"}
+    assert complete(made, "") == set(COMMANDS)
     assert complete(made, "sto") == {"stop"}
     assert complete(made, "--") - {"--"} >= LONG_OPTIONS
+    assert complete(made, "help", "") == set(COMMANDS)
+    assert complete(made, "completion", "") == set(SHELLS)
     assert complete(made, "--redirect", "") == set(REDIRECTS)
     assert complete(made, "--uid", "nobod") == {"nobody"}
     assert complete(made, "--hello-timeout", "") == set()
@@ -107,16 +71,17 @@ def test_completion_in_bash(made: Path) -> None:
 
 TYPED_IN_ZSH = """
 PROMPT=
-fpath=($ZDOTDIR $fpath)
+if [[ $FROM = file ]]; then fpath=($ZDOTDIR $fpath); fi
 autoload -Uz compinit
 compinit -u -D
+if [[ $FROM = text ]]; then eval "$(<$ZDOTDIR/zsh)"; fi
 tell() { print -r -- $BUFFER; exit }
 zle -N tell
 bindkey '^X' tell
 """
 
 
-def complete_in_zsh(made: Path, line: str) -> str:
+def complete_in_zsh(made: Path, line: str, how: str) -> str:
     """What zsh makes of a line when Tab is typed; it completes at a terminal alone."""
     (made / ".zshrc").write_text(TYPED_IN_ZSH)
     ours, theirs = os.openpty()
@@ -127,7 +92,7 @@ def complete_in_zsh(made: Path, line: str) -> str:
             stdin=theirs,
             stdout=subprocess.PIPE,
             stderr=theirs,
-            env={"PATH": os.environ["PATH"], "TERM": "dumb", "ZDOTDIR": str(made)},
+            env={"PATH": os.environ["PATH"], "TERM": "dumb", "ZDOTDIR": str(made), "FROM": how},
             start_new_session=True,
             text=True,
             timeout=60,
@@ -143,6 +108,8 @@ def complete_in_zsh(made: Path, line: str) -> str:
     ("typed", "completed"),
     [
         ("sto", "stop"),
+        ("help sto", "help stop"),
+        ("completion z", "completion zsh"),
         ("--redir", "--redirect="),
         ("--redirect=sk", "--redirect=sk-lookup"),
         ("--redirect sk", "--redirect sk-lookup"),
@@ -153,11 +120,23 @@ def complete_in_zsh(made: Path, line: str) -> str:
 )
 def test_completion_in_zsh(made: Path, typed: str, completed: str) -> None:
     """zsh completes commands, options, and the values that an option can have."""
-    assert complete_in_zsh(made, f"{PROGRAM} {typed}") == f"{PROGRAM} {completed}"
+    assert complete_in_zsh(made, f"{NAME} {typed}", "file") == f"{NAME} {completed}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluated_in_zsh(made: Path, name: str) -> None:
+    """Evaluated in C{.zshrc} it does the same; for the one file, too."""
+    assert complete_in_zsh(made, f"{name} sto", "text") == f"{name} stop"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_one_file(made: Path, shell: str) -> None:
+    """The one file is completed like the program that is installed."""
+    assert "acme-alpn-proxy.pyz" in (made / shell).read_text()
 
 
 def test_completion_for_zsh_has_everything(made: Path) -> None:
     """What zsh is given has every option and command."""
-    text = (made / f"_{PROGRAM}").read_text()
+    text = (made / f"_{NAME}").read_text()
     assert set(re.findall(r"--[a-z0-9-]+", text)) >= LONG_OPTIONS
-    assert commands() <= set(re.findall(r'([a-z]+)\\:"', text))
+    assert set(COMMANDS) <= set(re.findall(r'([a-z]+)\\:"', text))

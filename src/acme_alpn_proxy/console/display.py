@@ -1,0 +1,166 @@
+"""What an instance answers, for people: a table, and what C{run} and C{stop} say of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from ..monitoring.status import SILENT, Answer, InstanceStatus
+from .terminal import coloured
+
+_REASONS: Final = {
+    "no_acme_alpn": "by TLS",
+    "not_tls": "not by TLS",
+    "deadline": "without a whole hello in time",
+    "end_of_file": "ended before a whole hello",
+    "crowded": "with half a hello, as too many others",
+}
+"""Why visitors took the fallback, after their number."""
+
+_HEADS: Final = ("route", "target", "open", "all", "not reached", "received", "sent")
+_BINARY: Final = ("KiB", "MiB", "GiB", "TiB")
+
+_MOST_CALLERS: Final = 5
+"""Addresses that are shown; a CA asks from so many."""
+
+
+def table(answers: Sequence[Answer], now: float) -> str:
+    """All instances; several lines, each with its end.
+
+    @param now: in seconds since the epoch.
+    """
+    return "\n".join(_instance(answer, now) for answer in answers) or "not running\n"
+
+
+def _instance(answer: Answer, now: float) -> str:
+    state = coloured(answer["state"], sys.stdout)
+    if answer["state"] == SILENT:
+        return f"PID {answer['pid']}  {state}: it runs but does not answer; its log may say why\n"
+    lines = [
+        f"PID {answer['pid']}  {state} for {duration(now - answer['since'])}, since"
+        f" {_when(answer['since'])}, redirect {answer['redirect']}",
+        *(f"  {line}" for line in _aligned(_rows(answer))),
+    ]
+    reasons = answer["routes"]["fallback"]["reasons"].items()
+    taken = [f"{count} {_REASONS.get(reason, reason)}" for reason, count in reasons if count]
+    if taken:
+        lines.append(f"  to the fallback: {', '.join(taken)}")
+    if answer["undecided"]:
+        lines.append(f"  {counted(answer['undecided'], 'connection')} without a whole hello yet")
+    last = answer["last_validation"]
+    lines.append(
+        "  no validation yet"
+        if last is None
+        else f"  last validation: {_when(last['at'])} from {last['peer']} for"
+        f" {_printable(last['server_name'])}: {last['result']}"
+    )
+    lines += [
+        f"  pending: {_printable(each['identifier'])} for {duration(each['seconds_left'])} more,"
+        f" answered {each['answered']} times, asked by {_printable(each['asked_by'])}"
+        for each in answer["pending"]
+    ]
+    if len(answer["pending"]) < answer["pending_count"]:
+        lines.append(f"  pending in all: {answer['pending_count']}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _rows(answer: InstanceStatus) -> Iterator[Sequence[str]]:
+    yield _HEADS
+    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
+    for name, route in (("acme", acme), ("fallback", fallback)):
+        counts = (route["live"], route["total"], route["failures"])
+        sizes = (route["bytes_from_visitors"], route["bytes_to_visitors"])
+        yield (name, route["target"], *map(str, counts), *map(size, sizes))
+
+
+def _aligned(rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    """The first two columns to the left, numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
+        cells = [f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
+        yield "  ".join(cells)
+
+
+def account(answer: InstanceStatus, now: float) -> list[str]:
+    """What came while it steered, in two lines.
+
+    @param now: in seconds since the epoch.
+    """
+    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
+    visitors = f"steered for {duration(now - answer['since'])}:"
+    visitors += f" {counted(fallback['total'], 'visitor')}, "
+    visitors += _failed(fallback["failures"], f"the web server ({fallback['target']})")
+    if not acme["total"]:
+        return [visitors, "no validation came: the CA has not dialled port 443 of this host"]
+    peers = [each["peer"].rpartition(":")[0].strip("[]") for each in answer["validations"]]
+    callers = list(dict.fromkeys(peers))[:_MOST_CALLERS]
+    asked = ", ".join(callers) + ", and others" * (len(set(peers)) > len(callers))
+    validations = counted(acme["total"], "validation") + f" from {asked}" * bool(asked)
+    return [visitors, f"{validations}, {_failed(acme['failures'], 'the ACME client')}"]
+
+
+def _failed(failures: int, target: str) -> str:
+    return f"{failures} did not reach {target}" if failures else "no failure"
+
+
+def draining(answer: InstanceStatus) -> str:
+    """Of an instance that was stopped."""
+    return f"PID {answer['pid']} was stopped before, and still has {_open(answer)}"
+
+
+def _open(answer: InstanceStatus) -> str:
+    routes = answer["routes"]
+    live = routes["acme"]["live"] + routes["fallback"]["live"] + answer["undecided"]
+    return counted(live, "open connection")
+
+
+def drain(answer: InstanceStatus | None, pid: int, now: float) -> str:
+    """What C{stop --wait} waits for.
+
+    @param answer: L{None} if the instance does not answer.
+    """
+    if answer is None:
+        return f"waiting for PID {pid}"
+    text = f"waiting for {_open(answer)} of PID {pid}"
+    try:
+        patience = sum(float(answer["options"][name]) for name in ("--linger", "--drain-timeout"))
+        left = duration(answer["since"] + patience - now)
+    except (KeyError, OverflowError, ValueError):  # another release, or another program
+        return text
+    return f"{text}, reset in {left} at most"
+
+
+def counted(count: int, what: str) -> str:
+    """The number of things, in words."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """As C{42 s}, C{5 min 3 s}, C{2 h 0 min} or C{3 d 4 h}."""
+    whole = max(0, round(seconds))
+    for unit, smaller, length, part in (("d", "h", 86_400, 3_600), ("h", "min", 3_600, 60)):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // part} {smaller}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def size(count: int) -> str:
+    """Bytes, as C{512 B}, C{1.5 KiB} and so on."""
+    if count < 1_024:
+        return f"{count} B"
+    power = next((at for at in range(1, 4) if count < 1_000 * 1_024**at), 4)
+    return f"{count / 1_024**power:.1f} {_BINARY[power - 1]}"
+
+
+def _when(seconds: float) -> str:
+    """Local time, with the name of its zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def _printable(text: str | None) -> str:
+    """What a peer has sent may be meant for the terminal."""
+    return "no name" if text is None else ascii(text)[1:-1]

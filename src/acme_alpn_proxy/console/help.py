@@ -1,0 +1,305 @@
+"""What C{help} and C{--help} print, made of the options themselves.
+
+The man page and the completions of shells are made of the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
+
+from twisted.python.usage import UsageError
+
+from ..options import (
+    COMMANDS,
+    DEFAULT_PIDFILE,
+    DISABLE_IPV6_VARIABLE,
+    GO_WITH,
+    OTHERS,
+    PIDFILE_VARIABLE,
+    RULESPEC_VARIABLE,
+    TOPICS,
+    ConsoleOptions,
+    Topic,
+    all_options,
+)
+
+NAME: Final = "acme-alpn-proxy"
+
+SUMMARY: Final = (
+    "Takes the new connections to port 443 of this host for the minutes that an ACME order takes,"
+    " and sends the validations of the CA (TLS-ALPN-01, RFC 8737) to the ACME client, all others to"
+    " the web server."
+)
+
+SYNOPSES: Final = {
+    "run": "run [options] -- COMMAND...",
+    "explain": "explain [options] [NAME...]",
+    "hook": "[options] hook uacme|dehydrated WORDS...",
+    "help": "help [COMMAND]",
+    "completion": "completion bash|zsh|fish",
+    "manual": "manual",
+}
+"""How to call a command that takes more, or less, than options."""
+
+DETAILS: Final = {
+    "start": (
+        "Goes to the background and steers new connections to :443. Exits 0 once that is so, or if"
+        " an instance with the same options steers already. If an instance runs with other options,"
+        " it says what differs and exits 75."
+    ),
+    "stop": (
+        "Ends the steering. Exits 0 once new connections reach the web server directly again, or if"
+        " nothing runs. Connections under way go on until they end, at most for the time that"
+        " --drain-timeout of the start allows. With --wait it returns when the last one has ended,"
+        " also those of an instance that was stopped before."
+    ),
+    "run": (
+        "Steers, runs COMMAND, and steers no more, whatever becomes of COMMAND. The variable"
+        " ACME_ALPN_PROXY_TARGET tells COMMAND where to answer the CA. On a terminal the last two"
+        " lines say what came meanwhile."
+    ),
+    "status": "Shows each instance that runs or drains. Exits 3 if there is none. It needs root.",
+    "explain": (
+        "After an order that failed: says what was seen here of the validation of each NAME, or of"
+        " the last ones."
+    ),
+    "hook": (
+        "For the hook of an ACME client: gives the proxy the words that the client gives to its"
+        " hook, so that the proxy answers the validation itself. It starts the proxy if none runs."
+    ),
+    "manual": "Shows the man page. Into a pipe or a file it prints the source of the page.",
+    "check": (
+        "Looks whether the proxy would work on this host, with the options that start will be"
+        " given. One line for each check: ok, warning or failed, the cause and the remedy. It"
+        " changes nothing; --probe steers for a moment. Exits 1 if something failed. The command"
+        " doctor is the same."
+    ),
+}
+
+EXAMPLES: Final = {
+    "run": (
+        "Get a certificate while the web server serves on",
+        "acme-alpn-proxy run -- \\\n"
+        "  lego --tls --tls.port 127.0.0.1:31443 --domains site.example \\\n"
+        "  --email you@site.example --accept-tos run",
+    ),
+    "check": (
+        "Dial port 443 as a CA does, before the CA does it",
+        "acme-alpn-proxy check --probe",
+    ),
+    "start": (
+        "In hooks of a client that answers on port 5001, before and after the order",
+        "acme-alpn-proxy --alpn 127.0.0.1:5001 start\nacme-alpn-proxy stop",
+    ),
+    "stop": ("Stop, and return when the last visitor has left", "acme-alpn-proxy stop --wait"),
+    "status": ("Watch connections come and go", "acme-alpn-proxy status --watch"),
+    "completion": (
+        "In ~/.bashrc; in ~/.zshrc, after compinit; once, for fish",
+        'eval "$(acme-alpn-proxy completion bash)"\n'
+        'eval "$(acme-alpn-proxy completion zsh)"\n'
+        "acme-alpn-proxy completion fish \\\n"
+        "  >~/.config/fish/completions/acme-alpn-proxy.fish",
+    ),
+    "manual": (
+        "Have man(1) find the man page",
+        "acme-alpn-proxy manual >/usr/local/share/man/man8/acme-alpn-proxy.8",
+    ),
+}
+"""What somebody wants, and the lines that do it."""
+
+_SHOWN: Final = ("run", "check")
+"""Whose examples the help as a whole shows."""
+
+ENVIRONMENT: Final = {
+    PIDFILE_VARIABLE: f"The PID file, by default {DEFAULT_PIDFILE}",
+    RULESPEC_VARIABLE: "A rule of your own, to stand after 'iptables -t nat -I PREROUTING'",
+    f"{DISABLE_IPV6_VARIABLE}=y": "Leave IPv6 alone",
+    "NO_COLOR": "Any value: no colours on the terminal",
+}
+
+EXIT_STATUSES: Final = {
+    "0": "done",
+    "1": "any other failure; nothing is left applied; of check: something failed",
+    "2": "wrong usage",
+    "3": "of status: nothing runs",
+    "67": "there is no such user or group",
+    "69": "what is needed is missing, or taken",
+    "70": "a defect of this program",
+    "71": "the system refuses",
+    "73": "the PID file or the log file cannot be written",
+    "75": "another instance or program is in the way: try again later; run has not run COMMAND",
+    "77": "not permitted",
+    "78": "as this host is set up, visitors would be lost",
+    "126": "of run: COMMAND is no program",
+    "127": "of run: COMMAND is not found",
+    "128 + N": "of run: signal N has ended COMMAND; otherwise run exits as COMMAND did",
+}
+
+KINDS: Final = {"FILE": "file", "USER": "user", "GROUP": "group"}
+"""What a shell knows the values of, by what stands for the value."""
+
+_WIDTH: Final = 79
+"""Columns of a terminal that has 80."""
+
+_WIDEST_TERM: Final = 26
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as a user sees it.
+
+    @ivar value: what stands for its value; empty for a flag.
+    @ivar topic: where it is shown.
+    @ivar choices: all the values that it may have; none where it takes any, or none at all.
+    """
+
+    long: str
+    short: str | None
+    about: str
+    topic: Topic
+    value: str = ""
+    default: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What its value is, if it takes any."""
+        if not self.value:
+            return "none"
+        return "choice" if self.choices else KINDS.get(self.value, "any")
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that it goes with."""
+        return GO_WITH.get(self.long, self.topic.commands)
+
+    def names(self, equals: str) -> str:
+        """Its names and its value, with C{equals} between them."""
+        names = f"--{self.long}{equals}{self.value}" if self.value else f"--{self.long}"
+        return f"-{self.short}, {names}" if self.short else names
+
+    def sentence(self, *, alone: bool = False) -> str:
+        """What it does, and its default.
+
+        @param alone: the reader does not see which commands it goes with: tell them.
+        """
+        text = self.about
+        if alone and self.long in GO_WITH:
+            text += f" (with {', '.join(self.commands)})"
+        return text if self.default is None else f"{text} [{self.default}]"
+
+
+def options() -> list[Option]:
+    """All options of the console script, in the order of the help."""
+    found = [
+        Option(long, short, about, getattr(about, "topic", OTHERS))
+        for long, short, about in all_options("optFlags")
+    ]
+    for long, short, default, about, *coerce in all_options("optParameters"):
+        shown = f"{default:g}" if isinstance(default, float) else default
+        found.append(
+            Option(
+                long,
+                short,
+                about,
+                getattr(about, "topic", OTHERS),
+                getattr(about, "value", "VALUE"),
+                None if shown is None else str(shown),
+                _choices(*coerce),
+            )
+        )
+    for long, short in (("help", "h"), ("version", "V")):
+        method = getattr(ConsoleOptions, f"opt_{long}")
+        about = (inspect.getdoc(method) or "").splitlines()[0].rstrip(".")
+        found.append(Option(long, short, about, OTHERS))
+    return sorted(found, key=lambda option: TOPICS.index(option.topic))
+
+
+def _choices(coerce: Callable[[str], object] | None = None) -> tuple[str, ...]:
+    """What an option says when it is given none of its values."""
+    try:
+        if coerce is not None:
+            coerce("")
+    except (UsageError, ValueError) as problem:
+        told = re.search(r"choose one of (.*)", str(problem))
+        return tuple(told[1].split(", ")) if told else ()
+    return ()
+
+
+def synopsis(command: str) -> str:
+    """How to call a command, without the name of the program."""
+    return SYNOPSES.get(command, f"{command} [options]")
+
+
+def help_text(command: str = "") -> str:
+    """The help as a whole, or that of one command."""
+    return "\n".join(_of_one(command) if command else _of_all()) + "\n"
+
+
+def _of_all() -> Iterator[str]:
+    yield f"Usage: {NAME} COMMAND [options]"
+    yield from ("", *_filled(SUMMARY), "", "Commands:")
+    yield from _table(COMMANDS.items())
+    yield from ("", "Examples:")
+    for command in _SHOWN:
+        yield from _example(command)
+    yield from _by_topic(options(), alone=True)
+    yield from ("", "Environment:")
+    yield from _table(ENVIRONMENT.items())
+    yield from ("", *_filled(_THE_REST))
+
+
+_THE_REST: Final = (
+    "Options may stand before and after the command, with one dash or two. The exit status is 0 if"
+    f" all went well; '{NAME} manual' explains the others."
+)
+
+
+def _of_one(command: str) -> Iterator[str]:
+    yield f"Usage: {NAME} {synopsis(command)}"
+    yield from ("", *_filled(f"{command}: {COMMANDS[command]}."))
+    if command in DETAILS:
+        yield from ("", *_filled(DETAILS[command]))
+    if command in EXAMPLES:
+        yield from ("", "Example:", *_example(command))
+    if command not in SYNOPSES or "[options]" in SYNOPSES[command]:
+        yield from _by_topic(
+            option
+            for option in options()
+            if command in option.commands and option.long not in ("help", "version")
+        )
+
+
+def _example(command: str) -> Iterator[str]:
+    about, lines = EXAMPLES[command]
+    yield f"  # {about}"
+    yield from textwrap.indent(lines, "  ").splitlines()
+
+
+def _by_topic(shown: Iterable[Option], *, alone: bool = False) -> Iterator[str]:
+    for topic, found in groupby(shown, lambda option: option.topic):
+        entries = [(each.names(" "), each.sentence(alone=alone)) for each in found]
+        yield from ("", f"{topic.title}:", *_table(entries))
+
+
+def _table(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Terms, and what they mean beside them, or below a long one."""
+    entries = list(entries)
+    width = max(len(term) for term, _ in entries if len(term) <= _WIDEST_TERM) + 2
+    for term, about in entries:
+        beside = _filled(about, _WIDTH - 2 - width)
+        if len(term) + 2 > width:
+            yield f"  {term}"
+        else:
+            yield f"  {term:<{width}}{beside.pop(0)}"
+        yield from (f"  {'':<{width}}{line}" for line in beside)
+
+
+def _filled(text: str, width: int = _WIDTH) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
