@@ -378,3 +378,12 @@ class ConnectionTrackingTests(GuardCase):
         self.ask("apply")
         self.ask("release")
         self.assertEqual(self.forgotten, [])
+
+    def test_earlier_order(self) -> None:
+        """Nor while an earlier order of the same process has one, whose number may begin alike."""
+        self.entries = [Entry(2, b"entry")]
+        self.add("mangle", *KEEPER.split(), f"{OURS}0", binary="ip6tables")
+        self.ask("apply")
+        self.ask("release")
+        self.assertEqual(self.forgotten, [])
+        self.assertEqual(len(self.iptables.rules("mangle")["ip6tables"]), 1)

@@ -40,10 +40,9 @@ class ApplyTests(IptablesCase):
 
     def test_one_redirect_and_one_keeper_a_family(self) -> None:
         """Applied, there is one redirect and one keeper for each family."""
-        self.applied()
-        keeper = (
-            f"-m conntrack --ctstate INVALID -m comment --comment {keeper_comment(os.getpid())}"
-        )
+        redirect = self.applied()
+        comment = keeper_comment(os.getpid(), redirect._number)
+        keeper = f"-m conntrack --ctstate INVALID -m comment --comment {comment}"
         self.assertEqual(self.iptables.rules("nat"), {binary: [STEERING] for binary in BOTH})
         self.assertEqual(self.iptables.rules("mangle"), {binary: [keeper] for binary in BOTH})
 
@@ -199,7 +198,7 @@ class GuardedTests(IptablesCase):
         (guard,) = self.guards
         self.assertEqual(guard.rules_before, {})
         self.assertEqual(guard.order["commands"], [[binary, "-w", "5"] for binary in BOTH])
-        self.assertEqual(guard.order["keeper"][-1], keeper_comment(os.getpid()))
+        self.assertEqual(guard.order["keeper"][-1], keeper_comment(os.getpid(), redirect._number))
         self.assertEqual(guard.order["port"], PORT)
         self.assertTrue(guard.order["expires"])
         self.successResultOf(redirect.look_after(self.iptables))

@@ -68,7 +68,7 @@ class LeftoverTests(IptablesCase):
     def test_keeper_of_the_living(self) -> None:
         """The keeper of an instance that still drains stays."""
         for binary in BOTH:
-            keeper = [*DEAD_KEEPER[:-1], keeper_comment(os.getpid())]
+            keeper = [*DEAD_KEEPER[:-1], keeper_comment(os.getpid(), 1)]
             self.add(binary, "mangle", keeper)
         self.assertEqual(self.clean_up(), 0)
         self.assertEqual(set(self.iptables.rules("mangle")), set(BOTH))
@@ -179,7 +179,7 @@ class RecognitionTests(SynchronousTestCase):
 
     def test_dead_keepers(self) -> None:
         """A keeper is dead when its process is: the same PID with another start is another."""
-        self.assertFalse(is_dead_keeper(["--comment", keeper_comment(os.getpid())]))
+        self.assertFalse(is_dead_keeper(["--comment", keeper_comment(os.getpid(), 1)]))
         self.assertTrue(is_dead_keeper(DEAD_KEEPER))
         elsewhere = f"acme-alpn-proxy keeper {os.getpid()} 1 4026530000"
         self.assertFalse(is_dead_keeper(["--comment", elsewhere]), "another PID namespace's")

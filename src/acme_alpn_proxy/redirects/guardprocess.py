@@ -410,15 +410,15 @@ class Guard:
         """Delete what connection tracking remembers of steered connections; see
         L{acme_alpn_proxy.host.conntrack}.
 
-        Not while another instance has a keeper: its live connections look the same, and tracking
-        stays on in any case.
+        Not while there is another keeper, of another instance or of an earlier order: the live
+        connections that it keeps look the same, and tracking stays on in any case.
         """
         entries = translated(self._order["port"])
         if entries and not self._others_keep():
             forget(entries)
 
     def _others_keep(self) -> bool:
-        own = self._order["keeper"][-1]
+        own = f'"{self._order["keeper"][-1]}"'
         for command in self._order["commands"]:
             listing = run([*command, "-t", "mangle", "-S", "PREROUTING"])[1]
             if any(KEEPER in line and own not in line for line in listing.splitlines()):

@@ -10,6 +10,7 @@ Whatever end the process comes to, its guard (L{acme_alpn_proxy.redirects.guard}
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -62,6 +63,9 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
     return words
 
 
+_numbers = itertools.count(1)
+
+
 @implementer(IRedirect)
 class IptablesRedirect:
     """Steers by one rule a family in nat PREROUTING."""
@@ -90,6 +94,7 @@ class IptablesRedirect:
         self._ipv6 = ipv6
         self._force = force
         self._cautious = cautious
+        self._number = next(_numbers)
         self._families: list[int] = []
         self._guard: Guard | None = None
 
@@ -209,9 +214,10 @@ class IptablesRedirect:
                 raise VisitorsLost.because_of(problem) from None
 
     def _new_guard(self, claim: socket.socket) -> Guard:
+        keeper = keeper_comment(os.getpid(), self._number)
         order: Order = {
             "commands": [[pinned(family), "-w", LOCK_WAIT] for family in self._families],
-            "keeper": [*KEEPER_MATCH, "-m", "comment", "--comment", keeper_comment(os.getpid())],
+            "keeper": [*KEEPER_MATCH, "-m", "comment", "--comment", keeper],
             "rule": self._rulespec,
             "expires": self._custom is None,
             "port": self._port,

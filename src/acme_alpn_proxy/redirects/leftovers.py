@@ -149,10 +149,14 @@ def _run(
     return result
 
 
-def keeper_comment(pid: int) -> str:
+def keeper_comment(pid: int, number: int) -> str:
     """Names the process whose connections the keeper keeps: a PID alone is used again, and is
-    another process's in another PID namespace."""
-    return f"{KEEPER} {pid} {facts.process_start_time(pid)} {facts.pid_namespace()}"
+    another process's in another PID namespace.
+
+    @param number: of the redirect among those of the process. An earlier one, with connections of
+        its own that are still under way, has another keeper.
+    """
+    return f"{KEEPER} {pid} {facts.process_start_time(pid)} {facts.pid_namespace()} {number}"
 
 
 def is_dead_keeper(words: Sequence[str]) -> bool:
