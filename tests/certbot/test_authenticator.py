@@ -240,34 +240,34 @@ def test_cleanup_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.messages) == 1
 
 
-SEEN = {
-    "identifier": "site.example",
-    "answered": 1,
-    "asked": [
-        {"peer": "192.0.2.7", "name": "site.example", "answer": "answered"},
-        {"peer": "192.0.2.8", "name": "other.example", "answer": "unrecognized_name"},
-    ],
-}
-
-
 def test_hint(path: Path) -> None:
-    """After the CA's words the operator reads who dialled, asked for what, and got which answer."""
-    answers = {
-        "report site.example": f"OK {json.dumps(SEEN)}\n",
-        "report www.site.example": 'OK {"identifier": "www.site.example", "asked": []}\n',
+    """After the CA's words the operator reads who dialled, asked for what, and got which answer;
+    and which name nobody asked for."""
+    answered = {"peer": "192.0.2.7", "name": "site.example", "answer": "answered"}
+    refused = {"peer": "192.0.2.8", "name": "other.example", "answer": "unrecognized_name"}
+    asked = [answered, refused, answered]
+    reports = {
+        "report site.example": {"identifier": "site.example", "answered": 2, "asked": asked},
+        "report www.site.example": {
+            "identifier": "www.site.example",
+            "answered": 0,
+            "asked": asked,
+        },
     }
-    with control_daemon(path, lambda line: answers[line].encode()):
+    with control_daemon(path, lambda line: f"OK {json.dumps(reports[line])}\n".encode()):
         hint = plugin().auth_hint([achall(name) for name in NAMES])
-    assert hint.splitlines()[1:5] == [
-        "  site.example:",
-        "    192.0.2.7 asked for site.example: answered",
-        "    192.0.2.8 asked for other.example: unrecognized_name",
-        "  www.site.example: no CA has dialled port 443 of this host. See whether the name's A and"
-        " AAAA records lead here, and whether a firewall in front lets port 443 in.",
+    assert hint.splitlines()[1:] == [
+        "  site.example: answered 2 times",
+        "  www.site.example: nobody has asked for it. See whether its A and AAAA records lead to"
+        " this host, and whether a firewall in front lets port 443 in.",
+        "  192.0.2.7 asked for site.example: answered (2 times)",
+        "  192.0.2.8 asked for other.example: unrecognized_name (1 times)",
     ]
 
 
 def test_no_hint(path: Path) -> None:
     """Where the daemon cannot be asked any more that is said."""
     hint = plugin().auth_hint([achall("site.example")])
-    assert f"site.example: not known, no daemon listens at {path}; start it" in hint
+    assert hint.endswith(
+        f"is not known: no daemon listens at {path}; start it: acme-alpn-proxy start"
+    )

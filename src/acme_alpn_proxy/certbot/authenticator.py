@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -21,6 +22,11 @@ from ..responder.client import ControlError, NotListening, ask, control_path
 from .ownproxy import CannotStart, OwnProxy
 
 TLS_ALPN_01: Final = "tls-alpn-01"
+
+_UNSEEN: Final = (
+    "%s: nobody has asked for it. See whether its A and AAAA records lead to this host, and whether"
+    " a firewall in front lets port 443 in."
+)
 
 _log = logging.getLogger(__name__)
 
@@ -119,8 +125,21 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
 
     def auth_hint(self, failed_achalls: list[achallenges.AnnotatedChallenge]) -> str:
         """What this host has seen of the validations that have failed, after the CA's words."""
-        seen = [self._seen(_identifier(achall)) for achall in failed_achalls]
-        return "\n  ".join(["This is what acme-alpn-proxy has seen of it here.", *seen])
+        lines = ["This is what acme-alpn-proxy has seen of it on this host."]
+        dialled: Counter[str] = Counter()
+        for identifier in map(_identifier, failed_achalls):
+            try:
+                seen = json.loads(ask(self._control(), f"report {identifier}"))
+            except ControlError as problem:
+                return f"What acme-alpn-proxy has seen of it is not known: {problem}"
+            count = seen["answered"]
+            lines.append(f"{identifier}: answered {count} times" if count else _UNSEEN % identifier)
+            # Each report has them all: they may have asked for another name.
+            dialled |= Counter(
+                "{peer} asked for {name}: {answer}".format(**one) for one in seen["asked"]
+            )
+        lines += [f"{line} ({count} times)" for line, count in dialled.items()]
+        return "\n  ".join(lines)
 
     def _answer(self, achall: achallenges.AnnotatedChallenge) -> challenges.ChallengeResponse:
         response: challenges.KeyAuthorizationChallengeResponse
@@ -137,23 +156,6 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             self._own = OwnProxy(self._options())
             ask(self._control(), line)
         return response
-
-    def _seen(self, identifier: str) -> str:
-        try:
-            asked = json.loads(ask(self._control(), f"report {identifier}"))["asked"]
-        except ControlError as problem:
-            return f"{identifier}: not known, {problem}"
-        if not asked:
-            return (
-                f"{identifier}: no CA has dialled port 443 of this host. See whether the name's A"
-                " and AAAA records lead here, and whether a firewall in front lets port 443 in."
-            )
-        return "\n    ".join(
-            [
-                f"{identifier}:",
-                *("{peer} asked for {name}: {answer}".format(**one) for one in asked),
-            ]
-        )
 
     def _options(self) -> list[str]:
         control = self.conf("control")

@@ -1,0 +1,74 @@
+"""certbot with the plugin, which asks the test CA and keeps its files below a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from josepy.jwk import JWK
+
+from .acme import Account, Issued, Pebble
+from .netns import Namespace
+
+SECONDS = 90.0
+FOLDER = "letsencrypt"
+
+
+@dataclass(frozen=True)
+class Certbot:
+    """The command, wherever it is installed.
+
+    @ivar run: runs a command there; gives its output and its exit status.
+    @ivar read: the content of a file there, given by a pattern of sh.
+    """
+
+    namespace: Namespace
+    ca: Pebble
+    folder: str
+    run: Callable[..., tuple[str, int]]
+    read: Callable[[str], str]
+
+    def words(self, *words: str) -> list[str]:
+        """A command line."""
+        folders = [
+            (f"--{kind}-dir", f"{self.folder}/{kind}") for kind in ("config", "work", "logs")
+        ]
+        options = [word for pair in folders for word in pair]
+        return ["certbot", *words, *options, "--server", self.ca.directory_url, "--non-interactive"]
+
+    def fails(self, *words: str) -> str:
+        """Run it, and give what it says; it must fail."""
+        said, status = self.run(*self.words(*words))
+        assert status != 0, said
+        return said
+
+    def succeeds(self, *words: str) -> str:
+        """Run it, and give what it says."""
+        said, status = self.run(*self.words(*words))
+        assert status == 0, said
+        return said
+
+    def order(self, *words: str) -> str:
+        """Order a certificate through the plugin."""
+        new = ("--agree-tos", "--register-unsafely-without-email")
+        return self.succeeds("certonly", "--authenticator", "alpn-proxy", *new, *words)
+
+    def brought(self, name: str) -> Issued:
+        """What it has in the end under a name of its own, and the challenges so far."""
+        pem = self.read(f"{self.folder}/config/live/{name}/cert.pem")
+        key = self.read(f"{self.folder}/config/accounts/*/*/*/private_key.json")
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        account = Account(self.namespace, self.ca, _pem(json.loads(key)))
+        return Issued(certificate, account.valid_challenges())
+
+
+def _pem(key: dict[str, Any]) -> bytes:
+    return JWK.from_json(key).key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
