@@ -170,7 +170,7 @@ def test_own_proxy(path: Path) -> None:
     both = [achall(name) for name in NAMES]
     one.perform(both)
     (asked,) = OwnProxy.asked
-    assert OwnProxy.options == [["--fallback", "192.0.2.1:443"]]
+    assert OwnProxy.options == [["--fallback", "192.0.2.1:443", "--control", str(path)]]
     assert len(asked) == 2
     one.cleanup(both[:1])
     assert path.exists()

@@ -1,4 +1,4 @@
-"""certbot with the plugin, which asks the test CA and keeps its files below a folder."""
+"""certbot with the plugin, asking the test CA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .acme import Account, Issued, Pebble
 from .netns import Namespace
 
 SECONDS = 90.0
-FOLDER = "letsencrypt"
+ORDER = (
+    *("certonly", "--authenticator", "alpn-proxy"),
+    *("--agree-tos", "--register-unsafely-without-email"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,21 +27,21 @@ class Certbot:
 
     @ivar run: runs a command there; gives its output and its exit status.
     @ivar read: the content of a file there, given by a pattern of sh.
+    @ivar config: the folder of its certificates and accounts.
+    @ivar options: what each command gets besides.
     """
 
     namespace: Namespace
     ca: Pebble
-    folder: str
     run: Callable[..., tuple[str, int]]
     read: Callable[[str], str]
+    config: str = "/etc/letsencrypt"
+    options: tuple[str, ...] = ()
 
     def words(self, *words: str) -> list[str]:
         """A command line."""
-        folders = [
-            (f"--{kind}-dir", f"{self.folder}/{kind}") for kind in ("config", "work", "logs")
-        ]
-        options = [word for pair in folders for word in pair]
-        return ["certbot", *words, *options, "--server", self.ca.directory_url, "--non-interactive"]
+        server = ("--server", self.ca.directory_url)
+        return ["certbot", *words, *self.options, *server, "--non-interactive"]
 
     def fails(self, *words: str) -> str:
         """Run it, and give what it says; it must fail."""
@@ -46,21 +49,19 @@ class Certbot:
         assert status != 0, said
         return said
 
-    def succeeds(self, *words: str) -> str:
-        """Run it, and give what it says."""
+    def succeeds(self, *words: str) -> None:
+        """Run it; it must succeed."""
         said, status = self.run(*self.words(*words))
         assert status == 0, said
-        return said
 
-    def order(self, *words: str) -> str:
+    def order(self, *words: str) -> None:
         """Order a certificate through the plugin."""
-        new = ("--agree-tos", "--register-unsafely-without-email")
-        return self.succeeds("certonly", "--authenticator", "alpn-proxy", *new, *words)
+        self.succeeds(*ORDER, *words)
 
     def brought(self, name: str) -> Issued:
         """What it has in the end under a name of its own, and the challenges so far."""
-        pem = self.read(f"{self.folder}/config/live/{name}/cert.pem")
-        key = self.read(f"{self.folder}/config/accounts/*/*/*/private_key.json")
+        pem = self.read(f"{self.config}/live/{name}/cert.pem")
+        key = self.read(f"{self.config}/accounts/*/*/*/private_key.json")
         certificate = x509.load_pem_x509_certificate(pem.encode())
         account = Account(self.namespace, self.ca, _pem(json.loads(key)))
         return Issued(certificate, account.valid_challenges())

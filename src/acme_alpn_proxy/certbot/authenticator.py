@@ -158,10 +158,9 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
         return response
 
     def _options(self) -> list[str]:
-        control = self.conf("control")
-        named = ["--control", control] if control else []
         try:
-            return [*shlex.split(self.conf("options") or ""), *named]
+            given = shlex.split(self.conf("options") or "")
+            return [*given, "--control", self._control()]
         except ValueError as problem:
             raise errors.PluginError(
                 f"--alpn-proxy-options: {problem}; quote as in a shell"
