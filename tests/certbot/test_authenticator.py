@@ -28,7 +28,7 @@ from acme_alpn_proxy.certbot.ownproxy import CannotStart
 from ..responder.control_daemon import control_daemon
 
 KEY = JWKRSA(key=rsa.generate_private_key(65537, 2048))
-TOKEN = b"a token of 32 bytes, or a few mor"
+TOKEN = b"a token of some 32 bytes, or more"
 NAMES = ["site.example", "www.site.example"]
 
 
@@ -186,6 +186,17 @@ def test_another_control_socket(tmp_path: Path, path: Path) -> None:
     one = plugin("--alpn-proxy-control", str(OwnProxy.path))
     one.perform([achall("site.example")])
     assert OwnProxy.options == [["--control", str(OwnProxy.path)]]
+    one.cleanup([achall("site.example")])
+    assert not OwnProxy.path.exists()
+    OwnProxy.path = path
+
+
+def test_running_without_control_socket(path: Path, tmp_path: Path) -> None:
+    """Where an instance runs that listens elsewhere the operator is told to say where."""
+    OwnProxy.path = tmp_path / "another"
+    one = plugin()
+    with pytest.raises(errors.PluginError, match=f"no control socket {path}; stop it, or give its"):
+        one.perform([achall("site.example")])
     one.cleanup([achall("site.example")])
     assert not OwnProxy.path.exists()
     OwnProxy.path = path

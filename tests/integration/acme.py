@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from josepy.jwk import JWK
 
 from .netns import Namespace, Node, terminate, url_host
 from .pki import Authority
@@ -134,7 +135,7 @@ def lego(host: Namespace, ca: Pebble, directory: Path, *names: str) -> Issued:
 
 
 def issued(host: Namespace, ca: Pebble, certificate: Path, account: Path) -> Issued:
-    """What a client brought home, as PEM files: the certificate, and the key of its account."""
+    """What a client brought home, as files: the certificate, and the key of its account."""
     chain = x509.load_pem_x509_certificates(certificate.read_bytes())
     return Issued(chain[0], Account(host, ca, account.read_bytes()).valid_challenges())
 
@@ -144,10 +145,16 @@ class Account:
 
     def __init__(self, host: Namespace, ca: Pebble, key: bytes) -> None:
         """
-        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM.
+        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM, or as JWK.
         """
         self._host = host
         self._ca = ca
+        if key.startswith(b"{"):
+            key = JWK.json_loads(key).key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
         loaded = serialization.load_pem_private_key(key, password=None)
         assert isinstance(loaded, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
         self._key = loaded

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from josepy.jwk import JWK
 
 from .acme import Account, Issued, Pebble
 from .netns import Namespace
@@ -63,13 +59,5 @@ class Certbot:
         pem = self.read(f"{self.config}/live/{name}/cert.pem")
         key = self.read(f"{self.config}/accounts/*/*/*/private_key.json")
         certificate = x509.load_pem_x509_certificate(pem.encode())
-        account = Account(self.namespace, self.ca, _pem(json.loads(key)))
+        account = Account(self.namespace, self.ca, key.encode())
         return Issued(certificate, account.valid_challenges())
-
-
-def _pem(key: dict[str, Any]) -> bytes:
-    return JWK.from_json(key).key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )

@@ -147,15 +147,24 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
         digest = hashlib.sha256(response.key_authorization.encode()).hexdigest()
         identifier = _identifier(achall)
         self._pending.append(identifier)
-        line = f"auth {identifier} {digest}"
+        self._ask_or_start(f"auth {identifier} {digest}")
+        return response
+
+    def _ask_or_start(self, line: str) -> None:
+        path = self._control()
         try:
-            ask(self._control(), line)
+            ask(path, line)
         except NotListening:
             if self._own is not None:
                 raise
             self._own = OwnProxy(self._options())
-            ask(self._control(), line)
-        return response
+            try:
+                ask(path, line)
+            except NotListening:  # one runs that was started otherwise
+                raise ControlError(
+                    f"the instance that runs has no control socket {path}; stop it, or give its"
+                    " path by --alpn-proxy-control"
+                ) from None
 
     def _options(self) -> list[str]:
         try:
