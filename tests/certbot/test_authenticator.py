@@ -255,7 +255,7 @@ def test_hint(path: Path) -> None:
     """After the CA's words the operator reads who dialled, asked for what, and got which answer;
     and which name nobody asked for."""
     answered = {"peer": "192.0.2.7", "name": "site.example", "answer": "answered"}
-    refused = {"peer": "192.0.2.8", "name": "other.example", "answer": "unrecognized_name"}
+    refused = {"peer": "192.0.2.8", "name": None, "answer": "not answered"}
     asked = [answered, refused, answered]
     reports = {
         "report site.example": {"identifier": "site.example", "answered": 2, "asked": asked},
@@ -268,11 +268,11 @@ def test_hint(path: Path) -> None:
     with control_daemon(path, lambda line: f"OK {json.dumps(reports[line])}\n".encode()):
         hint = plugin().auth_hint([achall(name) for name in NAMES])
     assert hint.splitlines()[1:] == [
-        "  site.example: answered 2 times",
+        "  site.example: validations answered: 2",
         "  www.site.example: nobody has asked for it. See whether its A and AAAA records lead to"
         " this host, and whether a firewall in front lets port 443 in.",
         "  192.0.2.7 asked for site.example: answered (2 times)",
-        "  192.0.2.8 asked for other.example: unrecognized_name (1 times)",
+        "  192.0.2.8 asked for no name: not answered",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The commands of README.md, docs/clients.md and docs/renewal.md, run as they stand by real clients.
+"""The commands of README.md, docs/clients.md and docs/renewal.md, run with the real clients.
 
 Each block is one of these, which L{test_every_block} sees to: an order, run by L{test_order} or
 L{test_visitors_notice_nothing}; the hooks, run by L{test_hooks}; one that tells the reader that it

@@ -24,7 +24,7 @@ from .ownproxy import CannotStart, OwnProxy
 TLS_ALPN_01: Final = "tls-alpn-01"
 
 _UNSEEN: Final = (
-    "%s: nobody has asked for it. See whether its A and AAAA records lead to this host, and whether"
+    "{}: nobody has asked for it. See whether its A and AAAA records lead to this host, and whether"
     " a firewall in front lets port 443 in."
 )
 
@@ -132,13 +132,20 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
                 seen = json.loads(ask(self._control(), f"report {identifier}"))
             except ControlError as problem:
                 return f"What acme-alpn-proxy has seen of it is not known: {problem}"
-            count = seen["answered"]
-            lines.append(f"{identifier}: answered {count} times" if count else _UNSEEN % identifier)
+            answered = seen["answered"]
+            lines.append(
+                f"{identifier}: validations answered: {answered}"
+                if answered
+                else _UNSEEN.format(identifier)
+            )
             # Each report has them all: they may have asked for another name.
             dialled |= Counter(
-                "{peer} asked for {name}: {answer}".format(**one) for one in seen["asked"]
+                f"{one['peer']} asked for {one['name'] or 'no name'}: {one['answer']}"
+                for one in seen["asked"]
             )
-        lines += [f"{line} ({count} times)" for line, count in dialled.items()]
+        lines += [
+            f"{line} ({count} times)" if count > 1 else line for line, count in dialled.items()
+        ]
         return "\n  ".join(lines)
 
     def _answer(self, achall: achallenges.AnnotatedChallenge) -> challenges.ChallengeResponse:
