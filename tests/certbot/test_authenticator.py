@@ -254,9 +254,11 @@ def test_cleanup_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_hint(path: Path) -> None:
     """After the CA's words the operator reads who dialled, asked for what, and got which answer;
     and which name nobody asked for."""
-    answered = {"peer": "192.0.2.7", "name": "site.example", "answer": "answered"}
-    refused = {"peer": "192.0.2.8", "name": None, "answer": "not answered"}
-    asked = [answered, refused, answered]
+    asked = [
+        {"peer": "192.0.2.7:50123", "name": "site.example", "answer": "answered"},
+        {"peer": "[2001:db8::8]:443", "name": None, "answer": "not answered"},
+        {"peer": "192.0.2.7:50124", "name": "site.example", "answer": "answered"},
+    ]
     reports = {
         "report site.example": {"identifier": "site.example", "answered": 2, "asked": asked},
         "report www.site.example": {
@@ -272,7 +274,8 @@ def test_hint(path: Path) -> None:
         "  www.site.example: nobody has asked for it. See whether its A and AAAA records lead to"
         " this host, and whether a firewall in front lets port 443 in.",
         "  192.0.2.7 asked for site.example: answered (2 times)",
-        "  192.0.2.8 asked for no name: not answered",
+        "  [2001:db8::8] asked for no name: not answered",
+        "  What to do about it: acme-alpn-proxy explain site.example www.site.example",
     ]
 
 

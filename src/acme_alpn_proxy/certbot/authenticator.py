@@ -140,13 +140,15 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             )
             # Each report has them all: they may have asked for another name.
             dialled |= Counter(
-                f"{one['peer']} asked for {one['name'] or 'no name'}: {one['answer']}"
+                f"{one['peer'].rpartition(':')[0]} asked for {one['name'] or 'no name'}:"
+                f" {one['answer']}"
                 for one in seen["asked"]
             )
         lines += [
             f"{line} ({count} times)" if count > 1 else line for line, count in dialled.items()
         ]
-        return "\n  ".join(lines)
+        names = " ".join(map(_identifier, failed_achalls))
+        return "\n  ".join([*lines, f"What to do about it: acme-alpn-proxy explain {names}"])
 
     def _answer(self, achall: achallenges.AnnotatedChallenge) -> challenges.ChallengeResponse:
         response: challenges.KeyAuthorizationChallengeResponse
