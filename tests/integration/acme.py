@@ -33,6 +33,13 @@ EMAIL = "admin@site.example"
 CERTIFICATE_SECONDS = 20 * 86_400
 """Clients renew what ends within 30 days."""
 
+SHORTLIVED_SECONDS = 160 * 3600
+PROFILES = {
+    "default": {"description": "", "validityPeriod": CERTIFICATE_SECONDS},
+    "shortlived": {"description": "", "validityPeriod": SHORTLIVED_SECONDS},
+}
+"""Of a CA that knows profiles: pebble 2.6 does not, 2.10 does."""
+
 _ENVIRONMENT = {
     "PEBBLE_VA_NOSLEEP": "1",
     "PEBBLE_WFE_NONCEREJECT": "0",
@@ -77,6 +84,7 @@ def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
                     "tlsPort": 443,
                     "ocspResponderURL": "",
                     "certificateValidityPeriod": CERTIFICATE_SECONDS,
+                    "profiles": PROFILES,
                     "externalAccountBindingRequired": False,
                 }
             }
@@ -160,6 +168,7 @@ class Account:
         self._key = loaded
         directory, _ = self._request("GET", ca.directory_url)
         self._directory = json.loads(directory)
+        self.profiles: dict[str, str] = self._directory["meta"].get("profiles", {})
         wish = json.dumps({"onlyReturnExisting": True})
         answer, headers = self._post(self._directory["newAccount"], {"jwk": self._jwk()}, wish)
         self._url = headers["Location"]
@@ -213,7 +222,10 @@ class Account:
             connection.sock = tls
             try:
                 connection.request(
-                    method, urlsplit(url).path, body, {"Content-Type": "application/jose+json"}
+                    method,
+                    urlsplit(url).path,
+                    body,
+                    {"Content-Type": "application/jose+json", "User-Agent": "tests"},
                 )
                 response = connection.getresponse()
                 content = response.read()

@@ -54,10 +54,13 @@ class Certbot:
         """Order a certificate through the plugin."""
         self.succeeds(*ORDER, *words)
 
+    def account(self) -> Account:
+        """Its account."""
+        key = self.read(f"{self.config}/accounts/*/*/*/private_key.json")
+        return Account(self.namespace, self.ca, key.encode())
+
     def brought(self, name: str) -> Issued:
         """What it has in the end under a name of its own, and the challenges so far."""
         pem = self.read(f"{self.config}/live/{name}/cert.pem")
-        key = self.read(f"{self.config}/accounts/*/*/*/private_key.json")
         certificate = x509.load_pem_x509_certificate(pem.encode())
-        account = Account(self.namespace, self.ca, key.encode())
-        return Issued(certificate, account.valid_challenges())
+        return Issued(certificate, self.account().valid_challenges())

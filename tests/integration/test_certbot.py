@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from .acme import pebble
+from .acme import CERTIFICATE_SECONDS, SHORTLIVED_SECONDS, pebble
 from .certbot import ORDER, SECONDS, Certbot
 from .netns import Street, wait_until
 from .proxy import AT_ONCE, PROGRAM, Proxy
@@ -72,7 +72,8 @@ def test_order_and_renewal(road: Street, site: Website, proxy: Proxy, certbot: C
 
 
 def test_addresses(road: Street, site: Website, proxy: Proxy, certbot: Certbot) -> None:
-    """IP addresses get into a certificate, by IPv4 and by IPv6.
+    """IP addresses get into a certificate, by IPv4 and by IPv6; it is valid for as long as the
+    profile says, if the CA knows profiles.
 
     A name stands first: older pebbles write the first identifier to the subject, too, and there
     certbot takes no IP address.
@@ -85,6 +86,9 @@ def test_addresses(road: Street, site: Website, proxy: Proxy, certbot: Certbot) 
     names = brought.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     found = names.value.get_values_for_type(x509.IPAddress)
     assert set(found) == set(map(ipaddress.ip_address, addresses))
+    valid = brought.certificate.not_valid_after_utc - brought.certificate.not_valid_before_utc
+    expected = SHORTLIVED_SECONDS if certbot.account().profiles else CERTIFICATE_SECONDS
+    assert abs(valid.total_seconds() - expected) < 60
 
 
 @pytest.mark.parametrize("on_demand", [(), ("--on-demand",)])
