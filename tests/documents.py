@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = "README.md"
 CLIENTS = "docs/clients.md"
 INSTALL = "docs/install.md"
+RENEWAL = "docs/renewal.md"
 
 MAKE = f"{README}: acme-alpn-proxy"
 SYNOPSIS = f"{README}: Use it (3)"

@@ -13,7 +13,17 @@ from twisted.application.service import Application, IServiceCollection
 from acme_alpn_proxy.options import COMMANDS, ConsoleOptions
 from acme_alpn_proxy.service import ProxyService
 
-from .documents import CLIENTS, INSTALL, MAKE, README, ROOT, SYNOPSIS, fenced_blocks, spans
+from .documents import (
+    CLIENTS,
+    INSTALL,
+    MAKE,
+    README,
+    RENEWAL,
+    ROOT,
+    SYNOPSIS,
+    fenced_blocks,
+    spans,
+)
 from .integration.sessions import PAGES
 
 RECIPES = {
@@ -75,7 +85,7 @@ def test_synopsis() -> None:
     assert set().union(*map(understood, lines)) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", [README, CLIENTS, INSTALL, *PAGES])
+@pytest.mark.parametrize("document", [README, CLIENTS, INSTALL, RENEWAL, *PAGES])
 def test_commands_in_the_text(document: str) -> None:
     """Each command of the proxy that is named in the text is understood."""
     lines = [span for span in spans(document) if span.startswith("acme-alpn-proxy ")]

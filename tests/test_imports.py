@@ -7,7 +7,8 @@ import sys
 
 SCRIPT = """
 import atexit, gc, importlib, pkgutil, signal, sys
-import twisted.application.app, twisted.internet.epollreactor  # whose own effects are not ours
+# Their own effects are not ours:
+import certbot.plugins.common, twisted.application.app, twisted.internet.epollreactor
 before = gc.get_threshold(), atexit._ncallbacks(), [signal.getsignal(n) for n in range(1, 32)]
 import acme_alpn_proxy
 for found in pkgutil.walk_packages(acme_alpn_proxy.__path__, "acme_alpn_proxy."):

@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from josepy.jwk import JWK
 
 from .netns import Namespace, Node, terminate, url_host
 from .pki import Authority
@@ -31,6 +32,13 @@ RESPONDER = "127.0.0.1:31443"
 EMAIL = "admin@site.example"
 CERTIFICATE_SECONDS = 20 * 86_400
 """Clients renew what ends within 30 days."""
+
+SHORTLIVED_SECONDS = 160 * 3600
+PROFILES = {
+    "default": {"description": "", "validityPeriod": CERTIFICATE_SECONDS},
+    "shortlived": {"description": "", "validityPeriod": SHORTLIVED_SECONDS},
+}
+"""Of a CA that knows profiles: pebble 2.6 does not, 2.10 does."""
 
 _ENVIRONMENT = {
     "PEBBLE_VA_NOSLEEP": "1",
@@ -76,6 +84,7 @@ def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
                     "tlsPort": 443,
                     "ocspResponderURL": "",
                     "certificateValidityPeriod": CERTIFICATE_SECONDS,
+                    "profiles": PROFILES,
                     "externalAccountBindingRequired": False,
                 }
             }
@@ -134,7 +143,7 @@ def lego(host: Namespace, ca: Pebble, directory: Path, *names: str) -> Issued:
 
 
 def issued(host: Namespace, ca: Pebble, certificate: Path, account: Path) -> Issued:
-    """What a client brought home, as PEM files: the certificate, and the key of its account."""
+    """What a client brought home, as files: the certificate, and the key of its account."""
     chain = x509.load_pem_x509_certificates(certificate.read_bytes())
     return Issued(chain[0], Account(host, ca, account.read_bytes()).valid_challenges())
 
@@ -144,15 +153,22 @@ class Account:
 
     def __init__(self, host: Namespace, ca: Pebble, key: bytes) -> None:
         """
-        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM.
+        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM, or as JWK.
         """
         self._host = host
         self._ca = ca
+        if key.startswith(b"{"):
+            key = JWK.json_loads(key).key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
         loaded = serialization.load_pem_private_key(key, password=None)
         assert isinstance(loaded, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
         self._key = loaded
         directory, _ = self._request("GET", ca.directory_url)
         self._directory = json.loads(directory)
+        self.profiles: dict[str, str] = self._directory["meta"].get("profiles", {})
         wish = json.dumps({"onlyReturnExisting": True})
         answer, headers = self._post(self._directory["newAccount"], {"jwk": self._jwk()}, wish)
         self._url = headers["Location"]
@@ -206,7 +222,10 @@ class Account:
             connection.sock = tls
             try:
                 connection.request(
-                    method, urlsplit(url).path, body, {"Content-Type": "application/jose+json"}
+                    method,
+                    urlsplit(url).path,
+                    body,
+                    {"Content-Type": "application/jose+json", "User-Agent": "tests"},
                 )
                 response = connection.getresponse()
                 content = response.read()

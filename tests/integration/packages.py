@@ -9,7 +9,7 @@ from pathlib import Path
 from .machine import Machine
 
 ROOT = Path(__file__).parent.parent.parent
-DEPENDENCIES = ROOT / ".cache" / "deb"
+DOWNLOADED = ROOT / ".cache"
 
 
 def make_packages(directory: Path) -> Path:
@@ -32,7 +32,16 @@ def make_packages(directory: Path) -> Path:
 
 def install_dependencies(booted: Machine) -> None:
     """What our package depends on and the host does not have."""
-    debs = sorted(DEPENDENCIES.glob("*.deb"))
+    _install_downloaded(booted, "deb")
+
+
+def install_certbot(booted: Machine) -> None:
+    """Debian's certbot, as far as the host does not have it."""
+    _install_downloaded(booted, "certbot")
+
+
+def _install_downloaded(booted: Machine, folder: str) -> None:
+    debs = sorted((DOWNLOADED / folder).glob("*.deb"))
     if debs:
         booted.run("dpkg", "--install", *map(booted.copied, debs))
 

@@ -12,6 +12,7 @@ from ..documents import ROOT
 from .acme import Issued, Pebble, issued
 from .netns import Namespace
 from .proxy import PROGRAM
+from .website import NAME
 
 _TERMINAL = {"COLUMNS": "80", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 """Of the shell, wherever the tests run."""
@@ -24,13 +25,15 @@ class Order:
     @ivar certificate: where it is afterwards; like C{account} a pattern of sh.
     @ivar account: where the key of the ACME account is.
     @ivar after: a block that is to be run before, for the same account.
-    @ivar orders: how many there were, that one included.
+    @ivar validations: how many there are, those of that block included.
+    @ivar names: are in the certificate.
     """
 
     certificate: str
     account: str
     after: str = ""
-    orders: int = 1
+    validations: int = 1
+    names: tuple[str, ...] = (NAME,)
 
 
 class Host:
@@ -51,6 +54,8 @@ done
 mount -t tmpfs tmpfs /run
 cp "$AUTHORITY" /etc/ssl/certs/ca-certificates.crt
 echo "CA=$CA KEYSIZE=2048" >/etc/dehydrated/conf.d/ca.sh
+mkdir -p /etc/letsencrypt
+printf 'server = %s\nforce-renewal\nno-random-sleep-on-renew\n' "$CA" >/etc/letsencrypt/cli.ini
 cd "$WORK"
 """
 
@@ -68,11 +73,12 @@ cd "$WORK"
             command = programs / name
             command.write_text(f'#!/bin/sh\nexec {shutil.which(name)} {option} "$CA" "$@"\n')
             command.chmod(0o755)
-        for program in (PROGRAM, PROGRAM.with_name(f"{PROGRAM.name}-hook")):
-            (programs / program.name).symlink_to(program)
+        for name in (PROGRAM.name, f"{PROGRAM.name}-hook", "certbot"):
+            (programs / name).symlink_to(PROGRAM.with_name(name))
         self._env = {
             "AUTHORITY": str(ca.authority.certificate),
             "CA": ca.directory_url,
+            "REQUESTS_CA_BUNDLE": str(ca.authority.certificate),
             "PATH": f"{programs}:{os.environ['PATH']}:/usr/sbin",
             "SCRATCH": str(directory / "scratch"),
             "WORK": str(directory / "work"),

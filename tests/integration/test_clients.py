@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/clients.md, run as they stand, each with the real client.
+"""The commands of README.md, docs/clients.md and docs/renewal.md, run with the real clients.
 
 Each block is one of these, which L{test_every_block} sees to: an order, run by L{test_order} or
 L{test_visitors_notice_nothing}; the hooks, run by L{test_hooks}; one that tells the reader that it
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ..documents import CLIENTS, MAKE, README, SYNOPSIS, fenced_blocks
+from ..documents import CLIENTS, MAKE, README, RENEWAL, SYNOPSIS, fenced_blocks
 from .acme import pebble
 from .netns import CommandFailed, Namespace, Street, wait_until
 from .privatehost import Host, Order
@@ -20,7 +20,9 @@ from .visitors import visitors
 from .website import NAME, Website
 
 BLOCKS = {
-    name: text for document in (README, CLIENTS) for name, text in fenced_blocks(document).items()
+    name: text
+    for document in (README, CLIENTS, RENEWAL)
+    for name, text in fenced_blocks(document).items()
 }
 
 
@@ -30,10 +32,17 @@ def _lego(folder: str) -> tuple[str, str]:
 
 _UACME = (f"/etc/ssl/uacme/{NAME}/cert.pem", "/etc/ssl/uacme/private/key.pem")
 
+WWW = f"www.{NAME}"
+_LIVE = "/etc/letsencrypt"
+_CERTBOT = (f"{_LIVE}/live/{NAME}/cert.pem", f"{_LIVE}/accounts/*/*/*/private_key.json")
+
 README_RUN = f"{README}: Use it"
 README_STEPS = f"{README}: Use it (2)"
 LEGO = f"{CLIENTS}: lego"
-RENEWAL = f"{CLIENTS}: lego, renewal"
+LEGO_RENEWAL = f"{CLIENTS}: lego, renewal"
+CERTBOT = f"{CLIENTS}: certbot"
+CERTBOT_RENEWAL = f"{CLIENTS}: certbot (2)"
+ADDRESS = f"{RENEWAL}: An IP address"
 UACME = f"{CLIENTS}: uacme"
 UALPN = f"{CLIENTS}: uacme with its own hook"
 DEHYDRATED = f"{CLIENTS}: dehydrated"
@@ -43,7 +52,9 @@ ORDERS = {
     README_RUN: Order(*_lego(".lego")),
     README_STEPS: Order(*_lego(".lego")),
     RUN: Order(*_lego("/etc/lego")),
-    RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, orders=2),
+    LEGO_RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, validations=2),
+    CERTBOT_RENEWAL: Order(*_CERTBOT, after=CERTBOT, validations=4, names=(NAME, WWW)),
+    ADDRESS: Order(*_CERTBOT, validations=2),
     UACME: Order(*_UACME),
     UALPN: Order(*_UACME),
     DEHYDRATED: Order(
@@ -52,6 +63,7 @@ ORDERS = {
     ),
 }
 
+ANY_ADDRESS = "192.0.2.1"
 HOOKS = f"{CLIENTS}: Any client with hooks"
 NOT_TESTED = "(not tested)"
 
@@ -73,10 +85,11 @@ def paste(road: Street, host: Host, name: str) -> None:
     """Follow the document; what it promises holds, and nothing is left behind."""
     order = ORDERS[name]
     before = road.host.namespace.pids()
-    brought = host.order(BLOCKS.get(order.after, "") + BLOCKS[name], order)
+    script = (BLOCKS.get(order.after, "") + BLOCKS[name]).replace(ANY_ADDRESS, road.host.ipv4)
+    brought = host.order(script, order)
     nothing_is_left(road.host.namespace, before)
-    assert brought.names == [NAME]
-    assert brought.challenges == ["tls-alpn-01"] * order.orders
+    assert tuple(brought.names) == order.names
+    assert brought.challenges == ["tls-alpn-01"] * order.validations
     assert host.routed
 
 
@@ -110,10 +123,10 @@ def test_hooks(road: Street, host: Host) -> None:
 @pytest.mark.parametrize(
     ("name", "right", "wrong", "told"),
     [
-        (RENEWAL, NAME, f"unknown.{NAME}", "is not registered"),
+        (LEGO_RENEWAL, NAME, f"unknown.{NAME}", "is not registered"),
         (DEHYDRATED, "$(command -v acme-alpn-proxy-hook)", "/bin/true", "Challenge is invalid"),
     ],
-    ids=[RENEWAL, DEHYDRATED],
+    ids=[LEGO_RENEWAL, DEHYDRATED],
 )
 def test_failed_order(
     road: Street, host: Host, name: str, right: str, wrong: str, told: str

@@ -11,11 +11,17 @@ import pytest
 
 from acme_alpn_proxy import __version__
 
+from .acme import pebble
+from .certbot import ORDER, Certbot
 from .machine import Machine, machine
-from .netns import Namespace, Street
-from .packages import ROOT, install, install_dependencies
+from .netns import Namespace, Street, wait_until
+from .packages import ROOT, install, install_certbot, install_dependencies
 from .proxy import AT_ONCE, Proxy, ends
-from .website import Website, steers
+from .visitors import visitors
+from .website import NAME, Website, steers
+
+AFTERWARDS = 4.0
+"""Seconds that certbot does not take to end once the proxy has let go."""
 
 # The one file
 
@@ -146,3 +152,64 @@ def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> No
     plugins = "/usr/lib/python3/dist-packages/twisted/plugins/dropin.cache"
     assert debian.run("grep", "-c", "acme", plugins, check=False).stdout == "0\n"
     assert debian.run("ls", "/run/acme-alpn-proxy.pid", check=False).returncode != 0
+
+
+@pytest.fixture
+def certbot(road: Street, debian: Machine, dist: Path, tmp_path: Path) -> Iterator[Certbot]:
+    """Debian's certbot, which finds the plugin in our package."""
+    install(debian, dist)
+    install_certbot(debian)
+
+    def run(*words: str) -> tuple[str, int]:
+        done = debian.run(*words, check=False)
+        return done.stdout, done.returncode
+
+    with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
+        debian.write("/etc/ssl/certs/ca-certificates.crt", ca.authority.certificate.read_text())
+        yield Certbot(
+            road.host.namespace, ca, run, lambda path: debian.run("sh", "-c", f"cat {path}").stdout
+        )
+
+
+def test_certbot(road: Street, site: Website, debian: Machine, certbot: Certbot) -> None:
+    """Debian's certbot orders a certificate for two names; its timer's service renews it; an order
+    that the CA does not get through with fails, and says what was seen here. Nobody is steered any
+    more afterwards, and every visitor was served."""
+    www = f"www.{NAME}"
+    with visitors(site, road.visitor, road.host) as crowd:
+        certbot.order("-d", NAME, "-d", www)
+        assert not steers(road, site)
+        first = certbot.brought(NAME)
+        debian.run("systemctl", "start", "certbot.service")
+        assert not steers(road, site)
+        second = certbot.brought(NAME)
+        said = certbot.fails(*ORDER, "-d", www, "--alpn-proxy-options=--redirect none")
+        report = crowd.leave()
+    assert first.names == second.names == [NAME, www]
+    assert first.certificate.serial_number != second.certificate.serial_number
+    assert second.challenges == ["tls-alpn-01"] * 4
+    assert "The Certificate Authority reported these problems" in said
+    assert f"{www}: nobody has asked for it." in said
+    assert report.failed == 0, report
+    assert report.steered > 0
+    assert road.host.namespace.rules() == []
+
+
+def test_certbot_service(road: Street, site: Website, debian: Machine, certbot: Certbot) -> None:
+    """The service of certbot's timer, whose end is that of all its processes, does not end while a
+    visitor is served through the proxy that the plugin had started."""
+    certbot.order("-d", NAME)
+    debian.run("systemctl", "start", "--no-block", "certbot.service")
+    wait_until(lambda: steers(road, site), "it steers", 30)
+    with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
+        assert visit.get().steered
+        wait_until(lambda: not steers(road, site), "it has let go", 30)
+        with pytest.raises(TimeoutError):
+            wait_until(lambda: _state(debian) != "activating", "it ends too early", AFTERWARDS)
+        assert visit.get().steered
+    wait_until(lambda: _state(debian) == "inactive", "the service has ended", 30)
+
+
+def _state(debian: Machine) -> str:
+    shown = debian.run("systemctl", "show", "--property=ActiveState", "--value", "certbot.service")
+    return shown.stdout.strip()

@@ -80,11 +80,13 @@ def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy
 
 
 def test_what_the_command_gets(proxy: Proxy) -> None:
-    """It has the caller's environment and descriptors, and is told where to answer the CA."""
+    """It has the caller's environment and descriptors, and is told where to answer the CA, also as
+    lego 5 reads it."""
     proxy.env["MINE"] = "yes"
     done = _run(proxy, "-alpn", "[::1]:5001", "--", "env")
     assert done.returncode == 0
-    assert {"ACME_ALPN_PROXY_TARGET=[::1]:5001", "MINE=yes"} <= set(done.stdout.splitlines())
+    told = {f"{name}=[::1]:5001" for name in ("ACME_ALPN_PROXY_TARGET", "LEGO_TLS_ADDRESS")}
+    assert {*told, "MINE=yes"} <= set(done.stdout.splitlines())
     assert done.stderr == ""
 
 

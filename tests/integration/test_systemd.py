@@ -28,8 +28,8 @@ DROP_IN = f"{SERVICE}.d/sk-lookup.conf"
 EXAMPLES = "/usr/share/doc/acme-alpn-proxy/examples"
 
 LEGO = "lego.service"
-CERTBOT = "certbot.service"
-CERTBOT_UNIT = "[Service]\nType=oneshot\nExecStart=/usr/bin/certbot\n"
+ACME_SH = "acme-sh.service"
+ACME_SH_PROGRAM = "/root/.acme.sh/acme.sh"
 
 
 @pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.1"), (DROP_IN, "1.8")])
@@ -130,14 +130,13 @@ def _settings(debian: Machine, options: str) -> None:
 
 def test_units_are_sound(debian: Machine) -> None:
     """systemd has nothing against the unit and the examples."""
-    for program in ("/root/.acme.sh/acme.sh", "/usr/bin/lego", "/usr/bin/certbot"):
+    for program in (ACME_SH_PROGRAM, "/usr/bin/lego"):
         debian.write(program, "#!/bin/sh\n", "755")
-    debian.write(f"/etc/systemd/system/{CERTBOT}", CERTBOT_UNIT)
     debian.run("sh", "-c", f"cp -r {EXAMPLES}/* /etc/systemd/system")
     names = debian.run("sh", "-c", f"cd {EXAMPLES}; echo *.service *.timer").stdout.split()
     assert len(names) == 4
     verify = ("systemd-analyze", "--recursive-errors=no", "--man=yes", "verify")
-    for name in (SERVICE, CERTBOT, *names):
+    for name in (SERVICE, *names):
         assert debian.run(*verify, name).stdout == "", name
 
 
@@ -269,24 +268,14 @@ def _has_let_go(road: Street, site: Website, debian: Machine) -> None:
     assert road.host.namespace.rules() == []
 
 
-@pytest.mark.parametrize(
-    ("example", "unit", "program"),
-    [
-        ("certbot.service.d", "certbot.service", "/usr/bin/certbot"),
-        ("acme-sh.service", "acme-sh.service", "/root/.acme.sh/acme.sh"),
-    ],
-)
-def test_example(
-    road: Street, site: Website, debian: Machine, example: str, unit: str, program: str
-) -> None:
-    """The proxy steers while certbot or acme.sh runs (here a stand-in), and no longer, whether
-    that succeeds or fails."""
-    debian.write(f"/etc/systemd/system/{CERTBOT}", CERTBOT_UNIT)
-    _use_examples(debian, example)
+def test_acme_sh_example(road: Street, site: Website, debian: Machine) -> None:
+    """The proxy steers while acme.sh runs (here a stand-in), and no longer, whether that succeeds
+    or fails."""
+    _use_examples(debian, ACME_SH)
     for status in (0, 1):
         script = f"#!/bin/sh\nsystemctl is-active {SERVICE} >/was-active-{status}\nexit {status}\n"
-        debian.write(program, script, "755")
-        assert debian.run("systemctl", "start", unit, check=False).returncode == status
+        debian.write(ACME_SH_PROGRAM, script, "755")
+        assert debian.run("systemctl", "start", ACME_SH, check=False).returncode == status
         assert debian.run("cat", f"/was-active-{status}").stdout == "active\n"
         _has_let_go(road, site, debian)
 

@@ -60,8 +60,9 @@ NOT_RUNNING: Final = 3
 TRY_LATER: Final = os.EX_TEMPFAIL
 """75: C{run} while an instance runs already."""
 
-TARGET_VARIABLE: Final = "ACME_ALPN_PROXY_TARGET"
-"""Where the ACME client is to answer, for the command that C{run} runs."""
+TARGET_VARIABLES: Final = ("ACME_ALPN_PROXY_TARGET", "LEGO_TLS_ADDRESS")
+"""Where the ACME client is to answer, for the command that C{run} runs; lego takes the second one
+from version 5 on."""
 
 STOP_DEADLINE: Final = 30.0
 """Seconds for an instance to let go of :443."""
@@ -521,7 +522,7 @@ def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
 def _run_command(options: ConsoleOptions, target: str) -> int:
     """Run the command that C{run} was given; gives its exit status."""
     try:
-        return run_command(options["argv"], {TARGET_VARIABLE: target})
+        return run_command(options["argv"], dict.fromkeys(TARGET_VARIABLES, target))
     except CannotRun as problem:
         tell(str(problem))
         return problem.status

@@ -1,0 +1,98 @@
+"""An acme-alpn-proxy that steers while this process holds it, and not a moment longer."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Final
+
+_PROGRAM: Final = (sys.executable, "-P", "-m", "acme_alpn_proxy")
+"""With the Python that has loaded this: a console script need not be on PATH, nor be of the same
+version. C{-P}: nothing is imported from the folder that certbot happens to be run in."""
+
+_LET_GO: Final = 60.0
+"""Seconds; C{run} gives up after half of that."""
+
+_UNIT: Final = "INVOCATION_ID"
+"""In the environment of what runs in a unit of systemd (systemd.exec(5))."""
+
+_LOOK_AGAIN: Final = 0.5
+"""Seconds between two looks at who still drains."""
+
+_log = logging.getLogger(__name__)
+
+
+class CannotStart(Exception):
+    """It does not steer; the text is its own line, cause and remedy."""
+
+
+class OwnProxy:
+    """C{acme-alpn-proxy run -- cat}, with both ends of cat held by us.
+
+    cat repeats a line once new connections are steered. It ends when its input does: when L{end}
+    closes that, or when this process ends in whatever way. Then C{run} lets go.
+
+    If an instance without a control socket runs by now, C{--shared} has it go on meanwhile.
+    """
+
+    def __init__(self, options: Sequence[str]) -> None:
+        """Start it, and return once it steers; raises L{CannotStart}."""
+        self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [*_PROGRAM, *options, "run", "--shared", "--", "cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._told,
+            start_new_session=True,  # a ^C is for certbot, which then cleans up
+            text=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print("steered", file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass
+        if not self._process.stdout.readline():
+            self._process.communicate()
+            raise CannotStart(self._last_words())
+        if _UNIT in os.environ:
+            atexit.register(_await_drain)
+
+    def end(self) -> None:
+        """Have it let go, and return once it has; what goes wrong is logged."""
+        try:
+            self._process.communicate(timeout=_LET_GO)
+        except subprocess.TimeoutExpired:
+            _log.warning("acme-alpn-proxy has not let go of port 443 yet; see its log")
+            return
+        words = self._last_words()
+        if self._process.returncode != 0:
+            _log.warning("acme-alpn-proxy: %s", words)
+
+    def _last_words(self) -> str:
+        """Its last line, once it has ended."""
+        with self._told:
+            self._told.seek(0)
+            lines = self._told.read().splitlines()
+        last = lines[-1] if lines else f"exit status {self._process.returncode}"
+        return last.removeprefix("acme-alpn-proxy: ")
+
+
+def _await_drain() -> None:
+    """Outlive the connections that are still under way through proxies that have let go.
+
+    Where the end of this process is the end of a unit, systemd ends all of its processes, and so
+    these connections.
+    """
+    from ..monitoring.status import instances
+    from ..options import DEFAULT_PIDFILE, PIDFILE_VARIABLE
+
+    pidfile = os.environ.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
+    while any(found["state"] == "draining" for found in instances(pidfile, None)):
+        time.sleep(_LOOK_AGAIN)
