@@ -24,6 +24,13 @@ BIG_FILE_BYTES = 20 * 1024 * 1024
 STEERED = "127.0.0.1"
 """Where the web server sees a visitor come from who went through the proxy."""
 
+TOLD = "127.0.0.1:10443"
+TOLD_BY_UNIX_SOCKET = "told.sock"
+"""Where the web server is told by the PROXY protocol who the visitor is; the latter in the site's
+folder."""
+
+_EVERYWHERE = ("0.0.0.0:443", "[::]:443")
+
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 _CONFIGURATION = """\
