@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_table() -> None:
 def test_named() -> None:
     """A name with an ACME client of its own has a line, and its validations count."""
     answer = answer_of(describe())
-    answer["routes"]["acme_for"]["*.site.example"] = {**answer["routes"]["acme"]}
+    routes: Any = answer["routes"]
+    routes["acme_for"] = {"*.site.example": dict(routes["acme"])}
     text = table([answer], now=1_060.0)
     assert "  acme for *.site.example  127.0.0.1:31443     1    1 " in text
     assert account(answer, 1_060.0)[1].startswith("2 validations")
