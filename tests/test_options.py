@@ -9,6 +9,7 @@ import pytest
 from twisted.python.usage import UsageError
 
 from acme_alpn_proxy import __version__
+from acme_alpn_proxy.addresses import ORIGINAL
 from acme_alpn_proxy.console import cli
 from acme_alpn_proxy.options import (
     ALIASES,
@@ -223,6 +224,85 @@ def test_own_listener(option: str, address: str) -> None:
         f"--{option} {address} is the proxy's own listener, so connections would go round for ever:"
         " name the port of the program that is to answer"
     )
+
+
+def test_named_routes() -> None:
+    """A target for a name is given as often as there are names; a name is compared as DNS does, and
+    an IP address is asked for by its reverse name."""
+    assert console("start")["alpn-for"] == {}
+    given = (
+        "--alpn-for=Site.Example.=127.0.0.1:31444",
+        "-alpn-for=*.site.example=[::1]:31445",
+        "--alpn-for=192.0.2.7=unix:path=/run/b.sock",
+        "--alpn-for=[2001:db8::7]=node.example:31443",
+    )
+    named = console(*given, "start")["alpn-for"]
+    assert {name: str(address) for name, address in named.items()} == {
+        "site.example": "127.0.0.1:31444",
+        "*.site.example": "[::1]:31445",
+        "7.2.0.192.in-addr.arpa": "unix:path=/run/b.sock",
+        f"7.{'0.' * 23}8.b.d.0.1.0.0.2.ip6.arpa": "node.example:31443",
+    }
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "",
+        "127.0.0.1:1",
+        "=127.0.0.1:1",
+        "*=[::1]:1",
+        "a.*.b=[::1]:1",
+        "b\xfcch.er=[::1]:1",
+        "a..b=c:1",
+    ],
+)
+def test_no_name(route: str) -> None:
+    """What has no name is refused with an example, one in other letters with their spelling."""
+    assert refusal(f"--alpn-for={route}", "start") == (
+        f"--alpn-for {route!r}: a name and an address are needed, such as"
+        " site.example=127.0.0.1:31444; a name in other letters begins with xn--"
+    )
+
+
+def test_bad_named_routes() -> None:
+    """A name with two addresses, and one with an address that is none, are refused."""
+    words = ("--alpn-for", "a.example=[::1]:1", "--alpn-for", "A.example=[::1]:2", "start")
+    assert refusal(*words) == (
+        "--alpn-for 'A.example=[::1]:2': there is an address for this name already"
+    )
+    assert refusal("--alpn-for", "a.example=[::1]", "start").startswith(
+        "--alpn-for '[::1]': a host and a port are needed"
+    )
+    assert refusal("--alpn-for", "a.example=[::1]:21443", "start").startswith(
+        "--alpn-for [::1]:21443 is the proxy's own listener"
+    )
+
+
+def test_original() -> None:
+    """The web server may be wherever each visitor dialled; an ACME client may not."""
+    assert console("--fallback", "original", "start")["fallback"] is ORIGINAL
+    assert "a host and a port are needed" in refusal("--alpn", "original", "start")
+
+
+def test_headers() -> None:
+    """The PROXY protocol is chosen for each kind of target."""
+    for option in ("alpn-proxy-protocol", "fallback-proxy-protocol"):
+        assert console("start")[option] == "none"
+        assert console(f"--{option}", "v2", "start")[option] == "v2"
+        assert refusal(f"--{option}=v3", "start").endswith(
+            f"--{option} 'v3': choose one of none, v1, v2"
+        )
+
+
+def test_load_balancers() -> None:
+    """Load balancers are addresses and networks; one with bits behind its length is a slip."""
+    assert console("start")["proxy-protocol-from"] is None
+    networks = console("--proxy-protocol-from=192.0.2.1,2001:db8::/64", "start")
+    assert list(map(str, networks["proxy-protocol-from"])) == ["192.0.2.1/32", "2001:db8::/64"]
+    for bad in ("", "lb.example", "192.0.2.1/24", "192.0.2.1,", "192.0.2.0/33"):
+        why = refusal(f"--proxy-protocol-from={bad}", "start")
+        assert "an address or a network is needed, such as 192.0.2.1 or 2001:db8::/64: " in why
 
 
 @pytest.mark.parametrize("option", ["hello-timeout", "connect-timeout", "linger", "drain-timeout"])

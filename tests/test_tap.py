@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from twisted.application.service import Application, IService, IServiceCollection, Service
 from twisted.internet.defer import Deferred
@@ -16,7 +17,14 @@ from acme_alpn_proxy.host.processes import BlockingCommands
 from acme_alpn_proxy.interfaces import IRedirect
 from acme_alpn_proxy.options import REDIRECTS
 from acme_alpn_proxy.program import Program
+from acme_alpn_proxy.proxy.balancer import BalancedServer
+from acme_alpn_proxy.proxy.protocols import ProxyServer, ProxyServerFactory
+from acme_alpn_proxy.proxy.targets import HeadedTarget
+from acme_alpn_proxy.responder.server import Responder
 from acme_alpn_proxy.service import ProxyService
+from acme_alpn_proxy.transports.original import OriginalTarget
+
+from .memory import MemoryReactor
 
 
 class TapTests(SynchronousTestCase):
@@ -58,6 +66,38 @@ class TapTests(SynchronousTestCase):
             )
         with self.assertRaises(UsageError):
             self.options("--redirect", "magic")
+
+    def made_of(self, *words: str) -> ProxyServerFactory:
+        """What accepts the visitors."""
+        made: list[ProxyServerFactory] = []
+
+        def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:
+            made.append(ProxyServerFactory(*arguments, **named))
+            return made[0]
+
+        tap.make_proxy(self.options(*words), MemoryReactor(), factory=factory)
+        return made[0]
+
+    def test_routes(self) -> None:
+        """Each name has a target of its own; a header is for those targets that are to get one, and
+        not for the responder, which stands before them all."""
+        words = ("--alpn-for=b.example=127.0.0.1:2", "--fallback=original")
+        made = self.made_of("--alpn-proxy-protocol=v2", *words)
+        routing, targets = made.routing, made._targets
+        named = routing.named["b.example"]
+        self.assertEqual((routing.acme.target, named.target), ("127.0.0.1:31443", "127.0.0.1:2"))
+        for route in (routing.acme, named):
+            self.assertIsInstance(targets[route], HeadedTarget)
+        self.assertIsInstance(targets[routing.fallback], OriginalTarget)
+        made = self.made_of("--alpn-proxy-protocol=v2", "--control=/run/x.control", *words)
+        for route in (made.routing.acme, *made.routing.named.values()):
+            self.assertIsInstance(made._targets[route], Responder)
+
+    def test_load_balancers(self) -> None:
+        """Without load balancers the protocol of a visitor is the plain one."""
+        self.assertIs(self.made_of().new_server, ProxyServer)
+        made = self.made_of("--proxy-protocol-from=192.0.2.1").new_server()
+        self.assertIsInstance(made, BalancedServer)
 
     def test_lists(self) -> None:
         """A list makes a choice, which a rule of the operator's ends in favour of iptables."""

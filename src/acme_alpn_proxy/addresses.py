@@ -66,6 +66,11 @@ class Address:
         return self.text
 
     @property
+    def is_original(self) -> bool:
+        """Whether it is L{ORIGINAL}."""
+        return self is ORIGINAL
+
+    @property
     def host_and_port(self) -> str:
         """As other programs take it; for an endpoint string other than C{tcp:} that string."""
         if not self.host:
@@ -115,6 +120,10 @@ class Address:
         except (OSError, UnicodeError):  # the latter for what can be no host name
             return False
         return any(is_ours(family, address) for family, _, _, _, address in found)
+
+
+ORIGINAL: Final = Address("original", "", 0)
+"""Stands for the address that each visitor has dialled."""
 
 
 def is_ours(family: int, address: Any) -> bool:

@@ -124,6 +124,7 @@ class ITarget(Interface):
 
         Either may happen before this returns; then there need not be a connector.
 
+        @param factory: C{factory.arrival()} tells how the visitor came.
         @param first: what the protocol is going to write first. Some of it may be sent before the
             protocol is made; C{factory.sent_ahead} says how many bytes.
         """

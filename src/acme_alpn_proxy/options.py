@@ -5,6 +5,7 @@ from __future__ import annotations
 import getopt
 import grp
 import importlib.util
+import ipaddress
 import math
 import os
 import pwd
@@ -13,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from twisted.python import usage
 from twisted.python.reflect import accumulateClassList
@@ -21,7 +22,7 @@ from twisted.python.usage import UsageError
 from twisted.python.util import gidFromString, uidFromString
 
 from . import __version__
-from .addresses import Address, BadAddress, parse_address
+from .addresses import ORIGINAL, Address, BadAddress, parse_address
 
 PORT: Final = 21443
 """Where the proxy listens, as the original does. Rules in use out there name it."""
@@ -70,6 +71,11 @@ DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 
 UNSET: Final = "unset"
+
+HEADERS: Final = ("none", "v1", "v2")
+"""Of the PROXY protocol."""
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _LONGEST: Final = 86_400.0
 
@@ -137,6 +143,36 @@ def _address(option: str) -> Callable[[str], Address]:
             raise ValueError(f"--{option} {problem}") from None
 
     return coerce
+
+
+def _fallback(value: str) -> Address:
+    return ORIGINAL if value == ORIGINAL.text else _address("fallback")(value)
+
+
+def _name(text: str) -> str:
+    """A name as validations have it: in lower case, without a last dot; for an IP address its
+    reverse name (RFC 8738 section 6). Raises C{ValueError}."""
+    try:
+        return ipaddress.ip_address(text.removeprefix("[").removesuffix("]")).reverse_pointer
+    except ValueError:
+        name = text.removesuffix(".").lower()
+    labels = name.removeprefix("*.").split(".")
+    if not all(re.fullmatch("[a-z0-9_-]{1,63}", label, re.ASCII) for label in labels):
+        raise ValueError(text)
+    return name
+
+
+def _networks(value: str) -> list[Network]:
+    networks: list[Network] = []
+    for word in value.split(","):
+        try:
+            networks.append(ipaddress.ip_network(word))
+        except ValueError as problem:
+            raise ValueError(
+                f"--proxy-protocol-from {word!r}: an address or a network is needed, such as"
+                f" 192.0.2.1 or 2001:db8::/64: {problem}"
+            ) from None
+    return networks
 
 
 def _seconds(option: str) -> Callable[[str], float]:
@@ -241,8 +277,10 @@ def _group(value: str) -> int:
 class ProxyOptions(usage.Options):
     """What both ways of starting the proxy understand.
 
-    After parsing, C{alpn} and C{fallback} are L{Address}es, C{rulespec} is a list of words or
-    C{None}, C{ipv6} a C{bool}, C{redirect} names with commas between them.
+    After parsing, C{alpn} and C{fallback} are L{Address}es, C{alpn-for} a dictionary of them by
+    name (see L{acme_alpn_proxy.proxy.routing.Routing}), C{proxy-protocol-from} a list of networks
+    or C{None}, C{rulespec} a list of words or C{None}, C{ipv6} a C{bool}, C{redirect} names with
+    commas between them.
     """
 
     synopsis = "Usage: twistd [options] acme-alpn-proxy [options]"
@@ -271,8 +309,60 @@ class ProxyOptions(usage.Options):
             "fallback",
             None,
             parse_address("127.0.0.1:443"),
-            About("Where the web server answers everything else", TARGETS, "ADDRESS"),
-            _address("fallback"),
+            About(
+                "Where the web server answers everything else; original: at the address that the"
+                " visitor dialled",
+                TARGETS,
+                "ADDRESS",
+            ),
+            _fallback,
+        ],
+        [
+            "alpn-for",
+            None,
+            None,
+            About(
+                "Where the ACME client answers validations of a name. The name may be *.NAME, for"
+                " all names below it, or an IP address. May be given several times",
+                TARGETS,
+                "NAME=ADDRESS",
+            ),
+        ],
+        [
+            "alpn-proxy-protocol",
+            None,
+            "none",
+            About(
+                "Tell the ACME client who the visitor is, by a header of the PROXY protocol: none,"
+                " v1 or v2",
+                TARGETS,
+                "VERSION",
+            ),
+            _choice("alpn-proxy-protocol", HEADERS),
+        ],
+        [
+            "fallback-proxy-protocol",
+            None,
+            "none",
+            About(
+                "Tell the web server who the visitor is, by a header of the PROXY protocol, which"
+                " it must expect: none, v1 or v2",
+                TARGETS,
+                "VERSION",
+            ),
+            _choice("fallback-proxy-protocol", HEADERS),
+        ],
+        [
+            "proxy-protocol-from",
+            None,
+            None,
+            About(
+                "Load balancers whose connections begin with a header of the PROXY protocol:"
+                " addresses and networks, with commas between them",
+                TARGETS,
+                "NETWORKS",
+            ),
+            _networks,
         ],
         [
             "redirect",
@@ -406,12 +496,35 @@ class ProxyOptions(usage.Options):
         """As --help"""
         self.opt_help()
 
+    def opt_alpn_for(self, route: str) -> None:
+        """As the parameter of this name, of which Twisted would keep the last value alone."""
+        text, equals, where = route.partition("=")
+        try:
+            name = _name(text)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(
+                f"--alpn-for {route!r}: a name and an address are needed, such as"
+                " site.example=127.0.0.1:31444; a name in other letters begins with xn--"
+            )
+        self["alpn-for"] = named = self["alpn-for"] or {}
+        if name in named:
+            raise UsageError(f"--alpn-for {route!r}: there is an address for this name already")
+        try:
+            named[name] = _address("alpn-for")(where)
+        except ValueError as problem:
+            raise UsageError(str(problem)) from None
+
     def postOptions(self) -> None:
         """What depends on more than one option, or on the environment."""
-        for name in ("alpn", "fallback"):
-            if self[name].is_local_port(PORT):
+        self["alpn-for"] = self["alpn-for"] or {}
+        targets = [("alpn", self["alpn"]), ("fallback", self["fallback"])]
+        targets += [("alpn-for", target) for target in self["alpn-for"].values()]
+        for option, target in targets:
+            if target.is_local_port(PORT):
                 raise UsageError(
-                    f"--{name} {self[name].text} is the proxy's own listener, so connections would"
+                    f"--{option} {target.text} is the proxy's own listener, so connections would"
                     " go round for ever: name the port of the program that is to answer"
                 )
         for name in ("control", "alpn-certs"):
@@ -592,6 +705,10 @@ def of_the_proxy(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_text(value: object) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}={each}" for name, each in value.items()]
+    if isinstance(value, list):
+        value = ",".join(map(str, value)) or None
     if value is None:
         return UNSET
     text = f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
+from .addresses import Address
 from .errors import StartError
 from .interfaces import INetwork, IPIDFile, IRedirect, ITarget, Reactor
 from .monitoring.status import DaemonStatus
@@ -15,8 +16,9 @@ from .ondemand import OnDemandProxy
 from .options import PORT, RULESPEC_VARIABLE, WAYS
 from .options import ProxyOptions as Options
 from .program import Program
-from .proxy.protocols import ProxyServerFactory, statistics_for
+from .proxy.protocols import ProxyServer, ProxyServerFactory, statistics_for
 from .proxy.routing import Route, Routing
+from .proxy.targets import HeadedTarget
 from .proxy.webserver import require_web_server
 from .redirects.choice import ChosenRedirect
 from .redirects.iptables import IptablesRedirect
@@ -83,7 +85,9 @@ class Parts:
         self._options = options
         self._reactor = reactor
         self._routing = Routing(
-            Route("acme", options["alpn"].text), Route("fallback", options["fallback"].text)
+            Route("acme", options["alpn"].text),
+            Route("fallback", options["fallback"].text),
+            {name: Route("acme", where.text) for name, where in options["alpn-for"].items()},
         )
         self._statistics = statistics_for(self._routing)
         self.pending = Pending(reactor)
@@ -105,6 +109,7 @@ class Parts:
             idle_timeout=options["idle-timeout"],
             log_visitors=options.get("log-level") == "debug",
             statistics=self._statistics,
+            protocol=self._server_maker(),
         )
         return ProxyService(
             self._reactor,
@@ -120,14 +125,33 @@ class Parts:
         )
 
     def _targets(self, network: INetwork) -> dict[Route, ITarget]:
-        options, patience = self._options, self._options["connect-timeout"]
-        acme = network.target(options["alpn"], patience)
-        if options["control"] or options["alpn-certs"]:
-            acme = Responder(self._reactor, self.pending, acme, options["alpn-certs"])
-        return {
-            self._routing.acme: acme,
-            self._routing.fallback: network.target(options["fallback"], patience),
+        routing, options = self._routing, self._options
+        targets = {
+            routing.acme: self._acme_target(network, options["alpn"]),
+            routing.fallback: self._target(network, "fallback", options["fallback"]),
         }
+        for name, address in options["alpn-for"].items():
+            targets[routing.named[name]] = self._acme_target(network, address)
+        return targets
+
+    def _acme_target(self, network: INetwork, address: Address) -> ITarget:
+        options, target = self._options, self._target(network, "alpn", address)
+        if options["control"] or options["alpn-certs"]:
+            return Responder(self._reactor, self.pending, target, options["alpn-certs"])
+        return target
+
+    def _target(self, network: INetwork, option: str, address: Address) -> ITarget:
+        target = network.target(address, self._options["connect-timeout"])
+        version = self._options[f"{option}-proxy-protocol"]
+        return target if version == "none" else HeadedTarget(target, version)
+
+    def _server_maker(self) -> Callable[[], ProxyServer]:
+        networks = self._options["proxy-protocol-from"]
+        if networks is None:
+            return ProxyServer
+        from .proxy.balancer import Balancers  # which takes long to import
+
+        return Balancers(networks).new_server
 
     def run_services(self, proxy: ProxyService | OnDemandProxy, leave: Callable[[], None]) -> None:
         """Have the services for C{--metrics} and C{--control} run beside C{proxy}, if these were

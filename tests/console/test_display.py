@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from acme_alpn_proxy.console.display import account, drain, duration, size, tabl
 from acme_alpn_proxy.monitoring.status import SILENT, SilentInstance
 from acme_alpn_proxy.proxy.clienthello import ClientHello
 
-from ..monitoring.descriptions import answer_of, describe, statistics
+from ..monitoring.descriptions import ROUTING, answer_of, describe, statistics
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,17 @@ def test_table() -> None:
         "  last validation: 1970-01-01 01:16:40 CET from 192.0.2.7:50000 for site.example:"
         " under way\n"
     )
+
+
+def test_named() -> None:
+    """A name with an ACME client of its own has a line, and its validations count."""
+    answer = answer_of(describe())
+    routes: Any = answer["routes"]
+    routes["acme_for"] = {"*.site.example": dict(routes["acme"])}
+    text = table([answer], now=1_060.0)
+    assert "  acme for *.site.example  127.0.0.1:31443     1    1 " in text
+    assert account(answer, 1_060.0)[1].startswith("2 validations")
+    assert drain(answer, 7, 1_060.0).startswith("waiting for 4 open connections of PID 7")
 
 
 def test_little() -> None:
@@ -89,8 +101,10 @@ def test_account() -> None:
     numbers.unreachable(numbers.visitor(ClientHello()), "refused")
     numbers.visitor(ClientHello())
     for host in range(1, 8):
-        numbers.validation(f"192.0.2.{host}:50000", "site.example")
-    numbers.unreachable(numbers.validation("192.0.2.1:50001", "site.example"), "refused")
+        numbers.validation(ROUTING.acme, f"192.0.2.{host}:50000", "site.example")
+    numbers.unreachable(
+        numbers.validation(ROUTING.acme, "192.0.2.1:50001", "site.example"), "refused"
+    )
     assert account(answer_of(numbers.status("none", 0)), now=1_042.4) == [
         "steered for 42 s: 2 visitors, 1 did not reach the web server (127.0.0.1:443)",
         "8 validations from 192.0.2.1, 192.0.2.2, 192.0.2.3, 192.0.2.4, 192.0.2.5, and others,"

@@ -68,6 +68,7 @@ class CheckCase(SynchronousTestCase):
         self.commands = Waiting()
         self.pidfile = OwnerFile()
         self.handshakes: dict[str, Any] = {"127.0.0.1:443": None}
+        self.headers: dict[str, bytes] = {}
         self.probed: list[Mapping[str, Any]] = []
         self.patch(check, "handshake", self.handshake)
         self.patch(check, "has_ipv6", lambda: True)
@@ -84,7 +85,10 @@ class CheckCase(SynchronousTestCase):
         prepared = succeed(()) if refusal is None else fail(refusal)
         return SimpleNamespace(prepare=lambda commands: prepared)
 
-    def handshake(self, reactor: Any, target: Any, patience: float, *alpn: str) -> Deferred[Any]:
+    def handshake(
+        self, reactor: Any, target: Any, patience: float, *alpn: str, header: bytes = b""
+    ) -> Deferred[Any]:
+        self.headers[target.text] = header
         if target.text not in self.handshakes:
             return fail(NobodyListens())
         result = self.handshakes[target.text]
@@ -227,6 +231,37 @@ class TargetTests(CheckCase):
         for other in (None, "http/1.1", ConnectError(), ValueError()):
             self.handshakes["127.0.0.1:31443"] = other
             self.found("ACME target", Level.WARNING, "127.0.0.1:31443")
+
+    def test_named_acme_targets(self) -> None:
+        """Each name's ACME client is looked at."""
+        self.handshakes["127.0.0.1:31444"] = "acme-tls/1"
+        words = ("--alpn-for", "b.example=127.0.0.1:31444")
+        self.found("ACME target for b.example", Level.OK, "answers validations", *words)
+        self.found("ACME target", Level.OK, "nobody listens there yet", *words)
+
+    def test_headers(self) -> None:
+        """A target that expects a header gets one, which names nobody."""
+        words = ("--fallback-proxy-protocol=v1", "--alpn-proxy-protocol=v2")
+        self.check(*words)
+        self.assertEqual(self.headers["127.0.0.1:443"], b"PROXY UNKNOWN\r\n")
+        self.assertTrue(self.headers["127.0.0.1:31443"].startswith(b"\r\n\r\n\0\r\nQUIT"))
+        self.check()
+        self.assertEqual(set(self.headers.values()), {b""})
+
+    def test_original(self) -> None:
+        """Where visitors go to the address that they dialled, TLS has to be answered wherever port
+        443 is; where it is not is told."""
+        served: tuple[list[str], list[str]] = (["192.0.2.1", "2001:db8::1"], ["192.0.2.3"])
+        self.patch(check, "sites", lambda: served)
+        self.patch(check, "deferToThread", lambda look: succeed(look()))
+        words = ("--fallback", "original")
+        self.handshakes |= {"192.0.2.1:443": None, "[2001:db8::1]:443": None}
+        self.found("fallback", Level.OK, "port 443 is not served at 192.0.2.3", *words)
+        self.handshakes["[2001:db8::1]:443"] = ConnectError()
+        pattern = r"\[2001:db8::1\]:443 does not answer TLS: .+; start"
+        self.found("fallback", Level.FAILED, pattern, *words)
+        served = ([], ["192.0.2.3"])
+        self.found("fallback", Level.FAILED, "nobody answers on port 443 at any address", *words)
 
 
 class RedirectTests(CheckCase):

@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from acme_alpn_proxy.diagnosis.explanation import Seen, explain, from_log, last_lines
+from acme_alpn_proxy.diagnosis.explanation import (
+    Seen,
+    explain,
+    explain_last_order,
+    from_log,
+    last_lines,
+)
 from acme_alpn_proxy.diagnosis.finding import Level
+from acme_alpn_proxy.options import ConsoleOptions
 from acme_alpn_proxy.proxy.statistics import NOT_ANSWERED, VALIDATION_ENDED
 from acme_alpn_proxy.responder.server import REFUSED
 
@@ -24,7 +31,7 @@ def nobody(name: str) -> Sequence[str]:
 
 def told(*seen: Seen, names: Sequence[str] = (NAME,), look_up: object = nobody) -> list[str]:
     """The lines, without those that are well."""
-    found = explain(names, seen, TARGET, look_up)  # type: ignore[arg-type]
+    found = explain(names, seen, lambda name: TARGET, look_up)  # type: ignore[arg-type]
     return [str(each) for each in found if each.level is not Level.OK]
 
 
@@ -95,3 +102,23 @@ def test_log(tmp_path: Path) -> None:
         f"2026 [x#info] {ended}\n" + json.dumps({"message": ended, "level": "info"}) + "\nelse\n"
     )
     assert from_log(last_lines(str(log))) == [Seen("[2001:db8::1]:9", NAME, "answered")] * 2
+
+
+def test_named_target(tmp_path: Path) -> None:
+    """What is said of a name names the ACME client that the name has."""
+    log = tmp_path / "log"
+    log.write_text(
+        "".join(
+            VALIDATION_ENDED.format(server_name=name, peer="192.0.2.1:9", result="not answered\n")
+            for name in ("a.shop.example", NAME)
+        )
+    )
+    options = ConsoleOptions()
+    options.environment = {}
+    route = "*.shop.example=127.0.0.1:31444"
+    options.parseOptions(["explain", "--alpn-for", route, "--logfile", str(log)])
+    causes = [each.cause for each in explain_last_order(options, []) if "closed" in each.cause]
+    assert [cause.partition("client at ")[2].split()[0] for cause in causes] == [
+        "127.0.0.1:31444",
+        TARGET,
+    ]

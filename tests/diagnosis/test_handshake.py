@@ -56,6 +56,15 @@ class HandshakeTests(SynchronousTestCase):
         self.assertTrue(self.transport.disconnected)
         client.connectionLost()
 
+    def test_header(self) -> None:
+        """A header for the target goes in one write with the hello."""
+        writes: list[bytes] = []
+        self.patch(self.transport, "write", writes.append)
+        client = Handshake("site.example", header=b"PROXY UNKNOWN\r\n")
+        client.makeConnection(self.transport)
+        (sent,) = writes
+        self.assertTrue(sent.startswith(b"PROXY UNKNOWN\r\n\x16\x03"), sent)
+
     def test_no_tls(self) -> None:
         """Another protocol's answer is an error."""
         client = self.client()

@@ -128,11 +128,13 @@ class Issued:
         return extension.value.get_values_for_type(x509.DNSName)
 
 
-def lego(host: Namespace, ca: Pebble, directory: Path, *names: str) -> Issued:
+def lego(
+    host: Namespace, ca: Pebble, directory: Path, *names: str, responder: str = RESPONDER
+) -> Issued:
     """Order a certificate for C{names} by TLS-ALPN-01, answered by lego's own responder."""
     host.run(
         *("lego", "--server", ca.directory_url, "--email", EMAIL, "--accept-tos"),
-        *("--path", directory, "--tls", "--tls.port", RESPONDER),
+        *("--path", directory, "--tls", "--tls.port", responder),
         *[argument for name in names for argument in ("--domains", name)],
         "run",
         env={"LEGO_CA_CERTIFICATES": str(ca.authority.certificate)},

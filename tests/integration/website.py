@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .netns import Namespace, Street, terminate
+from .netns import Namespace, Street, terminate, url_host
 from .pki import Authority
 
 NAME = "site.example"
@@ -23,6 +23,13 @@ PAGE = b"<!doctype html><title>site</title><p>The page that every visitor came f
 BIG_FILE_BYTES = 20 * 1024 * 1024
 STEERED = "127.0.0.1"
 """Where the web server sees a visitor come from who went through the proxy."""
+
+TOLD = "127.0.0.1:10443"
+TOLD_BY_UNIX_SOCKET = "told.sock"
+"""Where the web server is told by the PROXY protocol who the visitor is; the latter in the site's
+folder."""
+
+_EVERYWHERE = ("0.0.0.0:443", "[::]:443")
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -45,8 +52,7 @@ http {{
     keepalive_timeout 60;
     keepalive_requests 100000;
     server {{
-        listen 0.0.0.0:443 ssl backlog=4096;
-        listen [::]:443 ssl ipv6only=on backlog=4096;
+{listen}
         server_name {name};
         ssl_certificate {certificate};
         ssl_certificate_key {key};
@@ -54,6 +60,15 @@ http {{
         root {directory}/pages;
         add_header Seen-From $remote_addr;
         location /slow/ {{ alias {directory}/pages/; limit_rate 8m; }}
+    }}
+    server {{
+{listen_told}
+        server_name {name};
+        ssl_certificate {certificate};
+        ssl_certificate_key {key};
+        root {directory}/pages;
+        add_header Seen-From $proxy_protocol_addr:$proxy_protocol_port;
+        add_header Dialled $proxy_protocol_server_addr:$proxy_protocol_server_port;
     }}
 }}
 """
@@ -76,10 +91,12 @@ def nginx() -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a visitor got: the body, and the address that the web server saw it come from."""
+    """What a visitor got: the body, the address that the web server saw it come from, and the one
+    that the web server was told that it dialled, if any."""
 
     body: bytes
     seen_from: str
+    dialled: str | None = None
 
     @property
     def steered(self) -> bool:
@@ -110,14 +127,28 @@ class Visit(http.client.HTTPConnection):
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
     """The rest of an answer."""
-    return Answer(response.read(), response.headers["Seen-From"])
+    return Answer(response.read(), response.headers["Seen-From"], response.headers["Dialled"])
+
+
+def _lines(addresses: Sequence[str], how: str) -> str:
+    return "\n".join(f"        listen {address} {how};" for address in addresses)
 
 
 class Website:
     """A running nginx, its files, and the ways to visit it."""
 
-    def __init__(self, namespace: Namespace, directory: Path, wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        directory: Path,
+        wrapper: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._wrapper = wrapper
+        self.hosts = hosts or ("127.0.0.1", "::1")
+        self.listen = [f"{url_host(host)}:443" for host in hosts] or _EVERYWHERE
+        self.told = [] if hosts else [TOLD]
+        self.told.append(f"unix:{directory / TOLD_BY_UNIX_SOCKET}")
         self.namespace = namespace
         self.directory = directory
         self.authority = Authority(directory)
@@ -131,12 +162,17 @@ class Website:
         self._tls.set_alpn_protocols(["http/1.1"])
 
     def start(self) -> subprocess.Popen[str]:
-        """Start nginx and return once it listens on both families."""
+        """Start nginx and return once it listens everywhere."""
         pair = self.authority.issue("site", NAME)
         configuration = self.directory / "nginx.conf"
         configuration.write_text(
             _CONFIGURATION.format(
-                directory=self.directory, name=NAME, certificate=pair.certificate, key=pair.key
+                directory=self.directory,
+                name=NAME,
+                certificate=pair.certificate,
+                key=pair.key,
+                listen=_lines(self.listen, "ssl backlog=4096"),
+                listen_told=_lines(self.told, "ssl proxy_protocol"),
             )
         )
         log = self.directory / "error.log"
@@ -144,8 +180,8 @@ class Website:
             *self._wrapper, nginx(), "-e", log, "-p", self.directory, "-c", configuration, log=log
         )
         try:
-            self.namespace.wait_until_listening(process, "127.0.0.1", 443)
-            self.namespace.wait_until_listening(process, "::1", 443)
+            for host in self.hosts:
+                self.namespace.wait_until_listening(process, host, 443)
         except BaseException:
             terminate(process)
             raise
@@ -216,14 +252,18 @@ class SlowClient:
 
 @contextmanager
 def website(
-    namespace: Namespace, directory: Path, wrapper: Sequence[str] = ()
+    namespace: Namespace,
+    directory: Path,
+    wrapper: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> Iterator[Website]:
     """The site, served from C{directory}, which must be empty.
 
     @param wrapper: a command that starts the web server, in front of its own.
+    @param hosts: the addresses at which it is served, unless it is at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    site = Website(namespace, directory, wrapper)
+    site = Website(namespace, directory, wrapper, hosts)
     process = site.start()
     try:
         yield site

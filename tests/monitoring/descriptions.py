@@ -24,7 +24,7 @@ def describe() -> DaemonStatus:
     numbers = statistics()
     numbers.enter("running")
     numbers.ended(numbers.visitor(ClientHello()), 10, 20)
-    numbers.validation("192.0.2.7:50000", "site.example")
+    numbers.validation(ROUTING.acme, "192.0.2.7:50000", "site.example")
     return daemon_status(numbers.status("none", 2))
 
 

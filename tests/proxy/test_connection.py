@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from ipaddress import ip_network
 from typing import Any
 
 from twisted.internet import reactor as global_reactor
@@ -25,9 +26,12 @@ from twisted.trial.unittest import TestCase
 
 from acme_alpn_proxy.addresses import parse_address
 from acme_alpn_proxy.interfaces import INetwork
+from acme_alpn_proxy.proxy.balancer import Balancers
+from acme_alpn_proxy.proxy.header import encode_v1, encode_v2
 from acme_alpn_proxy.proxy.listener import listening_socket
 from acme_alpn_proxy.proxy.protocols import Limits, ProxyServerFactory
 from acme_alpn_proxy.proxy.routing import Route, Routing
+from acme_alpn_proxy.proxy.targets import HeadedTarget
 from acme_alpn_proxy.transports.hangup import hangup_watch
 from acme_alpn_proxy.transports.network import LeanNetwork, TwistedNetwork
 from acme_alpn_proxy.transports.sockets import NEAR_BUFFER, UNSENT
@@ -625,5 +629,53 @@ class TwistedBulkTests(BulkTests):
 
 class TwistedTargetTests(TargetTests):
     """The same over Twisted's transports."""
+
+    network = TwistedNetwork
+
+
+class HeaderTests(ConnectionTests):
+    """Connections by a load balancer, to a web server that is told who the visitor is."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+        self.factory.new_server = Balancers([ip_network("127.0.0.0/8")]).new_server
+        plain = self.factory._targets
+        self.factory._targets = {way: HeadedTarget(plain[way], "v2") for way in plain}
+
+    @in_thread
+    def test_both_ways(self) -> None:
+        """The header for the target, the hello and all that follows arrive, and so do the answers;
+        from the load balancer it may come byte by byte."""
+        came = encode_v1(("192.0.2.7", 50_000), ("198.51.100.1", 443))
+        goes = encode_v2(("192.0.2.7", 50_000), ("198.51.100.1", 443))
+        body = os.urandom(1_000_000)
+        with self.visit() as visitor:
+            visitor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in came:
+                visitor.sendall(bytes([byte]))
+            visitor.sendall(WEB_HELLO)
+            with self.website.accept() as server:
+                first = server.recv(65_536)
+                self.assertEqual(first, goes + WEB_HELLO)
+                for sender, receiver in ((visitor, server), (server, visitor)):
+                    sending = threading.Thread(target=sender.sendall, args=(body,))
+                    sending.start()
+                    self.assertEqual(read_exactly(receiver, len(body)), body)
+                    sending.join()
+                server.shutdown(socket.SHUT_WR)
+                self.assertEqual(visitor.recv(1), b"")
+
+    @in_thread
+    def test_no_header(self) -> None:
+        """Without one it is a reset, and no target is connected."""
+        with self.visit(WEB_HELLO) as visitor:
+            self.assertTrue(was_reset(visitor))
+        self.website.listener.settimeout(0)
+        self.assertRaises(BlockingIOError, self.website.accept)
+
+
+class TwistedHeaderTests(HeaderTests):
+    """The same over Twisted's own transports."""
 
     network = TwistedNetwork

@@ -31,6 +31,7 @@ from acme_alpn_proxy.transports.interfaces import IHangupWatch
 from acme_alpn_proxy.transports.network import TwistedNetwork
 
 from .. import hellos
+from ..loopback import connected
 from ..memory import MemoryReactor
 
 ACME_HELLO = hellos.records(hellos.message(hellos.alpn_extension(b"acme-tls/1")))
@@ -466,3 +467,33 @@ class RelayTests(ProxyCase):
         self.server.connectionLost(Failure(CONNECTION_LOST))
         self.client.connectionLost(Failure(CONNECTION_LOST))
         self.assertEqual((self.front.story, self.back.story), (["reset"], ["reset"]))
+
+
+class ArrivalTests(ProxyCase):
+    """How a visitor has come."""
+
+    def arrive(self, peer: Any) -> ProxyServer:
+        server, transport = self.visit(peer)
+        one, other = connected()  # whose descriptor has no original destination
+        self.addCleanup(one.close)
+        self.addCleanup(other.close)
+        transport.fileno = one.fileno  # type: ignore[attr-defined]
+        return server
+
+    def test_ends(self) -> None:
+        """Its address, and the one that it dialled; IPv4 as such, also on a listener for both."""
+        arrival = self.arrive(IPv6Address("TCP", "::ffff:192.0.2.8", 50_001)).arrival()
+        self.assertEqual(arrival.visitor, ("192.0.2.8", 50_001))
+        self.assertEqual(arrival.dialled, ("10.0.0.1", 12345))
+        self.assertEqual((arrival.here, arrival.header), (arrival.dialled, b""))
+
+    def test_dialled_addresses_are_own(self) -> None:
+        """What was dialled is this host's, whether an interface has it or not: a connection from
+        there may be one of the proxy's that has come back. Only so many are kept."""
+        self.assertNotIn("10.0.0.1", self.factory.own_addresses)
+        self.arrive(None).arrival()
+        self.assertIn("10.0.0.1", self.factory.own_addresses)
+        self.factory.own_addresses = set()
+        self.patch(protocols, "MAX_OWN_ADDRESSES", 0)
+        self.arrive(None).arrival()
+        self.assertEqual(self.factory.own_addresses, set())

@@ -29,3 +29,51 @@ def test_acme(alpn: tuple[bytes, ...]) -> None:
 def test_every_doubt_is_the_visitors(verdict: Verdict) -> None:
     """All else goes to the fallback."""
     assert ROUTING.route(verdict) is ROUTING.fallback
+
+
+NAMED = Routing(
+    Route("acme", "127.0.0.1:31443"),
+    Route("fallback", "127.0.0.1:443"),
+    {
+        name: Route("acme", name)
+        for name in (
+            "site.example",
+            "*.site.example",
+            "*.deep.site.example",
+            "*.example",
+            "7.2.0.192.in-addr.arpa",
+        )
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("server_name", "key"),
+    [
+        ("site.example", "site.example"),
+        ("SITE.Example.", "site.example"),
+        ("www.site.example", "*.site.example"),
+        ("a.b.site.example", "*.site.example"),
+        ("deep.site.example", "*.site.example"),
+        ("www.deep.site.example", "*.deep.site.example"),
+        ("other.example", "*.example"),
+        ("mysite.example", "*.example"),
+        ("7.2.0.192.in-addr.arpa", "7.2.0.192.in-addr.arpa"),
+        ("8.2.0.192.in-addr.arpa", "127.0.0.1:31443"),
+        ("example", "127.0.0.1:31443"),
+        ("site.test", "127.0.0.1:31443"),
+        ("..", "127.0.0.1:31443"),
+        ("", "127.0.0.1:31443"),
+        (None, "127.0.0.1:31443"),
+        ("a." * 127 + "example", "*.example"),
+    ],
+)
+def test_names(server_name: str | None, key: str) -> None:
+    """A validation goes to the client of its name, compared as DNS does; of several that cover it,
+    to that of the most specific one, else to the one for all."""
+    assert NAMED.route(ClientHello((b"acme-tls/1",), server_name)).target == key
+
+
+def test_names_are_no_visitors() -> None:
+    """A visitor of a name that has an ACME client of its own goes to the web server."""
+    assert NAMED.route(ClientHello((b"h2",), "site.example")) is NAMED.fallback

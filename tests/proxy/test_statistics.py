@@ -12,6 +12,7 @@ from acme_alpn_proxy.proxy.clienthello import (
     NotClientHello,
     Verdict,
 )
+from acme_alpn_proxy.proxy.routing import Route, Routing
 from acme_alpn_proxy.proxy.statistics import Statistics
 
 from ..monitoring.descriptions import DOUBTS, ROUTING, statistics
@@ -60,19 +61,41 @@ def result_of(numbers: Statistics) -> str:
 def test_validation() -> None:
     """The last validation is told with peer, name, time, and whether the ACME client answered."""
     numbers = statistics()
-    record = numbers.validation("192.0.2.7:50000", "site.example")
+    record = numbers.validation(ROUTING.acme, "192.0.2.7:50000", "site.example")
     shown = {"peer": "192.0.2.7:50000", "server_name": "site.example", "at": 1_000.0}
     assert numbers.status("none", 0)["last_validation"] == shown | {"result": "under way"}
     numbers.ended(record, 300, 900)
     assert numbers.status("none", 0)["last_validation"] == shown | {"result": "answered"}
-    silent = numbers.validation("192.0.2.8:50000", "site.example")
+    silent = numbers.validation(ROUTING.acme, "192.0.2.8:50000", "site.example")
     numbers.ended(silent, 300, 0)
     assert result_of(numbers) == "not answered"
-    nobody = numbers.validation("192.0.2.9:50000", "site.example")
+    nobody = numbers.validation(ROUTING.acme, "192.0.2.9:50000", "site.example")
     numbers.unreachable(nobody, "refused")
     numbers.ended(nobody, 0, 0)
     assert result_of(numbers) == "unreachable: refused"
     assert (numbers.acme.total, numbers.acme.failures, numbers.acme.live) == (3, 1, 0)
+
+
+def test_named() -> None:
+    """A validation of a name with a client of its own counts there."""
+    client = Route("acme", "127.0.0.1:31444")
+    routing = Routing(ROUTING.acme, ROUTING.fallback, {"site.example": client})
+    numbers = Statistics(routing, DOUBTS)
+    numbers.validation(routing.acme, "192.0.2.7:50000", "other.example")
+    record = numbers.validation(client, "192.0.2.7:50001", "site.example")
+    numbers.ended(record, 300, 900)
+    routes = numbers.status("none", 0)["routes"]
+    assert (routes["acme"]["total"], routes["acme"]["live"]) == (1, 1)
+    assert routes["acme_for"] == {
+        "site.example": {
+            "target": "127.0.0.1:31444",
+            "live": 0,
+            "total": 1,
+            "failures": 0,
+            "bytes_from_visitors": 300,
+            "bytes_to_visitors": 900,
+        }
+    }
 
 
 def test_state() -> None:

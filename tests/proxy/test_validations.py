@@ -20,14 +20,12 @@ from ..memory import log_of
 class Connection:
     """A validation from an address."""
 
+    target = "127.0.0.1:31443"
+
     def __init__(self, host: str) -> None:
         kind: Any = IPv6Address if ":" in host else IPv4Address
-        self._peer = kind("TCP", host, 50_000)
-        self.transport = self
+        self.visitor: Any = kind("TCP", host, 50_000)
         self.was_reset = False
-
-    def getPeer(self) -> Any:
-        return self._peer
 
     def abort(self) -> None:
         self.was_reset = True
@@ -37,7 +35,7 @@ class ValidationsTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.cut_short = 0
-        self.validations = Validations(self.clock, "127.0.0.1:31443", self.count)
+        self.validations = Validations(self.clock, self.count)
         self.events = log_of(self)
 
     def count(self) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+from collections.abc import Iterator
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import pytest
 from twisted.logger import capturedLogs, formatEvent
 
-from acme_alpn_proxy.addresses import parse_address
+from acme_alpn_proxy.addresses import ORIGINAL, parse_address
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.proxy import webserver
 from acme_alpn_proxy.proxy.webserver import require_web_server
@@ -67,6 +70,51 @@ def test_elsewhere(at: list[str], closed: str) -> None:
     assert refusal(closed).endswith("name one with --fallback 198.51.100.2:443")
     at[:] = ["0.0.0.0:443", "[::]:443"]
     assert refusal(closed).endswith("name its address with --fallback")
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The addresses of this host, on the port that stands for 443."""
+    addresses: list[str] = []
+    monkeypatch.setattr(webserver, "own_addresses", lambda: set(map(ip_address, addresses)))
+    monkeypatch.setattr(IPv4Address, "is_loopback", property(lambda address: False))
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        monkeypatch.setattr(webserver, "HTTPS", listener.getsockname()[1])
+        yield addresses
+
+
+def test_original(own: list[str]) -> None:
+    """Where visitors go to the address that they dialled, one that answers is enough, and those
+    that do not are named."""
+    own += ["127.0.0.2", "127.0.0.3", "127.0.0.4", "::1", "fe80::1"]
+    with capturedLogs() as events:
+        require_web_server(ORIGINAL, 1)
+    (line,) = map(formatEvent, events)
+    assert line.startswith("Port 443 is not served at 127.0.0.3, 127.0.0.4: ")
+
+
+def test_original_everywhere(own: list[str]) -> None:
+    """If all answer there is nothing to say."""
+    own += ["127.0.0.2"]
+    with capturedLogs() as events:
+        require_web_server(ORIGINAL, 1)
+    assert events == []
+
+
+def test_original_nowhere(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none answers it is refused; so it is where the addresses cannot be known."""
+    own += ["127.0.0.3"]
+    with pytest.raises(StartError, match=r"at any address of this host.*; start the") as caught:
+        require_web_server(ORIGINAL, 1)
+    assert caught.value.status == os.EX_CONFIG
+
+    def fails() -> None:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr(webserver, "own_addresses", fails)
+    with pytest.raises(StartError, match=r"the system refuses: .*No buffer space") as caught:
+        require_web_server(ORIGINAL, 1)
+    assert caught.value.status == os.EX_OSERR
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class AssemblerTests(SynchronousTestCase):
         """The program's size is whole instructions, few of them, and it names the map."""
         code = steering_program(77, 78)
         self.assertEqual(len(code) % 8, 0)
-        self.assertLess(len(code) // 8, 64)
+        self.assertLess(len(code) // 8, 96)
         for descriptor in (77, 78):
             self.assertIn(struct.pack("=BBhi", 0x18, 0x11, 0, descriptor), code)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from ..monitoring.status import SILENT, Answer, InstanceStatus
 from .terminal import coloured
@@ -68,8 +68,9 @@ def _instance(answer: Answer, now: float) -> str:
 
 def _rows(answer: InstanceStatus) -> Iterator[Sequence[str]]:
     yield _HEADS
-    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
-    for name, route in (("acme", acme), ("fallback", fallback)):
+    routes = answer["routes"]
+    named = [(f"acme for {name}", route) for name, route in routes["acme_for"].items()]
+    for name, route in (("acme", routes["acme"]), *named, ("fallback", routes["fallback"])):
         counts = (route["live"], route["total"], route["failures"])
         sizes = (route["bytes_from_visitors"], route["bytes_to_visitors"])
         yield (name, route["target"], *map(str, counts), *map(size, sizes))
@@ -90,17 +91,24 @@ def account(answer: InstanceStatus, now: float) -> list[str]:
 
     @param now: in seconds since the epoch.
     """
-    acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
+    fallback, total = answer["routes"]["fallback"], _of_validations(answer, "total")
     visitors = f"steered for {duration(now - answer['since'])}:"
     visitors += f" {counted(fallback['total'], 'visitor')}, "
     visitors += _failed(fallback["failures"], f"the web server ({fallback['target']})")
-    if not acme["total"]:
+    if not total:
         return [visitors, "no validation came: the CA has not dialled port 443 of this host"]
     peers = [each["peer"].rpartition(":")[0].strip("[]") for each in answer["validations"]]
     callers = list(dict.fromkeys(peers))[:_MOST_CALLERS]
     asked = ", ".join(callers) + ", and others" * (len(set(peers)) > len(callers))
-    validations = counted(acme["total"], "validation") + f" from {asked}" * bool(asked)
-    return [visitors, f"{validations}, {_failed(acme['failures'], 'the ACME client')}"]
+    validations = counted(total, "validation") + f" from {asked}" * bool(asked)
+    failures = _of_validations(answer, "failures")
+    return [visitors, f"{validations}, {_failed(failures, 'the ACME client')}"]
+
+
+def _of_validations(answer: InstanceStatus, field: Literal["live", "total", "failures"]) -> int:
+    """The number of those of all names."""
+    routes = answer["routes"]
+    return sum(route[field] for route in (routes["acme"], *routes["acme_for"].values()))
 
 
 def _failed(failures: int, target: str) -> str:
@@ -113,8 +121,8 @@ def draining(answer: InstanceStatus) -> str:
 
 
 def _open(answer: InstanceStatus) -> str:
-    routes = answer["routes"]
-    live = routes["acme"]["live"] + routes["fallback"]["live"] + answer["undecided"]
+    live = _of_validations(answer, "live") + answer["routes"]["fallback"]["live"]
+    live += answer["undecided"]
     return counted(live, "open connection")
 
 

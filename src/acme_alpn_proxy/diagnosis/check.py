@@ -18,18 +18,22 @@ from typing import Any, Final, TypedDict, cast
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import ConnectionRefusedError as NobodyListens
 from twisted.internet.error import ReactorNotRunning
+from twisted.internet.threads import deferToThread
 from twisted.logger import globalLogBeginner
 from twisted.python.failure import Failure
 
+from ..addresses import HTTPS, Address
 from ..errors import AlreadyRunning, StartError
 from ..firewall.xtables import BINARIES, command, failed
 from ..host.facts import has_ipv6
 from ..host.pidfile import PIDFile
 from ..host.processes import commands_for
-from ..host.tcpsockets import port_taken, taken_by_another_user
+from ..host.tcpsockets import port_taken, shown, taken_by_another_user
 from ..interfaces import ICommands, Reactor, Result
 from ..options import PORT, WAYS, ConsoleOptions
+from ..proxy.header import UNKNOWN
 from ..proxy.routing import ACME_TLS_1
+from ..proxy.webserver import sites
 from ..redirects.choice import or_another_way
 from ..redirects.claim import claim_redirect
 from ..redirects.iptables import default_rulespec
@@ -101,8 +105,12 @@ class Check:
         self._tell(self._look_at_ipv6())
         self._doing(f"asking the web server at {self._options['fallback']}")
         self._tell((yield self._look_at_fallback()))
-        self._doing(f"looking for an ACME client at {self._options['alpn']}")
-        self._tell((yield self._look_at_acme_target()))
+        targets = {"ACME target": self._options["alpn"]}
+        for name, target in self._options["alpn-for"].items():
+            targets[f"ACME target for {name}"] = target
+        for name, target in targets.items():
+            self._doing(f"looking for an ACME client at {target}")
+            self._tell((yield self._look_at_acme_target(name, target)))
         self._doing("looking at each way to steer")
         for finding in (yield self._look_at_ways()):
             self._tell(finding)
@@ -153,9 +161,21 @@ class Check:
 
     @inlineCallbacks
     def _look_at_fallback(self) -> Generator[Deferred[Any], Any, Finding]:
-        target = self._options["fallback"]
+        target, patience = self._options["fallback"], self._options["connect-timeout"]
+        seen = ""
+        header = self._header("fallback")
         try:
-            yield handshake(self._reactor, target, self._options["connect-timeout"])
+            if target.is_original:
+                served, others = yield deferToThread(sites)
+                if not served:
+                    raise ConnectionError("nobody answers on port 443 at any address of this host")
+                if others:
+                    seen = f"port 443 is not served at {', '.join(others)}"
+                for host in served:
+                    target = Address(shown((host, HTTPS)), host, HTTPS)
+                    yield handshake(self._reactor, target, patience, header=header)
+            else:
+                yield handshake(self._reactor, target, patience, header=header)
         except OnlyAlert as problem:
             return Finding("fallback", Level.OK, f"answers TLS, by refusing: {problem}")
         except Exception as problem:  # each kind of endpoint fails in its own way
@@ -165,24 +185,30 @@ class Check:
                 f"{target} does not answer TLS: {_why(problem)}",
                 "start the web server, or name its address with --fallback",
             )
-        return Finding("fallback", Level.OK)
+        return Finding("fallback", Level.OK, seen)
+
+    def _header(self, option: str) -> bytes:
+        """What a target expects before the hello."""
+        return UNKNOWN.get(self._options[f"{option}-proxy-protocol"], b"")
 
     @inlineCallbacks
-    def _look_at_acme_target(self) -> Generator[Deferred[Any], Any, Finding]:
-        target, acme = self._options["alpn"], ACME_TLS_1.decode()
+    def _look_at_acme_target(
+        self, name: str, target: Address
+    ) -> Generator[Deferred[Any], Any, Finding]:
+        acme, header = ACME_TLS_1.decode(), self._header("alpn")
         try:
             patience = self._options["connect-timeout"]
-            agreed = yield handshake(self._reactor, target, patience, acme)
+            agreed = yield handshake(self._reactor, target, patience, acme, header=header)
         except NobodyListens:
-            return Finding("ACME target", Level.OK, "nobody listens there yet")
+            return Finding(name, Level.OK, "nobody listens there yet")
         except Exception as problem:
             seen = f"{target} does not answer validations at the moment: {_why(problem)}"
         else:
             if agreed == acme:
-                return Finding("ACME target", Level.OK, "answers validations")
+                return Finding(name, Level.OK, "answers validations")
             seen = f"what listens at {target} does not know {acme}"
         remedy = "see that the ACME client can have that address, or name another one with --alpn"
-        return Finding("ACME target", Level.WARNING, seen, remedy)
+        return Finding(name, Level.WARNING, seen, remedy)
 
     @inlineCallbacks
     def _look_at_ways(self) -> Generator[Deferred[Any], Any, list[Finding]]:

@@ -23,7 +23,7 @@ from ..proxy.identifiers import (
     parse_identifier,
     server_name_for,
 )
-from ..proxy.routing import ACME_TLS_1
+from ..proxy.routing import ACME_TLS_1, Route, Routing
 from ..proxy.statistics import ANSWERED, NO_NAME, NOT_ANSWERED, UNDER_WAY, VALIDATION_ENDED
 from ..responder.server import REFUSED
 from .finding import Finding, Level
@@ -66,12 +66,15 @@ def look_up(name: str) -> Sequence[str]:
 
 
 def explain(
-    identifiers: Iterable[str], seen: Sequence[Seen], target: str, look_up: Lookup = look_up
+    identifiers: Iterable[str],
+    seen: Sequence[Seen],
+    target: Callable[[str], str],
+    look_up: Lookup = look_up,
 ) -> Iterator[Finding]:
     """What was seen for each identifier; without any, for all that were asked for.
 
     @param seen: the last validations.
-    @param target: the C{-alpn} address.
+    @param target: gives the address to which validations of an identifier go.
     """
     wanted = list(dict.fromkeys(map(parse_identifier, identifiers)))
     asked_for = [identifier_asked_for(each.name) for each in seen]
@@ -85,7 +88,7 @@ def explain(
         )
     for name in names:
         own = [each for each, asked in zip(seen, asked_for, strict=True) if asked == name]
-        yield from _explain(name, own, target) if own else _not_asked(name, seen, look_up)
+        yield from _explain(name, own, target(name)) if own else _not_asked(name, seen, look_up)
 
 
 def _explain(name: str, seen: Sequence[Seen], target: str) -> Iterator[Finding]:
@@ -262,7 +265,7 @@ def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) ->
     @param options: parsed L{acme_alpn_proxy.options.ConsoleOptions}; C{argv} has identifiers.
     @param answers: of the instances that run.
     """
-    alpn: Address = options["alpn"]
+    alpn, named = str(options["alpn"]), {**options["alpn-for"]}
     seen: list[Seen] = []
     running = [answer for answer in answers if answer["state"] != SILENT]
     for answer in running:
@@ -270,12 +273,24 @@ def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) ->
             Seen(each["peer"], each["server_name"] or NO_NAME, each["result"])
             for each in answer["validations"]
         ]
-        alpn = parse_address(answer["routes"]["acme"]["target"])
+        routes = answer["routes"]
+        alpn = routes["acme"]["target"]
+        named = {name: route["target"] for name, route in routes["acme_for"].items()}
     if not running:
         with suppress(OSError):
             seen = from_log(last_lines(options["logfile"]))
-    findings = list(explain(options["argv"], seen, str(alpn)))
-    for identifier in dict.fromkeys(each.name for each in findings):
+    routing = Routing(
+        Route("acme", alpn),
+        Route("fallback", ""),
+        {name: Route("acme", str(where)) for name, where in named.items()},
+    )
+
+    def target(identifier: str) -> str:
+        return routing.route_for(server_name_for(identifier)).target
+
+    findings = list(explain(options["argv"], seen, target))
+    for text in dict.fromkeys(each.name for each in findings):
         with suppress(BadIdentifier):
-            findings += answer_of(alpn, parse_identifier(identifier))
+            identifier = parse_identifier(text)
+            findings += answer_of(parse_address(target(identifier)), identifier)
     return findings

@@ -31,9 +31,13 @@ class Handshake(Protocol):
         L{ssl.SSLError} or L{ConnectionResetError}.
     """
 
-    def __init__(self, name: str | None, *alpn: str) -> None:
+    def __init__(self, name: str | None, *alpn: str, header: bytes = b"") -> None:
+        """
+        @param header: what is sent before, in one write with the hello.
+        """
         self.done: Deferred[str | None] = Deferred(lambda done: self._abort())
         self._tls, self._incoming, self._outgoing = tls_client(name, *alpn)
+        self._outgoing.write(header)
         self._first = b""
 
     def connectionMade(self) -> None:
@@ -69,14 +73,16 @@ class Handshake(Protocol):
 
 @inlineCallbacks
 def handshake(
-    reactor: Reactor, target: Address, patience: float, *alpn: str
+    reactor: Reactor, target: Address, patience: float, *alpn: str, header: bytes = b""
 ) -> Generator[Deferred[Any], Any, str | None]:
     """Connect and shake hands, as a client that asks for this host's name.
 
+    @param header: what is sent before.
     @return: a Deferred of the application protocol, which fails as connecting or L{Handshake} do.
     """
     endpoint = target.endpoint(reactor, patience)
-    client: Handshake = yield connectProtocol(endpoint, Handshake(server_name(), *alpn))
+    protocol = Handshake(server_name(), *alpn, header=header)
+    client: Handshake = yield connectProtocol(endpoint, protocol)
     agreed: str | None = yield client.done.addTimeout(HANDSHAKE_DEADLINE, reactor, _too_slow)
     return agreed
 

@@ -23,15 +23,17 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
 
-from ..addresses import parse_address
+from ..addresses import HTTPS, parse_address
 from ..errors import StartError
 from ..firewall.interfacerules import names_interfaces
 from ..host.facts import has_ipv6, new_interfaces_have_ipv6
 from ..host.processes import commands_for
+from ..host.tcpsockets import shown
 from ..interfaces import ICommands, Reactor
 from ..options import PORT
 from ..program import Program
 from ..proxy.protocols import ProxyServerFactory
+from ..proxy.webserver import sites
 from ..tap import make_proxy
 from .finding import Finding, Level
 from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
@@ -294,6 +296,11 @@ def _steer_and_dial(
     where = cast(IPv4Address, port.getHost())
     alpn = parse_address(f"{where.host}:{where.port}")
     options = {**options, "alpn": alpn, "alpn-certs": None, "control": None, "metrics": None}
+    options |= {"alpn-for": {}, "alpn-proxy-protocol": "none"}
+    if options["fallback"].is_original:  # nobody but the probe dials the probe's own addresses
+        served, _ = yield deferToThread(sites)
+        if served:
+            options["fallback"] = parse_address(shown((served[0], HTTPS)))
     met: list[_NotingFactory] = []
 
     def factory(*arguments: Any, **named: Any) -> ProxyServerFactory:

@@ -44,6 +44,8 @@ class Collector:
         about = self._describe()
         fallback = about["routes"]["fallback"]
         routes: dict[str, RouteStatus] = {"acme": about["routes"]["acme"], "fallback": fallback}
+        for name, route in about["routes"]["acme_for"].items():
+            routes[f"acme for {name}"] = route
         running = GaugeMetricFamily(
             "acme_alpn_proxy_running", "1 while new connections to :443 are steered here."
         )

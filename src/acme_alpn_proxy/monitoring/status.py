@@ -54,9 +54,13 @@ class FallbackStatus(RouteStatus):
 
 
 class RoutesStatus(TypedDict):
-    """Both routes."""
+    """All routes.
+
+    @ivar acme_for: validations of certain names, by the name.
+    """
 
     acme: AcmeStatus
+    acme_for: dict[str, RouteStatus]
     fallback: FallbackStatus
 
 
@@ -145,7 +149,8 @@ _NEW_FIELDS: Final = {
     "pending_count": 0,
     "validations": (),
 }
-_LONGEST_ANSWER: Final = 65_536
+_LONGEST_ANSWER: Final = 1_048_576
+"""Bytes; a name with a target of its own takes 500 at most."""
 
 _LIMIT: Final = 2**53
 """Of a number in an answer; all below it are exact in JSON (RFC 8259 section 6)."""
@@ -236,17 +241,19 @@ def _checked(line: bytes) -> InstanceStatus | None:
     try:
         answer: InstanceStatus = json.loads(line)
         acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
-        counts = [value for route in (acme, fallback) for value in map(route.get, _COUNTS)]
+        named = answer["routes"].setdefault("acme_for", {})
+        routes = (acme, fallback, *named.values())
+        counts = [value for route in routes for value in map(route.get, _COUNTS)]
         last = answer["last_validation"]
         for field, nothing in _NEW_FIELDS.items():  # older releases have none
             answer.setdefault(field, nothing)  # type: ignore[misc]
         numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
         numbers += [each[field] for each in answer["pending"] for field in _PENDING_NUMBERS]
-        texts = [answer["state"], answer["redirect"], acme["target"], fallback["target"]]
+        texts = [answer["state"], answer["redirect"], *(route["target"] for route in routes)]
         texts += [text for option in answer["options"].items() for text in option]
         texts += [each["peer"] for each in answer["validations"]]
         texts += [each[field] for each in answer["pending"] for field in _PENDING_TEXTS]
-        texts += fallback["reasons"]
+        texts += [*fallback["reasons"], *named]
         numbers += fallback["reasons"].values()
         if last is not None:
             numbers.append(last["at"])

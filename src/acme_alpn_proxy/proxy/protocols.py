@@ -18,11 +18,12 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..host.routes import own_addresses
+from ..host.tcpsockets import shown
 from ..interfaces import ITarget
 from ..transports.deadlines import DeadlineQueue
 from ..transports.hangup import NoHangupWatch
 from ..transports.interfaces import IHangupWatch
-from ..transports.sockets import TargetFactory, original_destination
+from ..transports.sockets import Arrival, TargetFactory, original_destination
 from .clienthello import NEED_MORE, NOT_TLS, ClientHelloParser, NotClientHello, Verdict
 from .live import LiveConnections
 from .relay import Relay
@@ -39,6 +40,9 @@ TOO_MANY_HELLOS: Final = "crowded"
 MAX_HELD: Final = 67_108_864
 """Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
 visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
+
+MAX_OWN_ADDRESSES: Final = 65_536
+"""Addresses of this host that are known, some 10 MB of them."""
 
 IDLE_LOOKS: Final = 4
 """How often an established connection is looked at within its idle timeout."""
@@ -57,18 +61,18 @@ class Limits:
     visitors: int
 
 
-def _show(peer: Any) -> str:
-    """C{host:port}; a visitor by IPv4 to the dual-stack listener is shown as IPv4."""
-    host = peer.host.removeprefix("::ffff:")
-    return f"[{host}]:{peer.port}" if ":" in host else f"{host}:{peer.port}"
+def end_of(address: Any) -> tuple[str, int]:
+    """Host and port of an address of Twisted's; an IPv4 one of the dual-stack listener as IPv4."""
+    host = address.host
+    return (host.removeprefix("::ffff:") if "." in host else host), address.port
 
 
-def _own_addresses() -> frozenset[str]:
+def _own_addresses() -> set[str]:
     """This host's addresses; none if the kernel does not tell."""
     try:
-        return frozenset(str(address) for address in own_addresses())
+        return {str(address) for address in own_addresses()}
     except OSError:
-        return frozenset()
+        return set()
 
 
 Dial: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
@@ -118,6 +122,12 @@ class ProxyClientFactory(TargetFactory):
     def tell(self, answer: str) -> None:
         self._server.told(answer)
 
+    def arrival(self) -> Arrival:
+        return self._server.arrival()
+
+    def lead_with(self, header: bytes) -> None:
+        self._server.lead = header
+
 
 @implementer(IHalfCloseableProtocol)
 class ProxyServer(Protocol):
@@ -128,6 +138,7 @@ class ProxyServer(Protocol):
 
     @ivar relay: only when the target is connected.
     @ivar may_be: connections to targets that this one may be, if it comes from this host.
+    @ivar lead: what its target is sent before its bytes.
     """
 
     factory: ProxyServerFactory
@@ -142,6 +153,22 @@ class ProxyServer(Protocol):
     _held = 0
     _ends = 0
     may_be: Sequence[Dial] = ()
+    lead = b""
+
+    @property
+    def visitor(self) -> Any:
+        """The visitor's address, as Twisted has it."""
+        return self.transport.getPeer()
+
+    @property
+    def target(self) -> str:
+        """Where it goes, as the operator wrote it."""
+        return self._route.target
+
+    def arrival(self) -> Arrival:
+        """How the visitor has come."""
+        visitor, here = end_of(self.visitor), self._here()
+        return Arrival(visitor, here, here)
 
     def connectionMade(self) -> None:
         self._ends = 1
@@ -189,10 +216,17 @@ class ProxyServer(Protocol):
     def _came_back(self) -> bool:
         """Whether this is the proxy's own connection to a target, which would go round for ever. A
         client of this host may have the same port, but then it has dialled another address."""
-        here = self.transport.getHost()
-        dialled: set[tuple[str, int] | None] = {(here.host.removeprefix("::ffff:"), here.port)}
-        dialled.add(original_destination(self.transport.fileno(), here.host))
+        dialled = {end_of(self.transport.getHost()), self._here()}
         return any(there in dialled for _, there in self.may_be)
+
+    def _here(self) -> tuple[str, int]:
+        """The address of this host that was dialled."""
+        here = self.transport.getHost()
+        found = original_destination(self.transport.fileno(), here.host) or end_of(here)
+        # A local route may make a whole network this host's, of which no list has the addresses.
+        if len(self.factory.own_addresses) < MAX_OWN_ADDRESSES:
+            self.factory.own_addresses.add(found[0])
+        return found
 
     def end_lost(self, transport: object) -> None:
         """One of the two ends is gone."""
@@ -231,6 +265,9 @@ class ProxyServer(Protocol):
         first, self._parser = bytes(self._parser.received), None
         factory = self.factory
         self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipe)
+        if self.lead:  # which is not the visitor's, and so not counted
+            self.relay.count(self.transport, -len(self.lead))
+            first = self.lead + first
         self.relay.start(first, sent_ahead)
 
     def target_failed(self, route: Route, failure: Failure) -> None:
@@ -264,9 +301,9 @@ class ProxyServer(Protocol):
         self._leave_hellos()
         factory = self.factory
         self._route = factory.routing.route(verdict)
-        self._record = factory.decided(self.transport, self._route, verdict)
+        self._record = factory.decided(self, self._route, verdict)
         self._connecting = True
-        if self._route is factory.routing.acme:
+        if self._route is not factory.routing.fallback:
             factory.validations.enter(self)
         if factory.has_room(self._route):
             self.connect_target()
@@ -314,6 +351,8 @@ class ProxyServerFactory(ServerFactory):
     @ivar validations: those under way.
     @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: reports resets on connections that are not being read.
+    @ivar own_addresses: of this host, as far as they are known: what comes from one of them may be
+        a connection to a target that has come back.
     """
 
     noisy = False
@@ -329,6 +368,7 @@ class ProxyServerFactory(ServerFactory):
         idle_timeout: float = 0.0,
         log_visitors: bool = False,
         statistics: Statistics | None = None,
+        protocol: Callable[[], ProxyServer] = ProxyServer,
     ) -> None:
         """
         @param targets: how to connect each route's target.
@@ -338,7 +378,9 @@ class ProxyServerFactory(ServerFactory):
         @param log_visitors: log a line for each visitor, at C{debug}. An event that no observer
             takes would cost more time than the parser and the choice of the route together.
         @param statistics: to count in, where several factories have one of the same routing.
+        @param protocol: makes what takes a visitor.
         """
+        self.new_server = protocol
         self.routing = routing
         self.live = LiveConnections()
         self.hellos: DeadlineQueue[ProxyServer] = DeadlineQueue(clock, hello_timeout, self._expire)
@@ -346,13 +388,11 @@ class ProxyServerFactory(ServerFactory):
         self.waiting: dict[ProxyServer, None] = {}
         self._most_visitors: float = math.inf
         self._full_reported = False
-        self._own_addresses: frozenset[str] = frozenset()
+        self.own_addresses: set[str] = set()
         self._loop_reported = False
         self.pipe = SharedPipe()
         self.statistics = statistics if statistics is not None else statistics_for(routing)
-        self.validations = Validations(
-            clock, routing.acme.target, self.statistics.validation_cut_short
-        )
+        self.validations = Validations(clock, self.statistics.validation_cut_short)
         self.log_visitors = log_visitors
         self.hangups: IHangupWatch = NoHangupWatch()
         self._targets = targets
@@ -374,16 +414,16 @@ class ProxyServerFactory(ServerFactory):
         """
         self.hangups = hangups
         self._most_visitors = limits.visitors
-        self._own_addresses = _own_addresses()
+        self.own_addresses = _own_addresses()
         self.live.bound(limits.connections, full, room)
         if self._idle_timeout:
             self._looking.start(self._idle_timeout / IDLE_LOOKS, now=False)
 
     def buildProtocol(self, addr: Any) -> ProxyServer | None:  # type: ignore[override]
-        server = ProxyServer()
+        server = self.new_server()
         server.factory = self
         host = addr.host.removeprefix("::ffff:") if addr is not None else ""
-        if host in self._own_addresses or host.startswith("127."):
+        if host in self.own_addresses or host.startswith("127."):
             dials = (each.dialled() for each in self.live)
             server.may_be = [dial for dial in dials if dial and dial[0] == (host, addr.port)]
         return server
@@ -406,7 +446,7 @@ class ProxyServerFactory(ServerFactory):
 
     def has_room(self, route: Route) -> bool:
         """Whether the connection that was counted last may have its target now."""
-        if route is self.routing.acme:
+        if route is not self.routing.fallback:
             return True
         return self.statistics.fallback.live - len(self.waiting) <= self._most_visitors
 
@@ -462,10 +502,10 @@ class ProxyServerFactory(ServerFactory):
         reason = f"no whole ClientHello within {self.hellos.seconds:g} s"
         server.give_up(reason, NO_HELLO_IN_TIME)
 
-    def decided(self, transport: Any, route: Route, verdict: Verdict) -> ConnectionRecord:
+    def decided(self, server: ProxyServer, route: Route, verdict: Verdict) -> ConnectionRecord:
         """The visitor takes C{route}: count it, and log a line if it is an ACME validation."""
-        if route is self.routing.acme:
-            peer, name = _show(transport.getPeer()), getattr(verdict, "server_name", None)
+        if route is not self.routing.fallback:
+            peer, name = shown(end_of(server.visitor)), getattr(verdict, "server_name", None)
             self._log.info(
                 "Routed {peer} to {route} target {target}, server name {server_name}",
                 peer=peer,
@@ -473,11 +513,11 @@ class ProxyServerFactory(ServerFactory):
                 target=route.target,
                 server_name=name,
             )
-            return self.statistics.validation(peer, name)
+            return self.statistics.validation(route, peer, name)
         if self.log_visitors:
             self._log.debug(
                 "Routed {peer} to {route} target {target}: {why}",
-                peer=_show(transport.getPeer()),
+                peer=shown(end_of(server.visitor)),
                 route=route.name,
                 target=route.target,
                 why=getattr(verdict, "reason", "no ACME validation"),

@@ -101,7 +101,7 @@ class Relay:
 
     def start(self, first: bytes, sent_ahead: int = 0) -> None:
         front, back = self._front, self._back
-        self._from_front = len(first)
+        self._from_front += len(first)
         self._take_over()
         front.resumeProducing()
         rest = first[sent_ahead:]

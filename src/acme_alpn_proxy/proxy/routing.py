@@ -1,12 +1,13 @@
 """Which target a connection goes to. Pure: no I/O, no clock.
 
-A ClientHello whose ALPN list offers C{acme-tls/1} (RFC 8737 section 3) goes to the ACME client's
+A ClientHello whose ALPN list offers C{acme-tls/1} (RFC 8737 section 3) goes to an ACME client's
 responder. Every doubt is decided for the visitor: all else goes to the fallback.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from .clienthello import ClientHello, Verdict
@@ -29,13 +30,33 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The two routes and the choice between them."""
+    """The routes and the choice between them.
+
+    @ivar acme: for validations of all names but those in C{named}.
+    @ivar named: for validations of certain names. A key is a DNS name in lower case without a last
+        dot, or C{*.} and such a name for all names below it.
+    """
 
     acme: Route
     fallback: Route
+    named: Mapping[str, Route] = field(default_factory=dict)
 
     def route(self, verdict: Verdict) -> Route:
         """The route for a connection that began with what C{verdict} says."""
         if isinstance(verdict, ClientHello) and ACME_TLS_1 in verdict.alpn:
-            return self.acme
+            return self.route_for(verdict.server_name) if self.named else self.acme
         return self.fallback
+
+    def route_for(self, server_name: str | None) -> Route:
+        """The route for a validation of this name: the one with the most specific key.
+
+        Names are compared as DNS does: without regard to case (RFC 4343), and a wildcard covers
+        every depth (RFC 4592 section 2.2.1). A validation of an IP address has the address's
+        reverse name as its server name (RFC 8738 section 6).
+        """
+        name = (server_name or "").removesuffix(".").lower()
+        route = self.named.get(name)
+        while route is None and name:
+            _, _, name = name.partition(".")
+            route = self.named.get(f"*.{name}")
+        return route or self.acme

@@ -13,7 +13,7 @@ from typing import Final
 
 from ..monitoring.status import ProxyStatus, RouteStatus, State, ValidationStatus
 from .clienthello import NotClientHello, Verdict
-from .routing import Routing
+from .routing import Route, Routing
 
 NO_ACME_ALPN: Final = "no_acme_alpn"
 
@@ -104,6 +104,7 @@ class Statistics:
     @ivar doubts: the values of L{NotClientHello.kind} that there may be.
     @ivar reasons: how many connections took the fallback, and why: C{no_acme_alpn}, or one of the
         doubts.
+    @ivar named: the numbers of validations that have a target of their own, by name.
     @ivar validations: the last L{REMEMBERED}, the newest at the end.
     """
 
@@ -113,6 +114,7 @@ class Statistics:
     state: State = "starting"
     since: float = field(init=False)
     reasons: dict[str, int] = field(init=False)
+    named: dict[str, RouteCount] = field(init=False)
     validations: deque[Validation] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def __post_init__(self) -> None:
@@ -120,6 +122,9 @@ class Statistics:
         self.reasons = dict.fromkeys((NO_ACME_ALPN, *self.doubts), 0)
         self.acme = RouteCount(self.routing.acme.target)
         self.fallback = RouteCount(self.routing.fallback.target)
+        self.named = {name: RouteCount(route.target) for name, route in self.routing.named.items()}
+        self._of_acme = {route: self.named[name] for name, route in self.routing.named.items()}
+        self._of_acme[self.routing.acme] = self.acme
         self.cut_short = 0
         self._to_fallback = ConnectionRecord(self.fallback)
 
@@ -132,13 +137,14 @@ class Statistics:
         """The proxy's state changes to C{state}."""
         self.state, self.since = state, self.clock()
 
-    def validation(self, peer: str, server_name: str | None) -> ConnectionRecord:
-        """A connection goes to the ACME client."""
+    def validation(self, route: Route, peer: str, server_name: str | None) -> ConnectionRecord:
+        """A connection goes to an ACME client."""
         validation = Validation(peer, server_name, self.clock())
         self.validations.append(validation)
-        self.acme.live += 1
-        self.acme.total += 1
-        return ConnectionRecord(self.acme, validation)
+        count = self._of_acme[route]
+        count.live += 1
+        count.total += 1
+        return ConnectionRecord(count, validation)
 
     def told(self, record: ConnectionRecord, answer: str) -> None:
         """What came of a validation, in words."""
@@ -186,6 +192,7 @@ class Statistics:
             "undecided": undecided,
             "routes": {
                 "acme": {**self.acme.status(), "cut_short": self.cut_short},
+                "acme_for": {name: count.status() for name, count in self.named.items()},
                 "fallback": {**self.fallback.status(), "reasons": dict(self.reasons)},
             },
             "last_validation": None if last is None else last.status(),

@@ -31,7 +31,13 @@ _NETWORK: Final = 8
 class Validation(Protocol):
     """A connection that goes to the ACME client."""
 
-    transport: Any
+    @property
+    def visitor(self) -> Any:
+        """The address that it comes from, as Twisted has it."""
+
+    @property
+    def target(self) -> str:
+        """The ACME client's address, for the log."""
 
     def abort(self) -> None:
         """End at once, by a reset on both sides."""
@@ -42,12 +48,10 @@ class Validations:
 
     _log = Logger()
 
-    def __init__(self, clock: IReactorTime, target: str, cut_short: Callable[[], None]) -> None:
+    def __init__(self, clock: IReactorTime, cut_short: Callable[[], None]) -> None:
         """
-        @param target: the ACME client's address, for the log.
         @param cut_short: called for each validation that is reset here.
         """
-        self._target = target
         self._cut_short = cut_short
         self._origins: dict[Validation, bytes] = {}
         self._due: DeadlineQueue[Validation] = DeadlineQueue(
@@ -61,9 +65,10 @@ class Validations:
     def enter(self, connection: Validation) -> None:
         """C{connection} is one. If there are too many now, another one ends."""
         if len(self._origins) >= MAX_VALIDATIONS:
-            self._report_crowd()
-            self._reset(self._most_expendable())
-        self._origins[connection] = _origin(connection.transport.getPeer().host)
+            expendable = self._most_expendable()
+            self._report_crowd(expendable)
+            self._reset(expendable)
+        self._origins[connection] = _origin(connection.visitor.host)
         self._due.add(connection)
 
     def leave(self, connection: Validation) -> None:
@@ -87,11 +92,11 @@ class Validations:
             "A validation has not ended within {seconds:g} s, and is reset. Does the ACME client"
             " answer at {target}?",
             seconds=VALIDATION_DEADLINE,
-            target=self._target,
+            target=connection.target,
         )
         self._reset(connection)
 
-    def _report_crowd(self) -> None:
+    def _report_crowd(self, expendable: Validation) -> None:
         """One line until all have ended: a stranger could fill the log."""
         if not self._reported:
             self._reported = True
@@ -99,7 +104,7 @@ class Validations:
                 "{count} validations are under way: for each new one an old one is reset. Does the"
                 " ACME client answer at {target}?",
                 count=MAX_VALIDATIONS,
-                target=self._target,
+                target=expendable.target,
             )
 
     def _reset(self, connection: Validation) -> None:
@@ -110,4 +115,4 @@ class Validations:
 
 def _origin(host: str) -> bytes:
     """Whose address it is: an IPv4 address, or the network of an IPv6 one."""
-    return ip_address(host.removeprefix("::ffff:")).packed[:_NETWORK]
+    return ip_address(host.removeprefix("::ffff:") if "." in host else host).packed[:_NETWORK]

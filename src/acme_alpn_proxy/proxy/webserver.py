@@ -5,12 +5,18 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from typing import Final
 
 from twisted.logger import Logger
 
 from ..addresses import HTTPS, Address
-from ..errors import StartError
+from ..errors import StartError, refused_by_system
+from ..host.routes import own_addresses
 from ..host.tcpsockets import listeners
+
+OWN_ANSWER: Final = 1.0
+"""Seconds for one of this host's own addresses to answer; it takes less than a millisecond, unless
+the firewall drops it."""
 
 _log = Logger()
 
@@ -18,8 +24,11 @@ _log = Logger()
 def require_web_server(fallback: Address, seconds: float) -> None:
     """Connect to the fallback, and say what visitors should know. Blocks; raises L{StartError}.
 
-    @param seconds: for each address of a host name to answer.
+    @param seconds: for each address to answer.
     """
+    if fallback.is_original:
+        _require_a_site()
+        return
     try:
         _connect(fallback, seconds)
     except OSError as problem:
@@ -35,6 +44,44 @@ def require_web_server(fallback: Address, seconds: float) -> None:
             os.EX_CONFIG,
         ) from None
     _warn_of_several_sites(fallback)
+
+
+def _require_a_site() -> None:
+    served, others = sites()
+    if not served:
+        raise StartError(
+            "nobody answers on port 443 at any address of this host, where visitors would be sent;"
+            " start the web server, or name its address with --fallback",
+            os.EX_CONFIG,
+        )
+    if others:
+        _log.info(
+            "Port 443 is not served at {hosts}: while new connections are steered, who dials it"
+            " there is reset",
+            hosts=", ".join(others),
+        )
+
+
+def sites() -> tuple[list[str], list[str]]:
+    """The addresses of this host at which somebody answers on port 443, and those at which nobody
+    does. Those that only this host or its links can dial are left out. Blocks; raises
+    L{StartError}.
+    """
+    try:
+        own = own_addresses()
+    except OSError as problem:
+        raise refused_by_system(problem) from None
+    served, others = [], []
+    for address in sorted(own, key=lambda each: (each.version, each)):
+        if not address.is_loopback and not address.is_link_local:
+            host = str(address)
+            try:  # as the proxy does: from the same address
+                socket.create_connection((host, HTTPS), OWN_ANSWER, (host, 0)).close()
+            except OSError:
+                others.append(host)
+            else:
+                served.append(host)
+    return served, others
 
 
 def _connect(target: Address, seconds: float) -> None:
@@ -61,7 +108,8 @@ def _warn_of_several_sites(fallback: Address) -> None:
         if len(found) > 1:
             _log.warn(
                 "Port 443 is served at several addresses ({hosts}): while new connections are"
-                " steered, the visitors of all of them get what answers at {fallback}",
+                " steered, the visitors of all of them get what answers at {fallback}. With"
+                " --fallback original each site gets its own",
                 hosts=", ".join(found),
                 fallback=fallback.text,
             )

@@ -62,8 +62,8 @@ _PASS: Final = 1
 
 
 def _skip_own(program: Assembler, addresses: int) -> None:
-    """To C{pass} with what this host sends itself: it goes to a loopback address, or it comes from
-    one of the host's own addresses.
+    """To C{pass} with what this host sends itself: it goes to a loopback address, it comes from one
+    of the host's own addresses, or from the very address that it goes to.
 
     Such a connection is the proxy's to a target, or another program's here; none is a visitor's.
     Its interface (Linux 5.17) does not tell: that is lo only for loopback addresses.
@@ -74,6 +74,7 @@ def _skip_own(program: Assembler, addresses: int) -> None:
         program.load_word(2, 6, word)
         program.and_number(2, 0xFF)  # its first byte in network order
         program.jump_if_number(2, 127, "pass")
+    _skip_if_same(program, _LOCAL_IP4, _REMOTE_IP4, 1)
     program.store_number(10, -16, 0)  # the key: ::ffff:a.b.c.d
     program.store_number(10, -12, 0)
     program.store_number(10, -8, socket.htonl(0xFFFF) - (1 << 32))
@@ -86,6 +87,7 @@ def _skip_own(program: Assembler, addresses: int) -> None:
         program.jump_unless_number(2, value, "no loopback")
     program.jump("pass")
     program.label("no loopback")
+    _skip_if_same(program, _LOCAL_IP6, _REMOTE_IP6, 4)
     for word in range(0, 16, 4):
         program.load_word(2, 6, _REMOTE_IP6 + word)
         program.store_word(10, word - 16, 2)
@@ -95,6 +97,18 @@ def _skip_own(program: Assembler, addresses: int) -> None:
     program.add_number(2, -16)  # r2 = address of the key
     program.call(_MAP_LOOKUP)  # r0 = whether it is an address of this host
     program.jump_unless_number(0, 0, "pass")
+
+
+def _skip_if_same(program: Assembler, one: int, other: int, words: int) -> None:
+    """To C{pass} if so many words of the lookup are the same in both places. A local route may make
+    a whole network this host's, of which no map has the addresses."""
+    behind = f"differ at {one}"
+    for word in range(0, 4 * words, 4):
+        program.load_word(2, 6, one + word)
+        program.load_word(3, 6, other + word)
+        program.jump_unless_equal(2, 3, behind)
+    program.jump("pass")
+    program.label(behind)
 
 
 def steering_program(sockets: int, addresses: int) -> bytes:

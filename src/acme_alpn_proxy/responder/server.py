@@ -19,7 +19,7 @@ from zope.interface import implementer
 from ..interfaces import ITarget, Reactor
 from ..proxy.clienthello import ClientHello, ClientHelloParser
 from ..proxy.identifiers import identifier_asked_for
-from ..transports.sockets import TargetFactory
+from ..transports.sockets import Arrival, TargetFactory
 from .pending import Authorization, Pending
 
 if TYPE_CHECKING:
@@ -52,7 +52,14 @@ class _OrRefuse(TargetFactory):
         return self._factory.buildProtocol(cast(IAddress, addr))
 
     def clientConnectionFailed(self, connector: object, reason: Failure) -> None:
+        self._factory.lead_with(b"")
         self._responder.refuse(self._factory)
+
+    def arrival(self) -> Arrival:
+        return self._factory.arrival()
+
+    def lead_with(self, header: bytes) -> None:
+        self._factory.lead_with(header)
 
 
 @implementer(ITarget)

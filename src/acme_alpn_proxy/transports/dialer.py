@@ -36,6 +36,9 @@ _SOURCE_SECONDS: Final = 60.0
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
 """ip(7), Linux 4.2."""
 
+_IP_FREEBIND: Final = 15
+"""ip(7): bind to an address that no interface has."""
+
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -161,6 +164,18 @@ class Dialer:
         connection = Connection(self.poller, sock, self._address, protocol)
         connection.begin(read=False)
         return connection
+
+
+class BoundDialer(Dialer):
+    """Connects to an address of this host, from that same address."""
+
+    def _socket(self) -> SocketType:
+        sock = super()._socket()
+        # An IPv6 address that only a local route makes this host's is on no interface.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((self._address[0], 0, *self._address[2:]))
+        return sock
 
 
 @implementer(IConnector)

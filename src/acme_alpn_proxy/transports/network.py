@@ -19,9 +19,11 @@ from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from ..addresses import Address
+from ..addresses import HTTPS, Address
 from ..interfaces import INetwork, ITarget, Reactor
+from ..options import PORT
 from .deadlines import DeadlineQueue, Unanswered
+from .original import DialledTarget, OriginalTarget
 from .sockets import TargetFactory
 
 
@@ -85,7 +87,19 @@ class TwistedNetwork:
             self._reactor.adoptStreamConnection(visitor.fileno(), visitor.family, factory)
 
     def target(self, address: Address, timeout: float) -> ITarget:
+        if address.is_original:
+            return OriginalTarget(self._dialled_target(timeout), PORT, HTTPS)
         return EndpointTarget(address.endpoint(self._reactor, timeout), timeout, self._reactor)
+
+    def _dialled_target(self, timeout: float) -> DialledTarget:
+        from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
+
+        def at(host: str, port: int) -> ITarget:
+            kind = TCP6ClientEndpoint if ":" in host else TCP4ClientEndpoint
+            endpoint = kind(self._reactor, host, port, timeout, bindAddress=(host, 0))
+            return EndpointTarget(endpoint, timeout, self._reactor)
+
+        return at
 
     def close(self) -> None:
         """There is nothing to be closed."""
@@ -119,9 +133,26 @@ class LeanNetwork(TwistedNetwork):
         where = address.socket_address()
         if where is None:
             return super().target(address, timeout)
+        return self._dialer.Dialer(
+            self._poller, self._retries, self._new_deadlines(timeout), *where
+        )
+
+    def _dialled_target(self, timeout: float) -> DialledTarget:
+        deadlines = self._new_deadlines(timeout)
+
+        def at(host: str, port: int) -> ITarget:
+            where: Any = Address("", host, port).socket_address()
+            target: ITarget = self._dialer.BoundDialer(
+                self._poller, self._retries, deadlines, *where
+            )
+            return target
+
+        return at
+
+    def _new_deadlines(self, timeout: float) -> DeadlineQueue[Any]:
         deadlines = DeadlineQueue(self._reactor, timeout, self._dialer.Connector.expire)
         self._deadlines.append(deadlines)
-        return self._dialer.Dialer(self._poller, self._retries, deadlines, *where)
+        return deadlines
 
     def close(self) -> None:
         for deadlines in self._deadlines:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
+from dataclasses import dataclass
 from ipaddress import ip_address
 from socket import SocketType
 from typing import Any, Final
@@ -75,6 +75,23 @@ def tune_transport(transport: Any, *, is_target: bool = False) -> None:
             bound_receive_buffer(handle, is_near=is_near(transport.getPeer().host))
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How a visitor has come. Addresses are numeric, each with its port.
+
+    @ivar visitor: where it comes from.
+    @ivar dialled: the address that it dialled.
+    @ivar here: the address of this host to which its connection came. It differs from C{dialled}
+        where a load balancer has said what that was.
+    @ivar header: what the load balancer has said, as it came (PROXY protocol); empty without one.
+    """
+
+    visitor: tuple[str, int]
+    dialled: tuple[str, int]
+    here: tuple[str, int]
+    header: bytes = b""
+
+
 class TargetFactory(ClientFactory):
     """Makes the protocol of one connection to a target.
 
@@ -88,16 +105,26 @@ class TargetFactory(ClientFactory):
     def tell(self, answer: str) -> None:
         """What came of a validation, in words, from a target that knows."""
 
+    def arrival(self) -> Arrival:
+        """How the visitor has come for whom the target is connected. Takes system calls."""
+        raise NotImplementedError
+
+    def lead_with(self, header: bytes) -> None:
+        """The target is sent C{header} before the visitor's bytes."""
+        raise NotImplementedError
+
 
 def original_destination(descriptor: int, host: str) -> tuple[str, int] | None:
     """What a connection that connection tracking translated was dialled to (SO_ORIGINAL_DST)."""
     is_v6 = ":" in host and not host.startswith("::ffff:")
     level, size = (socket.IPPROTO_IPV6, 28) if is_v6 else (socket.IPPROTO_IP, 16)
-    with socket.socket(fileno=os.dup(descriptor)) as same:
-        try:
-            told = same.getsockopt(level, _SO_ORIGINAL_DST, size)
-        except OSError:
-            return None
+    same = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)
+    try:
+        told = same.getsockopt(level, _SO_ORIGINAL_DST, size)
+    except OSError:
+        return None
+    finally:
+        same.detach()
     port = int.from_bytes(told[2:4], "big")
     if is_v6:
         return socket.inet_ntop(socket.AF_INET6, told[8:24]), port

@@ -24,6 +24,7 @@ from acme_alpn_proxy.monitoring.status import (
 from ...monitoring.descriptions import describe
 
 RIGHT = {"version": VERSION, "program": __version__, "pid": 7, "holders": 1, **describe()}
+ROUTES = describe()["routes"]
 _ESCAPES = {"peer": "\x1b[2J", "server_name": "\ud800", "at": 1e300, "result": "\n"}
 
 SEEDS = [
@@ -35,6 +36,7 @@ SEEDS = [
     json.dumps({**RIGHT, "routes": {"acme": {}, "fallback": []}}).encode() + b"\n",
     json.dumps({**RIGHT, "options": {"--linger": "nan", "--drain-timeout": "1e999"}}).encode(),
     json.dumps({**RIGHT, "validations": [{"peer": "\x1b[2J"}, {}, None]}).encode() + b"\n",
+    json.dumps({**RIGHT, "routes": {**ROUTES, "acme_for": {"\x1b[2J": ROUTES["acme"]}}}).encode(),
     b"[" * 3_000 + b"\n",
     b"OK\nOK\n",
     b"\nERR 75 no\n",

@@ -1,0 +1,198 @@
+"""Connections that come by a load balancer, which says who the visitor is (PROXY protocol).
+
+Only the networks that the operator names may say so: anybody could claim any address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Any, Final, TypeAlias
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import Logger
+from twisted.protocols.haproxy import proxyEndpoint
+from zope.interface import implementer
+
+from ..host.tcpsockets import shown
+from ..transports.sockets import Arrival
+from .clienthello import NeedMore
+from .header import BadHeader, size_of
+from .protocols import ProxyServer, end_of
+
+Network: TypeAlias = IPv4Network | IPv6Network
+
+_IP: Final = (IPv4Address, IPv6Address)
+
+_NONSENSE: Final = "its fields make no sense"
+
+
+class Balancers:
+    """The networks whose connections begin with a header."""
+
+    _log = Logger()
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = networks
+        self._reported = False
+
+    def new_server(self) -> ProxyServer:
+        """What takes a connection, from wherever it comes."""
+        return BalancedServer(self)
+
+    def __contains__(self, host: str) -> bool:
+        address = ip_address(host.partition("%")[0])
+        return any(address in network for network in self._networks)
+
+    def report(self, balancer: tuple[str, int], why: str) -> None:
+        """A connection is refused. The first one is logged."""
+        if not self._reported:
+            self._reported = True
+            self._log.warn(
+                "A connection from {balancer} did not begin with a header of the PROXY protocol,"
+                " and is reset: {why}. Have the load balancer send one (HAProxy: send-proxy-v2), or"
+                " leave its address out of --proxy-protocol-from. Further ones are not logged",
+                balancer=shown(balancer),
+                why=why,
+            )
+
+
+class BalancedServer(ProxyServer):
+    """A visitor's connection. If it comes by a load balancer, its header is read first.
+
+    The deadline for the hello is the one for the header, too. Whatever is wrong with the header,
+    the connection is reset: who the visitor is must not be guessed (section 2 of the protocol).
+    """
+
+    _arrival: Arrival | None = None
+    _visitor: Any = None
+    _awaited: bytes | None = None
+
+    def __init__(self, balancers: Balancers) -> None:
+        self._balancers = balancers
+
+    @property
+    def visitor(self) -> Any:
+        return self._visitor or super().visitor
+
+    def arrival(self) -> Arrival:
+        return self._arrival or super().arrival()
+
+    def connectionMade(self) -> None:
+        if end_of(self.transport.getPeer())[0] in self._balancers:
+            self._awaited = b""
+        super().connectionMade()
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._awaited is None:
+            super().dataReceived(data)
+            return
+        self._awaited += data
+        try:
+            size = size_of(self._awaited)
+            if isinstance(size, NeedMore):
+                return
+            header, rest = self._awaited[:size], self._awaited[size:]
+            self._announce(header)
+        except BadHeader as problem:
+            self._refuse(str(problem))
+            return
+        self._awaited = None
+        if rest:
+            super().dataReceived(rest)
+
+    def readConnectionLost(self) -> None:
+        if self._awaited is None:
+            super().readConnectionLost()
+        elif self._awaited:
+            self._refuse("it ended before the header did")
+        else:  # as load balancers do to see whether somebody listens
+            self.transport.loseConnection()
+
+    def give_up(self, reason: str, kind: str) -> None:
+        if self._awaited is None:
+            super().give_up(reason, kind)
+        else:
+            self._refuse("it did not come in time")
+
+    def _announce(self, header: bytes) -> None:
+        visitor, dialled = addresses_in(header)
+        here = self._here()
+        if visitor is None or dialled is None:  # the load balancer's own connection
+            self._arrival = Arrival(end_of(self.transport.getPeer()), here, here, header)
+        else:
+            self._visitor = visitor
+            self._arrival = Arrival(end_of(visitor), end_of(dialled), here, header)
+
+    def _refuse(self, why: str) -> None:
+        self._balancers.report(end_of(self.transport.getPeer()), why)
+        self.transport.abortConnection()
+
+
+# Twisted's parser is reached by the one public way there is: an endpoint whose factory reads the
+# header and then says by getPeer() and getHost() what that said. It refuses a header whose first
+# 16 bytes come in two pieces, and does not tell when a header has ended with nothing behind it; so
+# it is given whole headers. It also refuses UNKNOWN without more words, which HAProxy sends.
+
+
+@implementer(IStreamServerEndpoint)
+class _Nowhere:
+    """An endpoint that keeps the factory that is to listen."""
+
+    factory: Any
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[Any]:
+        self.factory = protocolFactory
+        return succeed(None)
+
+
+class _Header:
+    """The transport of a connection that is nothing but a header."""
+
+    def getPeer(self) -> None:
+        """Asked if the header names nobody."""
+
+    def getHost(self) -> None:
+        """Likewise."""
+
+    def loseConnection(self) -> None:
+        raise BadHeader(_NONSENSE)
+
+
+def _unmapped(host: str) -> Any:
+    """An address; an IPv4 one that is mapped to IPv6 (RFC 4291 section 2.5.5.2) as IPv4."""
+    address = ip_address(host)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def addresses_in(header: bytes) -> tuple[Any, Any]:
+    """The visitor's address, and the one that it dialled, as Twisted has them.
+
+    @return: L{None} for both if the header names nobody: the connection is the load balancer's
+        own, or not by IP.
+    @param header: a whole one, and nothing more. Raises L{BadHeader}.
+    """
+    if header.split()[1:2] == [b"UNKNOWN"]:
+        return None, None
+    nowhere = _Nowhere()
+    proxyEndpoint(nowhere).listen(Factory.forProtocol(Protocol))
+    reader = nowhere.factory.buildProtocol(None)
+    reader.makeConnection(_Header())
+    try:
+        reader.dataReceived(header)
+        told = reader.getPeer(), reader.getHost()
+        if not all(isinstance(each, _IP) for each in told):
+            return None, None
+        source, destination = (_unmapped(each.host) for each in told)
+    except BadHeader:
+        raise
+    except ValueError as problem:  # no address, no number, not ASCII
+        raise BadHeader(_NONSENSE) from problem
+    ports = [each.port for each in told]
+    if source.version != destination.version or not all(0 <= port < 65_536 for port in ports):
+        raise BadHeader(_NONSENSE)
+    kind = IPv6Address if source.version == 6 else IPv4Address
+    return kind("TCP", str(source), ports[0]), kind("TCP", str(destination), ports[1])
