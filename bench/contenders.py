@@ -22,6 +22,7 @@ INSTALLED = UNPACKED / "program/bin"
 """The program as its users have it: in an environment with what it needs at run time alone."""
 OURS = "acme-alpn-proxy"
 STEERED = f"{OURS}, steered"
+UNSEEN = f"{OURS}, --visitor-address off"
 HAPROXY = "HAProxy"
 SPLICING = "HAProxy, splice-auto"
 
@@ -87,6 +88,7 @@ class Ours:
     ours = True
     most_open = _MOST_CONNECTIONS
     redirect = "none"
+    visitor_address = "require"
 
     def version(self) -> str:
         """See L{Contender}."""
@@ -120,6 +122,7 @@ class Ours:
             "alpn": f"127.0.0.1:{place.acme_port}",
             "fallback": f"127.0.0.1:{place.web_port}",
             "redirect": self.redirect,
+            "visitor-address": self.visitor_address,
             "hello-timeout": _HELLO_SECONDS,
             "linger": 0,
             "drain-timeout": 2,
@@ -136,6 +139,13 @@ class OursSteered(Ours):
     def port(self, place: Place) -> int:
         """See L{Contender}."""
         return 443
+
+
+class OursUnseen(Ours):
+    """The same, but the web server sees all visitors come from 127.0.0.1."""
+
+    name = UNSEEN
+    visitor_address = "off"
 
 
 class HAProxy:
@@ -277,6 +287,7 @@ protocols: (
 CONTENDERS: tuple[Contender, ...] = (
     Direct(),
     Ours(),
+    OursUnseen(),
     HAProxy(),
     HAProxySplicing(),
     NginxStream(),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from .contenders import Contender, OursSteered
+from .contenders import Contender, OursSteered, OursUnseen
 from .stand import Stand
 
 AT_ONCE = 16
@@ -135,7 +135,7 @@ def _everybody(contender: Contender) -> bool:
 
 
 def _dialled(contender: Contender) -> bool:
-    return not isinstance(contender, OursSteered)
+    return not isinstance(contender, OursSteered | OursUnseen)
 
 
 def _can_hold_many(contender: Contender) -> bool:

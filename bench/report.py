@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from .contenders import HAPROXY, OURS, SPLICING, STEERED
+from .contenders import HAPROXY, OURS, SPLICING, STEERED, UNSEEN
 from .measures import GROWTH, MANY
 
 Run = dict[str, Any]
@@ -122,6 +122,8 @@ def _bytes_targets() -> Iterable[Target]:
 TARGETS = (
     Target("CPU for a TCP connection, to HAProxy's", 1.5, TCP, (TCP, HAPROXY)),
     Target("CPU for a TLS connection, to HAProxy's", 1.3, TLS, (TLS, HAPROXY)),
+    Target("CPU for a TCP connection, to that with --visitor-address off", 1.1, TCP, (TCP, UNSEEN)),
+    Target("CPU for a TLS connection, to that with --visitor-address off", 1.1, TLS, (TLS, UNSEEN)),
     *_bytes_targets(),
     Target("p50 latency, to HAProxy's", 1.25, LATENCY, (LATENCY, HAPROXY)),
     Target(f"KiB for each of {MANY:,} idle pairs", 2.5, IDLE_EACH),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from twisted.application.service import IService, Service
@@ -14,6 +14,7 @@ from zope.interface import implementer
 
 from .errors import StartError, VisitorsLost
 from .host.pidfile import NoPIDFile
+from .host.privileges import TO_STEER
 from .interfaces import IPIDFile, ISteerable
 from .monitoring.status import ProxyStatus, State
 from .service import Companions, ProxyService
@@ -45,6 +46,11 @@ class OnDemandProxy(Service):
         self._state: State = "starting"
         self._since = time.time()
         self.on_loss: Callable[[VisitorsLost], None] = lambda problem: None
+
+    @property
+    def capabilities(self) -> Sequence[int]:
+        """See L{acme_alpn_proxy.program.Program.capabilities}."""
+        return TO_STEER
 
     def run_beside(self, service: IService) -> None:
         """Start C{service} with this one, and stop it when nothing can be asked any more."""

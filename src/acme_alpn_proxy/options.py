@@ -34,6 +34,9 @@ AUTO: Final = ("sk-lookup", "nftables", "iptables")
 
 REDIRECTS: Final = (*WAYS, "auto", "none")
 
+VISITOR_ADDRESS: Final = ("auto", "off", "require")
+"""Whether the web server sees the visitors' own addresses."""
+
 PIDFILE_VARIABLE: Final = "ACME_ALPN_PROXY_PIDFILE"
 RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
@@ -376,6 +379,18 @@ class ProxyOptions(usage.Options):
                 "WAYS",
             ),
             _ways,
+        ],
+        [
+            "visitor-address",
+            None,
+            "auto",
+            About(
+                "Whether the web server sees the visitors' own addresses: auto (where that works),"
+                " off (it sees an address of this host), or require (otherwise refuse to start)",
+                TARGETS,
+                "WHETHER",
+            ),
+            _choice("visitor-address", VISITOR_ADDRESS),
         ],
         [
             "hello-timeout",

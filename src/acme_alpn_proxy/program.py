@@ -6,7 +6,7 @@ An application with services of its own takes L{acme_alpn_proxy.service.ProxySer
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
@@ -58,6 +58,12 @@ class Program(MultiService):
     def when_started(self) -> Deferred[None]:
         """Fires when the proxy steers, or fails with L{StartError}."""
         return self._proxy.when_started()
+
+    @property
+    def capabilities(self) -> Sequence[int]:
+        """Capabilities that it still needs when its services have started, as numbers of
+        capabilities(7)."""
+        return self._proxy.capabilities
 
     def privilegedStartService(self) -> None:
         self._take_signals()

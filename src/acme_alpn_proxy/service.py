@@ -7,7 +7,7 @@ them working.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
 from twisted.application.service import IService, MultiService, Service
@@ -33,6 +33,7 @@ from .interfaces import INetwork, IPIDFile, IRedirect, ISteerable, Reactor
 from .monitoring.status import ProxyStatus
 from .proxy.listener import ListenerService, highest_limits
 from .proxy.protocols import ProxyServerFactory
+from .proxy.visitoraddress import HostAddress, IVisitorAddress
 from .redirects.lostvisitors import LostVisitorsWatch
 from .redirects.steering import RedirectService
 from .transports.hangup import hangup_watch
@@ -104,6 +105,7 @@ class ProxyService(MultiService):
         linger: float = 15.0,
         drain_timeout: float = 180.0,
         precheck: Callable[[], None] | None = None,
+        visitor_address: IVisitorAddress | None = None,
     ) -> None:
         """
         @param network: the kind of transports; Twisted's own by default.
@@ -115,6 +117,8 @@ class ProxyService(MultiService):
         @param drain_timeout: seconds to wait for live connections before they are reset.
         @param precheck: refuses to start by raising L{StartError}. It may block: when the reactor
             runs, it is called in a thread.
+        @param visitor_address: what makes the web server see the visitors' addresses; by default
+            it sees an address of this host.
         """
         super().__init__()
         self._reactor = reactor
@@ -132,6 +136,7 @@ class ProxyService(MultiService):
         self._max_connections = max_connections
         self._beside = Companions()
         self._precheck = precheck
+        self._visitor_address: IVisitorAddress = visitor_address or HostAddress()
         self.listener = ListenerService(reactor, factory, self._network, port, linger + 2)
         self.steering = RedirectService(
             reactor,
@@ -153,6 +158,11 @@ class ProxyService(MultiService):
         """Its numbers."""
         undecided = len(self._factory.hellos)
         return self._factory.statistics.status(str(self._redirect), undecided)
+
+    @property
+    def capabilities(self) -> Sequence[int]:
+        """See L{acme_alpn_proxy.program.Program.capabilities}."""
+        return self._visitor_address.capabilities
 
     def privilegedStartService(self) -> None:
         """Start, while the process still has its privileges; raises L{StartError}."""
@@ -218,11 +228,14 @@ class ProxyService(MultiService):
     def check(self) -> Generator[Deferred[Any], Any, None]:
         """Refuse now what a start can be known to fail of, by L{StartError}; changes nothing."""
         if self._precheck is not None:
-            if self._reactor.running:
-                yield deferToThread(self._precheck)
-            else:
-                self._precheck()
+            yield self._blocking(self._precheck)
         self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
+
+    def _blocking(self, call: Callable[[], None]) -> Deferred[None]:
+        """Make a call that blocks, in a thread if the reactor runs."""
+        if self._reactor.running:
+            return deferToThread(call)
+        return maybeDeferred(call)
 
     def _start(self) -> None:
         if self._starting is not None:
@@ -249,6 +262,7 @@ class ProxyService(MultiService):
         self._pidfile.claim()
         try:
             yield self.check()
+            yield self._visitor_address.open(self._blocking)
         except Exception:
             self._pidfile.release()
             raise
@@ -342,6 +356,7 @@ class ProxyService(MultiService):
     def _close(self) -> None:
         self._factory.close()
         self._network.close()
+        self._visitor_address.close()
 
     @inlineCallbacks
     def _linger_on(self) -> Generator[Deferred[Any], Any, None]:

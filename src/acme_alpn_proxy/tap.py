@@ -19,6 +19,7 @@ from .program import Program
 from .proxy.protocols import ProxyServer, ProxyServerFactory, statistics_for
 from .proxy.routing import Route, Routing
 from .proxy.targets import HeadedTarget
+from .proxy.visitoraddress import HostAddress, IVisitorAddress, VisitorAddress
 from .proxy.webserver import require_web_server
 from .redirects.choice import ChosenRedirect
 from .redirects.iptables import IptablesRedirect
@@ -28,7 +29,7 @@ from .redirects.sklookup import SkLookupRedirect
 from .responder.pending import Pending
 from .responder.server import Responder
 from .service import ProxyService
-from .transports.network import network_for
+from .transports.network import TwistedNetwork, network_for
 
 __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirect"]
 
@@ -101,9 +102,10 @@ class Parts:
         """A proxy; all that are made here count together."""
         options = self._options
         network = network_for(self._reactor)
+        visitor_address, web_server = self._web_server(network)
         visitors = factory(
             self._routing,
-            self._targets(network),
+            self._targets(network, web_server),
             self._reactor,
             hello_timeout=options["hello-timeout"],
             idle_timeout=options["idle-timeout"],
@@ -122,13 +124,14 @@ class Parts:
             linger=options["linger"],
             drain_timeout=options["drain-timeout"],
             precheck=partial(require_web_server, options["fallback"], options["connect-timeout"]),
+            visitor_address=visitor_address,
         )
 
-    def _targets(self, network: INetwork) -> dict[Route, ITarget]:
+    def _targets(self, network: INetwork, web_server: ITarget) -> dict[Route, ITarget]:
         routing, options = self._routing, self._options
         targets = {
             routing.acme: self._acme_target(network, options["alpn"]),
-            routing.fallback: self._target(network, "fallback", options["fallback"]),
+            routing.fallback: self._headed("fallback", web_server),
         }
         for name, address in options["alpn-for"].items():
             targets[routing.named[name]] = self._acme_target(network, address)
@@ -142,6 +145,9 @@ class Parts:
 
     def _target(self, network: INetwork, option: str, address: Address) -> ITarget:
         target = network.target(address, self._options["connect-timeout"])
+        return self._headed(option, target)
+
+    def _headed(self, option: str, target: ITarget) -> ITarget:
         version = self._options[f"{option}-proxy-protocol"]
         return target if version == "none" else HeadedTarget(target, version)
 
@@ -152,6 +158,22 @@ class Parts:
         from .proxy.balancer import Balancers  # which takes long to import
 
         return Balancers(networks).new_server
+
+    def _web_server(self, network: TwistedNetwork) -> tuple[IVisitorAddress, ITarget]:
+        """What makes the web server see the visitors' addresses, and the way to it."""
+        options = self._options
+        plain = network.target(options["fallback"], options["connect-timeout"])
+        if options["visitor-address"] == "off":
+            return HostAddress(), plain
+        how = VisitorAddress(
+            network,
+            plain,
+            options["fallback"],
+            self._statistics.visitor_seen,
+            required=options["visitor-address"] == "require",
+            ipv6=options["ipv6"],
+        )
+        return how, how.target
 
     def run_services(self, proxy: ProxyService | OnDemandProxy, leave: Callable[[], None]) -> None:
         """Have the services for C{--metrics} and C{--control} run beside C{proxy}, if these were

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE
@@ -129,6 +129,9 @@ class OtherUserTests(SynchronousTestCase):
             self.assertEqual(no.exception.status, os.EX_NOPERM)
 
 
+PROGRAM: Any = SimpleNamespace(capabilities=(13,))
+
+
 class BecomesOtherUserTests(SynchronousTestCase):
     """The service that gives up the privileges."""
 
@@ -139,12 +142,12 @@ class BecomesOtherUserTests(SynchronousTestCase):
         """What it does with these options, by the name of the function."""
         self.patch(daemon, "drop_privileges", lambda *ids: self.became.append(("drop", *ids)))
         self.patch(os, "setresgid", lambda *ids: self.became.append(("setresgid", *ids)))
-        daemon._OtherUser(uid, gid, ()).privilegedStartService()
+        daemon._OtherUser(PROGRAM, uid, gid).privilegedStartService()
         return self.became
 
     def test_user(self) -> None:
         """With C{--uid} all privileges are given up."""
-        self.assertEqual(self.start(1, 2), [("drop", 1, 2, ())])
+        self.assertEqual(self.start(1, 2), [("drop", 1, 2, (13,))])
 
     def test_root(self) -> None:
         """Root stays what it is, with the options that say so and without any."""
@@ -162,7 +165,7 @@ class BecomesOtherUserTests(SynchronousTestCase):
 
         self.patch(daemon, "drop_privileges", refuse)
         with self.assertRaisesRegex(StartError, "^may not become another user or group; run this"):
-            daemon._OtherUser(1, None, ()).privilegedStartService()
+            daemon._OtherUser(PROGRAM, 1, None).privilegedStartService()
 
 
 class StartedTests(SynchronousTestCase):

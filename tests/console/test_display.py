@@ -36,6 +36,7 @@ def test_table() -> None:
         "  acme      127.0.0.1:31443     1    1            0       0 B   0 B\n"
         "  fallback  127.0.0.1:443       0    1            0      10 B  20 B\n"
         "  to the fallback: 1 by TLS\n"
+        "  the web server saw: 1 from the visitor's address, 0 from one of this host\n"
         "  2 connections without a whole hello yet\n"
         "  last validation: 1970-01-01 01:16:40 CET from 192.0.2.7:50000 for site.example:"
         " under way\n"

@@ -30,6 +30,7 @@ from acme_alpn_proxy.firewall import xtables
 from acme_alpn_proxy.host.facts import pid_namespace
 from acme_alpn_proxy.interfaces import NOT_FOUND
 from acme_alpn_proxy.options import ConsoleOptions
+from acme_alpn_proxy.proxy.visitoraddress import no_way_back
 from acme_alpn_proxy.redirects.claim import claim_redirect
 
 from ..fake_iptables import FakeIptables
@@ -74,6 +75,8 @@ class CheckCase(SynchronousTestCase):
         self.patch(check, "has_ipv6", lambda: True)
         self.patch(check, "port_is_free", lambda port: True)
         self.patch(xtables, "may_administer_network", lambda: True)
+        self.patch(check, "may_have_way_back", lambda: None)
+        self.patch(check, "refuse_translation", lambda servers: None)
         self.refusals: dict[str, StartError] = {}
         self.alone: dict[str, bool] = {}
         self.patch(check, "make_way", self.make_way)
@@ -133,6 +136,40 @@ class CheckCase(SynchronousTestCase):
             self.assertNotEqual(finding.remedy, "")
 
 
+class VisitorAddressTests(CheckCase):
+    def test_seen(self) -> None:
+        """Where it is on loopback, the web server will see the visitors' own addresses."""
+        self.found("visitor address", Level.OK, "the web server sees the visitors' own$")
+
+    def test_off(self) -> None:
+        """Where it would see 127.0.0.1 that is a warning."""
+        options = ("--visitor-address", "off")
+        pattern = "off: the web server sees all visitors as 127.0.0.1; give 127.0.0.1 no privilege"
+        self.found("visitor address", Level.WARNING, pattern, *options)
+
+    def test_not_possible(self) -> None:
+        """So it is where that does not work; where it is required that failed."""
+        problem = no_way_back(FileNotFoundError(errno.ENOENT, "none"))
+
+        def refuse() -> None:
+            raise problem
+
+        self.patch(check, "may_have_way_back", refuse)
+        pattern = "as 127.0.0.1: there is no /dev/net/tun; load the module tun"
+        self.found("visitor address", Level.WARNING, pattern)
+        options = ("--visitor-address", "require")
+        self.found("visitor address", Level.FAILED, "there is no /dev/net/tun; load", *options)
+
+    def test_elsewhere(self) -> None:
+        """A web server on another address sees this host's, which is no privilege of visitors';
+        where more is required that failed."""
+        self.handshakes["192.0.2.1:443"] = None
+        options = ["--fallback", "192.0.2.1:443"]
+        self.found("visitor address", Level.OK, "the web server sees this host's$", *options)
+        options += ["--visitor-address", "require"]
+        self.found("visitor address", Level.FAILED, "no numeric loopback address", *options)
+
+
 class CheckTests(CheckCase):
     def test_all_is_well(self) -> None:
         """Each check has its verdict, and nothing was changed."""
@@ -147,6 +184,7 @@ class CheckTests(CheckCase):
                 "port",
                 "IPv6",
                 "fallback",
+                "visitor address",
                 "ACME target",
                 "sk-lookup",
                 "nftables",

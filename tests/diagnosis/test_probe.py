@@ -102,6 +102,14 @@ class VerdictTests(SynchronousTestCase):
         finding = self.verdict(VALIDATOR, Dial(SOURCE, ANSWER), seen=True)
         self.assertEqual(finding, Finding("probe validator IPv6", Level.OK))
 
+    def test_seen_by_the_web_server(self) -> None:
+        """What the web server saw of a visitor is told: its own address, or one of this host."""
+        for address, whose in ((SOURCE[0], "its own"), ("127.0.0.1", "an address of this host")):
+            call = Dial(SOURCE, SERVER_HELLO)
+            finding = judge(VISITOR, call, {SOURCE}, set(), "iptables", address)
+            self.assertIs(finding.level, Level.OK)
+            self.assertIn(f"the web server saw it as {address}, {whose}", finding.cause)
+
     def test_not_steered(self) -> None:
         """Who was answered, but not by the proxy, was not steered; the remedy is another way."""
         call = Dial(SOURCE, SERVER_HELLO)

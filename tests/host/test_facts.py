@@ -27,7 +27,7 @@ def route_v6(interface: str, destination: str, length: str, flags: str = UP) -> 
     nowhere = "0" * 32
     address = destination.ljust(32, "0")
     return (
-        f"{address} {length} {nowhere} 00 {nowhere} 00000400 00000001 00000000 0000{flags}"
+        f"{address} {length} {nowhere} 00 {nowhere} 00000400 00000001 00000000 {flags:>08}"
         f" {interface:>8}\n"
     )
 
@@ -103,6 +103,13 @@ class UnnumberedInterfacesTests(HostCase):
         self.write("net/ipv6_route", "".join(routes))
         self.write("net/if_inet6", "".join(addresses))
         return facts.unnumbered_interfaces(6, self.proc)
+
+    def test_ipv6_route_to_this_host(self) -> None:
+        """Nobody comes in by a route that leads to this host itself, such as those of a way back
+        for visitors' addresses (RTF_LOCAL)."""
+        home = route_v6("acme-alpn0", "", "00", "80200001")
+        self.assertEqual(self.ipv6([home], []), [])
+        self.assertEqual(self.ipv6([home, route_v6("bare0", "", "00")], []), ["bare0"])
 
     def test_ipv4_default_route(self) -> None:
         """Visitors come in where the default routes are; other interfaces are no matter."""

@@ -25,7 +25,8 @@ class Host:
     """A host with its web server, and a visitor one cable away.
 
     @ivar families: by which visitors come.
-    @ivar steered_from: the address that the web server sees if the proxy dials.
+    @ivar steered_from: the address that the web server sees if the proxy dials, and cannot do so
+        from the visitor's address.
     @ivar options: what C{start} needs here in any case.
     @ivar path: the PATH of the proxy, if not the usual one.
     """
@@ -57,7 +58,7 @@ class Host:
             ) as visit:
                 answer = visit.get()
             assert answer.body == PAGE
-            found.add(answer.seen_from == self.steered_from)
+            found.add(answer.steered or answer.seen_from == self.steered_from)
         (same,) = found
         return same
 

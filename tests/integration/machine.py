@@ -29,7 +29,7 @@ mount -t sysfs -o ro sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount -t tmpfs run run
 mount -t tmpfs dev dev
-mkdir dev/shm dev/pts
+mkdir dev/net dev/shm dev/pts
 while read -r name major minor; do mknod -m 666 "dev/$name" c "$major" "$minor"; done <<DEVICES
 null 1 3
 zero 1 5
@@ -37,6 +37,7 @@ full 1 7
 random 1 8
 urandom 1 9
 tty 5 0
+net/tun 10 200
 ptmx 5 2
 DEVICES
 # None of the host's services, nor what sets the kernel up.

@@ -11,12 +11,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from .netns import Namespace, ended, pidfd
+from .netns import Namespace, ended, pidfd, wait_until
 
 PORT = 21443
 PROGRAM = Path(sys.executable).parent / "acme-alpn-proxy"
 DRAIN_SECONDS = 30.0
 GUARD = "acme-alpn-proxy-guard"
+NET_RAW = 1 << 13
+"""CAP_NET_RAW in a set of capabilities."""
+SWEEPER = "acme-alpn-proxy-sweeper"
 
 AT_ONCE = ("--linger", "0")
 """For tests to which the linger is no matter."""
@@ -89,6 +92,12 @@ class Proxy:
         (guard,) = [pid for pid in pids if _leads_its_session(pid)]  # not what it forks meanwhile
         return guard
 
+    @property
+    def sweeper(self) -> int:
+        """The process that removes the routing rule should the proxy die."""
+        (sweeper,) = [pid for pid in self.namespace.pids() if _argument(pid, 5) == SWEEPER]
+        return sweeper
+
     def kill_with_guard(self) -> None:
         """SIGKILL the process when nobody is left to remove its rules."""
         kill(self.guard)
@@ -111,6 +120,23 @@ def _argument(pid: int, number: int) -> str:
     return words[number] if len(words) > number else ""
 
 
+def way_back(namespace: Namespace) -> list[str]:
+    """What there is of a way back: devices, their routes in any table, and routing rules."""
+    found = [
+        *namespace.ip("-o link show").splitlines(),
+        *namespace.ip("-4 route show table all").splitlines(),
+        *namespace.ip("-6 route show table all").splitlines(),
+        *namespace.ip("rule show").splitlines(),
+        *namespace.ip("-6 rule show").splitlines(),
+    ]
+    return [line for line in found if "acme-alpn" in line or "iif lo ipproto tcp sport" in line]
+
+
+def no_way_back_is_left(namespace: Namespace) -> None:
+    """Within a second there is nothing of it."""
+    wait_until(lambda: way_back(namespace) == [], "the way back is gone", 1)
+
+
 def kill(pid: int) -> None:
     """SIGKILL a process of ours, and wait for its end."""
     with pidfd(pid) as descriptor:
@@ -118,11 +144,14 @@ def kill(pid: int) -> None:
         assert ended(descriptor, 5)
 
 
-def is_powerless(status: str) -> bool:
-    """Whether a process has no capability, and can get none (/proc/PID/status, proc(5))."""
-    sets = re.findall(r"^Cap\w+:\t(\w+)$", status, re.MULTILINE)
+def is_powerless(status: str, kept: int = 0) -> bool:
+    """Whether a process has no capability but those that are kept, a bit each, and can get none
+    (/proc/PID/status, proc(5))."""
+    sets = dict(re.findall(r"^(Cap\w+):\t(\w+)$", status, re.MULTILINE))
     assert len(sets) == 5
-    return "\nNoNewPrivs:\t1\n" in status and not any(int(each, 16) for each in sets)
+    expected = {"CapInh": 0, "CapPrm": kept, "CapEff": kept, "CapBnd": 0, "CapAmb": 0}
+    found = {name: int(value, 16) for name, value in sets.items()}
+    return "\nNoNewPrivs:\t1\n" in status and found == expected
 
 
 def ends(pid: int, seconds: float = DRAIN_SECONDS) -> bool:

@@ -92,9 +92,10 @@ def run(page: str, directory: Path) -> str:
 
 
 def alike(text: str) -> list[str]:
-    """The lines of a text without what differs each time: numbers, random names, and the spaces
-    that make columns of them."""
+    """The lines of a text without what differs each time: numbers, random names and addresses, and
+    the spaces that make columns of them."""
     text = re.sub(r"[\w-]{24,}", "X", text)
+    text = re.sub(r"\b[\da-f]{1,4}(?::[\da-f]{0,4}){2,}", "N", text)
     text = re.sub(r"\b[\da-f]{6,}\b", "N", text)
     text = re.sub(r"\d+(?:[.:/-]\d+)*", "N", text)
     return ["".join(line.split()) for line in text.splitlines()]

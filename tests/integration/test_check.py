@@ -342,3 +342,16 @@ def test_interrupted_at_any_moment(
         _nothing_is_left(host)
         _no_process_is_left(host, warm.pid)
     assert check(proxy).returncode == 0
+
+
+@pytest.mark.parametrize("redirect", ["iptables", "nftables", "sk-lookup"])
+@pytest.mark.parametrize("whether", ["require", "off"])
+def test_what_the_web_server_saw(site: Website, proxy: Proxy, redirect: str, whether: str) -> None:
+    """The probe tells which address the web server has seen of its visitors."""
+    options = ("--redirect", redirect, "--visitor-address", whether)
+    output = check(proxy, "--probe", *options).stdout
+    whose = {"require": "its own address", "off": "an address of this host"}[whether]
+    for family in ("IPv4", "IPv6"):
+        line = line_of(output, f"probe visitor {family}")
+        assert re.search(rf"ok .*: the web server saw it as \S+, {whose}$", line)
+    assert line_of(output, "visitor address").startswith("warning" if whether == "off" else "ok")

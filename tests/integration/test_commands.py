@@ -123,7 +123,8 @@ def test_two_starts_at_once(proxy: Proxy) -> None:
     line = proxy.start_line(*AT_ONCE)
     racing = f"{line} & a=$!; {line} & b=$!; {line} & c=$!; wait $a && wait $b && wait $c"
     done = proxy.namespace.run("sh", "-c", racing, env=proxy.env)
-    assert set(proxy.namespace.pids()) == {int(proxy.pid_file.read_text()), proxy.guard}
+    running = {int(proxy.pid_file.read_text()), proxy.guard, proxy.sweeper}
+    assert set(proxy.namespace.pids()) == running
     assert done.stderr.count("already running as PID") == done.stderr.count("\n") == 2, done.stderr
     assert len(proxy.namespace.rules()) == REDIRECTS_AND_KEEPERS
     proxy.stop(wait=True)

@@ -17,15 +17,21 @@ from .website import Website, steers
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
-def test_local_ports_run_out(road: Street, site: Website, proxy: Proxy) -> None:
-    """More visitors than the host has ports to reach its web server from: all are served."""
+@pytest.mark.parametrize("whether", ["require", "off"])
+def test_local_ports_run_out(road: Street, site: Website, proxy: Proxy, whether: str) -> None:
+    """More visitors than the host has ports to reach its web server from, or than there are for
+    connections from one visitor's address: all are served."""
     host = road.host.namespace
     host.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=50000 50009")
-    proxy.start(*AT_ONCE)
+    proxy.start(*AT_ONCE, "--visitor-address", whether)
+    seen = []
     with ExitStack() as visits:
         for _ in range(40):
             visit = site.visit(road.visitor.namespace, road.host.ipv4)
-            assert visits.enter_context(visit).get().seen_from.startswith("127.0.0.")
+            seen.append(visits.enter_context(visit).get().seen_from)
+    own = seen.count(road.visitor.ipv4)
+    assert own == (0 if whether == "off" else 10)
+    assert all(address.startswith("127.0.0.") for address in seen[own:]), seen
     proxy.stop(wait=True)
 
 
@@ -61,15 +67,17 @@ def test_connection_that_began_meanwhile(
     proxy.stop(wait=True)
 
 
-def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy) -> None:
+@pytest.mark.parametrize("family", ["IPv4", "IPv6"])
+def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy, family: str) -> None:
     """A rule of another program sends the proxy's connections to its web server back to it: they
     are closed, with one line in the log, and do not go round."""
     proxy.start(*AT_ONCE)
-    rule = ["-p", "tcp", "-d", "127.0.0.1", "--dport", "443", "-j", "REDIRECT"]
+    command, loopback = {"IPv4": ("iptables", "127.0.0.1"), "IPv6": ("ip6tables", "::1")}[family]
+    rule = ["-p", "tcp", "-d", loopback, "--dport", "443", "-j", "REDIRECT"]
     rule += ["--to-ports", str(PORT)]
-    road.host.namespace.run("iptables", "-t", "nat", "-I", "OUTPUT", *rule)
+    road.host.namespace.run(command, "-t", "nat", "-I", "OUTPUT", *rule)
     for _ in range(3):
-        with road.visitor.namespace.connect(road.host.ipv4, 443) as visitor:
+        with road.visitor.namespace.connect(road.host.address(family), 443) as visitor:
             visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
             with pytest.raises(ConnectionResetError):
                 visitor.recv(1)

@@ -18,7 +18,8 @@ from acme_alpn_proxy.options import WAYS
 
 from .kinds import KINDS, Host, Kind
 from .netns import wait_until
-from .proxy import AT_ONCE, Proxy, ends
+from .proxy import AT_ONCE, Proxy, ends, no_way_back_is_left
+from .visitors import STEERED
 
 CYCLES = int(os.environ.get("CYCLES", "3"))
 
@@ -56,6 +57,7 @@ def proxy(host: Host, tmp_path: Path) -> Iterator[Proxy]:
     proxy = host.proxy(tmp_path)
     yield proxy
     assert not proxy.pid or ends(proxy.pid)
+    no_way_back_is_left(host.namespace)
     wait_until(lambda: host.ruleset() == before, "the firewall is as it was", 2)
     assert not host.steered()
 
@@ -113,6 +115,8 @@ def test_cycles_under_load(
             f" steered, {report.failed} lost"
         )
     assert report.failed == 0, report
+    if host.steered_from in STEERED:  # the web server is on loopback, and not in a container
+        assert all(tally.seen == tally.steered for tally in report.families.values()), report
 
 
 @every_kind

@@ -15,7 +15,7 @@ import pytest
 from acme_alpn_proxy.options import WAYS
 
 from .netns import Namespace, Street, container, gateway, street, terminate, wait_until
-from .proxy import NOBODY, PORT, Proxy, ends, is_powerless, kill
+from .proxy import NET_RAW, NOBODY, PORT, Proxy, ends, is_powerless, kill, no_way_back_is_left
 from .visitors import visitors
 from .website import PAGE, Visit, Website, website
 
@@ -40,8 +40,9 @@ def visit(site: Website, road: Street, family: str) -> bool:
 
 
 def nothing_is_left(proxy: Proxy) -> None:
-    """No rule, no table, no program, no process of the proxy's."""
+    """No rule, no table, no program, no device, no process of the proxy's."""
     assert ends(proxy.pid)
+    no_way_back_is_left(proxy.namespace)
     assert "acme_alpn_proxy" not in proxy.namespace.run("nft", "list", "tables").stdout
     wait_until(lambda: proxy.namespace.rules() == [], "the rules are gone", 1)
 
@@ -129,8 +130,8 @@ def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
 
 @all_redirects
 def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
-    """With --uid it steers and then is nobody, who can get no capability and whose other processes
-    cannot look into it; stop is in order."""
+    """With --uid it steers and then is nobody, with CAP_NET_RAW and no way to another capability,
+    whose other processes cannot look into it; stop is in order."""
     proxy = Proxy(road.host.namespace, tmp_path)
     start(proxy, redirect, "--uid", "nobody")
     assert [visit(site, road, family) for family in FAMILIES] == [True, True]
@@ -138,7 +139,7 @@ def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirec
         status = (thread / "status").read_text()
         assert re.search(r"Uid:\t65534\t65534\t65534\t65534", status)
         assert re.search(r"Gid:\t65534\t65534\t65534\t65534", status)
-        assert is_powerless(status)
+        assert is_powerless(status, NET_RAW)
     for name in ("mem", "environ", "fd/0"):
         done = proxy.namespace.run(*NOBODY, "head", f"/proc/{proxy.pid}/{name}", check=False)
         assert "Permission denied" in done.stderr

@@ -18,7 +18,7 @@ from .acme import Issued, Pebble, issued, pebble
 from .machine import Machine, machine
 from .netns import Street, terminate, wait_until
 from .packages import ROOT, install, install_dependencies
-from .proxy import AT_ONCE, NOBODY, Proxy, is_powerless
+from .proxy import AT_ONCE, NET_RAW, NOBODY, Proxy, is_powerless
 from .website import NAME, Website, steers, website
 
 SERVICE = "acme-alpn-proxy.service"
@@ -32,7 +32,7 @@ ACME_SH = "acme-sh.service"
 ACME_SH_PROGRAM = "/root/.acme.sh/acme.sh"
 
 
-@pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.1"), (DROP_IN, "1.8")])
+@pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.3"), (DROP_IN, "1.8")])
 def test_exposure(tmp_path: Path, drop_in: str | None, exposure: str) -> None:
     """The unit is hardened: systemd's own judgement is what docs/packages.md says, or better."""
     unit = tmp_path / SERVICE
@@ -180,7 +180,7 @@ def test_own_user(road: Street, site: Website, debian: Machine, redirect: str) -
     uid = debian.run("id", "-u", "acme-alpn-proxy").stdout.strip()
     status = debian.run("cat", f"/proc/{pid}/status").stdout
     assert re.search(rf"^Uid:(\t{uid}){{4}}$", status, re.MULTILINE)
-    assert is_powerless(status)
+    assert is_powerless(status, NET_RAW)
     stopped = debian.run(*NOBODY, "sh", "-c", f"kill -STOP {pid}", check=False)
     assert "not permitted" in stopped.stdout
     assert f"PID {pid}" in debian.run("acme-alpn-proxy", "status").stdout

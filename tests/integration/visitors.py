@@ -34,15 +34,19 @@ READING_SECONDS = 0.1
 VISIT_SECONDS = 10.0
 MOST_SECONDS = 300.0
 FIRST_PORT, LAST_PORT = 16_000, 60_999
-STEERED = "127.0.0.1"
+STEERED = ("127.0.0.1", "::1")
 
 
 @dataclass
 class Tally:
-    """What became of the visits of one address family."""
+    """What became of the visits of one address family.
+
+    @ivar seen: of those steered, how many the web server saw come from the visitor's own address.
+    """
 
     served: int = 0
     steered: int = 0
+    seen: int = 0
     slowest_seconds: float = 0.0
     failures: dict[str, int] = field(default_factory=dict)
 
@@ -138,7 +142,7 @@ def visitors(
     visitor: Node,
     host: Node,
     families: tuple[str, ...] = ("IPv4", "IPv6"),
-    steered: str = STEERED,
+    steered: str = STEERED[0],
 ) -> Iterator[Visitors]:
     """Visitors of C{site} on C{host}, coming from C{visitor}, until the block is left.
 
@@ -228,21 +232,22 @@ class Load:
             port, address = turn
             began = time.monotonic()
             try:
-                seen_from = self._visit(address, port)
+                steered, seen = self._visit(address, port)
                 failure = ""
             except (OSError, ValueError, http.client.HTTPException, WrongAnswer) as error:
-                seen_from = ""
+                steered = seen = False
                 failure = f"{type(error).__name__}: {error}"
             now = time.monotonic()
             with self._lock:
-                self._count(_family(address), seen_from, failure, began, now)
+                self._count(_family(address), failure, began, now)
+                self._report.families[_family(address)].steered += steered
+                self._report.families[_family(address)].seen += seen
 
-    def _count(self, family: str, seen_from: str, failure: str, began: float, now: float) -> None:
+    def _count(self, family: str, failure: str, began: float, now: float) -> None:
         tally = self._report.families[family]
         tally.slowest_seconds = max(tally.slowest_seconds, round(now - began, 3))
         if not failure:
             tally.served += 1
-            tally.steered += seen_from == self._steered
             return
         failures = collections.Counter(tally.failures)
         failures[failure] += 1
@@ -251,7 +256,8 @@ class Load:
             when = f"at {began - self._began:.3f} s, for {now - began:.3f} s"
             self._report.first_failures.append(f"{family} {when}: {failure}")
 
-    def _visit(self, address: str, port: int) -> str:
+    def _visit(self, address: str, port: int) -> tuple[bool, bool]:
+        """Whether it came through the proxy, and whether the web server saw its own address."""
         with (
             socket.create_connection((address, 443), VISIT_SECONDS, ("", port)) as connection,
             # An end without close_notify must not pass for an orderly one.
@@ -260,14 +266,18 @@ class Load:
             ) as tls,
             tls.makefile("rb") as answers,
         ):
+            own = tls.getsockname()[0]
             self._get(tls, answers, "keep-alive")
             time.sleep(READING_SECONDS)
-            seen_from = self._get(tls, answers, "close")
+            headers = self._get(tls, answers, "close")
             if rest := answers.read():
                 raise WrongAnswer(f"{len(rest)} bytes after the answer")
-            return seen_from
+            steered = self._steered == headers["Seen-From"] or headers["Dialled"] in STEERED
+            return steered, steered and headers["Seen-From"] == own
 
-    def _get(self, tls: ssl.SSLSocket, answers: BinaryIO, afterwards: str) -> str:
+    def _get(
+        self, tls: ssl.SSLSocket, answers: BinaryIO, afterwards: str
+    ) -> http.client.HTTPMessage:
         request = f"GET / HTTP/1.1\r\nHost: {self._name}\r\nConnection: {afterwards}\r\n\r\n"
         tls.sendall(request.encode())
         status = answers.readline()
@@ -275,7 +285,7 @@ class Load:
         body = answers.read(len(self._page))
         if b" 200 " not in status or body != self._page:
             raise WrongAnswer(f"{status!r}, {len(body)} bytes of body")
-        return headers["Seen-From"]
+        return headers
 
 
 def _family(address: str) -> str:

@@ -21,8 +21,8 @@ from .pki import Authority
 NAME = "site.example"
 PAGE = b"<!doctype html><title>site</title><p>The page that every visitor came for.</p>\n" * 20
 BIG_FILE_BYTES = 20 * 1024 * 1024
-STEERED = "127.0.0.1"
-"""Where the web server sees a visitor come from who went through the proxy."""
+STEERED = ("127.0.0.1", "::1")
+"""The web server's own addresses for a visitor who went through the proxy."""
 
 TOLD = "127.0.0.1:10443"
 TOLD_BY_UNIX_SOCKET = "told.sock"
@@ -59,6 +59,8 @@ http {{
         ssl_protocols TLSv1.2 TLSv1.3;
         root {directory}/pages;
         add_header Seen-From $remote_addr;
+        add_header Dialled $server_addr;
+        location /banned/ {{ deny 10.88.0.2; deny fd88::2; alias {directory}/pages/; }}
         location /slow/ {{ alias {directory}/pages/; limit_rate 8m; }}
     }}
     server {{
@@ -101,7 +103,7 @@ class Answer:
     @property
     def steered(self) -> bool:
         """Whether the connection went through the proxy."""
-        return self.seen_from == STEERED
+        return self.dialled in STEERED
 
 
 class Visit(http.client.HTTPConnection):
@@ -119,10 +121,14 @@ class Visit(http.client.HTTPConnection):
 
     def ask(self, path: str) -> http.client.HTTPResponse:
         """Request a path and leave the body to be read."""
-        self.request("GET", path)
-        response = self.getresponse()
+        response = self.request_of(path)
         assert response.status == 200, response.status
         return response
+
+    def request_of(self, path: str) -> http.client.HTTPResponse:
+        """The same, whatever the web server says to it."""
+        self.request("GET", path)
+        return self.getresponse()
 
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
@@ -256,14 +262,16 @@ def website(
     directory: Path,
     wrapper: Sequence[str] = (),
     hosts: Sequence[str] = (),
+    kind: type[Website] | None = None,
 ) -> Iterator[Website]:
     """The site, served from C{directory}, which must be empty.
 
     @param wrapper: a command that starts the web server, in front of its own.
     @param hosts: the addresses at which it is served, unless it is at all.
+    @param kind: of web server; by default nginx.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    site = Website(namespace, directory, wrapper, hosts)
+    site = (kind or Website)(namespace, directory, wrapper, hosts)
     process = site.start()
     try:
         yield site

@@ -23,6 +23,7 @@ def describe() -> DaemonStatus:
     """A proxy that has seen a visitor and a validation."""
     numbers = statistics()
     numbers.enter("running")
+    numbers.visitor_seen()
     numbers.ended(numbers.visitor(ClientHello()), 10, 20)
     numbers.validation(ROUTING.acme, "192.0.2.7:50000", "site.example")
     return daemon_status(numbers.status("none", 2))

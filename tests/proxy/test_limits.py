@@ -308,6 +308,7 @@ class ExhaustionTests(SynchronousTestCase):
         self.addCleanup(self.website.close)
         web = f"127.0.0.1:{self.website.getsockname()[1]}"
         command = [sys.executable, "-c", PROGRAM, "", "--redirect", "none", "--fallback", web]
+        command += ["--visitor-address", "off"]  # which would change this host's routes
         self.process = subprocess.Popen(
             [*command, *options],
             stdin=subprocess.PIPE,

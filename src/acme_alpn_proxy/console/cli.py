@@ -22,6 +22,7 @@ from ..addresses import parse_address
 from ..errors import AlreadyRunning, StartError, refused_by_system
 from ..host.handle import ProcessHandle
 from ..host.pidfile import PIDFile
+from ..host.returnpath import sweep
 from ..monitoring.status import (
     SILENT,
     VERSION,
@@ -337,11 +338,12 @@ def clean_up(options: ConsoleOptions) -> int:
     @return: the number of rules removed.
     """
     remove_stale(options["pidfile"])
+    removed = sweep()
     if options["redirect"] == "none":
-        return 0
+        return removed
     from ..redirects.leftovers import Leftovers
 
-    return Leftovers(PORT, options["rulespec"], (4, 6)).clean_up()
+    return removed + Leftovers(PORT, options["rulespec"], (4, 6)).clean_up()
 
 
 def _await_let_go(process: ProcessHandle, pidfile: PIDFile) -> None:

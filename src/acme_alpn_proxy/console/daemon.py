@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from ..errors import StartError, refused_by_system
 from ..host.descriptors import ReadDescriptor
 from ..host.facts import has_capabilities
 from ..host.pidfile import PIDFile
-from ..host.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, drop_privileges
+from ..host.privileges import drop_privileges
 from ..interfaces import Reactor
 from ..monitoring.logs import observer, open_log_file, reopen
 from ..options import ConsoleOptions, of_the_proxy, responder_is_installed
@@ -36,9 +36,6 @@ from .systemd import ServiceManager
 
 _LET_GO_DEADLINE: Final = 30.0
 """Seconds for the redirect to go, at a stop."""
-
-TO_STEER: Final = (CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF)
-"""What it takes to steer again and again, and to notice lost visitors."""
 
 _CAP_SETGID: Final = 6
 _CAP_SETUID: Final = 7
@@ -138,18 +135,18 @@ class _OtherUser(Service):
     Not left to twistd, which keeps the bounding set and does not set no_new_privs.
     """
 
-    def __init__(self, uid: int | None, gid: int | None, keep: Collection[int]) -> None:
+    def __init__(self, program: Program, uid: int | None, gid: int | None) -> None:
         """
-        @param keep: the capabilities to keep.
+        @param program: keeps the capabilities that it needs.
         """
+        self._program = program
         self._uid = uid
         self._gid = gid
-        self._keep = keep
 
     def privilegedStartService(self) -> None:
         try:
             if self._uid:
-                drop_privileges(self._uid, self._gid, self._keep)
+                drop_privileges(self._uid, self._gid, self._program.capabilities)
             elif self._gid is not None:
                 os.setresgid(self._gid, self._gid, self._gid)
         except OSError:  # a filter of system calls
@@ -199,8 +196,7 @@ def serve(
             CallerWatch(reactor, program, caller).begin()
         return heard
 
-    keep = TO_STEER if options["on-demand"] else ()
-    _OtherUser(options["uid"], options["gid"], keep).setServiceParent(program)
+    _OtherUser(program, options["uid"], options["gid"]).setServiceParent(program)
     _Started(program, steers).setServiceParent(program)
     if options["nodaemon"]:
         patience = options["linger"] + options["drain-timeout"] + _LET_GO_DEADLINE

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
-from ..monitoring.status import SILENT, Answer, InstanceStatus
+from ..monitoring.status import SILENT, Answer, FallbackStatus, InstanceStatus
 from .terminal import coloured
 
 _REASONS: Final = {
@@ -47,6 +47,7 @@ def _instance(answer: Answer, now: float) -> str:
     taken = [f"{count} {_REASONS.get(reason, reason)}" for reason, count in reasons if count]
     if taken:
         lines.append(f"  to the fallback: {', '.join(taken)}")
+        lines.append(f"  the web server saw: {_seen(answer['routes']['fallback'])}")
     if answer["undecided"]:
         lines.append(f"  {counted(answer['undecided'], 'connection')} without a whole hello yet")
     last = answer["last_validation"]
@@ -64,6 +65,12 @@ def _instance(answer: Answer, now: float) -> str:
     if len(answer["pending"]) < answer["pending_count"]:
         lines.append(f"  pending in all: {answer['pending_count']}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _seen(fallback: FallbackStatus) -> str:
+    """Whose addresses it saw."""
+    visitors, host = fallback["from_visitor_address"], fallback["from_host_address"]
+    return f"{visitors} from the visitor's address, {host} from one of this host"
 
 
 def _rows(answer: InstanceStatus) -> Iterator[Sequence[str]]:

@@ -28,11 +28,18 @@ from ..firewall.xtables import BINARIES, command, failed
 from ..host.facts import has_ipv6
 from ..host.pidfile import PIDFile
 from ..host.processes import commands_for
+from ..host.returnpath import count_left
 from ..host.tcpsockets import port_taken, shown, taken_by_another_user
 from ..interfaces import ICommands, Reactor, Result
 from ..options import PORT, WAYS, ConsoleOptions
 from ..proxy.header import UNKNOWN
 from ..proxy.routing import ACME_TLS_1
+from ..proxy.visitoraddress import (
+    bare_cause,
+    may_have_way_back,
+    refuse_translation,
+    web_server,
+)
 from ..proxy.webserver import sites
 from ..redirects.choice import or_another_way
 from ..redirects.claim import claim_redirect
@@ -105,6 +112,7 @@ class Check:
         self._tell(self._look_at_ipv6())
         self._doing(f"asking the web server at {self._options['fallback']}")
         self._tell((yield self._look_at_fallback()))
+        self._tell(self._look_at_visitor_address())
         targets = {"ACME target": self._options["alpn"]}
         for name, target in self._options["alpn-for"].items():
             targets[f"ACME target for {name}"] = target
@@ -190,6 +198,29 @@ class Check:
     def _header(self, option: str) -> bytes:
         """What a target expects before the hello."""
         return UNKNOWN.get(self._options[f"{option}-proxy-protocol"], b"")
+
+    def _look_at_visitor_address(self) -> Finding:
+        """Only C{--probe} can tell whether the web server's answers come back."""
+        fallback = self._options["fallback"]
+        try:
+            server = web_server(fallback)
+        except StartError as problem:
+            if self._options["visitor-address"] == "require":
+                return Finding.refused("visitor address", problem)
+            return Finding("visitor address", Level.OK, "the web server sees this host's")
+        remedy = "give 127.0.0.1 no privilege in the web server"
+        if self._options["visitor-address"] == "off":
+            cause = f"--visitor-address off: the web server sees all visitors as {server.host}"
+            return Finding("visitor address", Level.WARNING, cause, remedy)
+        try:
+            refuse_translation([server])
+            may_have_way_back()
+        except StartError as problem:
+            if self._options["visitor-address"] == "require":
+                return Finding.refused("visitor address", problem)
+            cause = f"the web server sees all visitors as {server.host}: {bare_cause(problem)}"
+            return Finding("visitor address", Level.WARNING, cause, problem.remedy)
+        return Finding("visitor address", Level.OK, "the web server sees the visitors' own")
 
     @inlineCallbacks
     def _look_at_acme_target(
@@ -291,9 +322,10 @@ class Check:
             for family in self._families:
                 with suppress(StartError):  # the check of iptables has said why
                     found += yield leftovers.find(self._commands, family)
-        if not found:
+        count = len(found) + count_left()
+        if not count:
             return Finding("leftovers", Level.OK)
-        cause = f"{len(found)} rules of a killed instance are left"
+        cause = f"{count} rules of a killed instance are left"
         redirects = any(each.steers for each in found)
         if redirects:
             cause += ", which send visitors to a port where nobody listens"

@@ -32,7 +32,8 @@ from ..host.tcpsockets import shown
 from ..interfaces import ICommands, Reactor
 from ..options import PORT
 from ..program import Program
-from ..proxy.protocols import ProxyServerFactory
+from ..proxy.protocols import ProxyServer, ProxyServerFactory
+from ..proxy.routing import Route
 from ..proxy.webserver import sites
 from ..tap import make_proxy
 from .finding import Finding, Level
@@ -117,15 +118,25 @@ class _NotingFactory(ProxyServerFactory):
     """Remembers who came.
 
     @ivar met: address and port of each.
+    @ivar seen_as: the address that its target sees, by address and port of each that was connected
+        to it at once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.met: set[tuple[str, int]] = set()
+        self.seen_as: dict[tuple[str, int], str] = {}
 
     def buildProtocol(self, addr: Any) -> Any:
         self.met.add((addr.host.removeprefix("::ffff:"), addr.port))
         return super().buildProtocol(addr)
+
+    def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
+        connector = super().connect(route, server, first)
+        dial = server.dialled()
+        if dial is not None:
+            self.seen_as[server.host, server.transport.getPeer().port] = dial[0][0]
+        return connector
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +168,18 @@ def callers(families: Sequence[int]) -> list[Caller]:
 
 
 def judge(
-    caller: Caller, call: Dial, met: set[tuple[str, int]], seen: set[bytes], redirect: str
+    caller: Caller,
+    call: Dial,
+    met: set[tuple[str, int]],
+    seen: set[bytes],
+    redirect: str,
+    seen_as: str | None = None,
 ) -> Finding:
     """The verdict on one call.
 
     @param met: who came to the proxy.
     @param seen: the hellos that the responder was given.
+    @param seen_as: the address that the target has seen, if that is known.
     """
     steered = call.source in met
     if caller.role == "validator" and b"".join(caller.segments) in seen:
@@ -175,7 +192,10 @@ def judge(
             "see whether a firewall drops what goes out from port 443",
         )
     if caller.role == "visitor" and steered and call.answer.startswith(TLS_ANSWERS):
-        return Finding(caller.name, Level.OK)
+        if seen_as is None:
+            return Finding(caller.name, Level.OK)
+        whose = "its own address" if seen_as == call.source[0] else "an address of this host"
+        return Finding(caller.name, Level.OK, f"the web server saw it as {seen_as}, {whose}")
     if not steered:
         return Finding(caller.name, Level.FAILED, *_not_steered(call, redirect))
     where = "the web server" if caller.role == "visitor" else "the responder"
@@ -326,7 +346,8 @@ def _steer_and_dial(
         let_go = proxy.stopService()
         try:
             for caller, call in zip(who, calls, strict=True):
-                finding = judge(caller, call, met[0].met, seen, redirect)
+                seen_as = met[0].seen_as.get(call.source)
+                finding = judge(caller, call, met[0].met, seen, redirect, seen_as)
                 well = finding.level is Level.OK
                 if not well and (yield names(commands_for(reactor), caller.family)):
                     finding = softened(finding)

@@ -27,6 +27,8 @@ _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
 
 _ROUTE_UP: Final = 0x0001
 _ROUTE_REJECT: Final = 0x0200
+_ROUTE_LOCAL: Final = 0x80000000
+"""linux/route.h and linux/ipv6_route.h."""
 
 
 def has_ipv6(proc: Path = PROC) -> bool:
@@ -67,11 +69,15 @@ def _default_route_interfaces_v4(proc: Path) -> set[str]:
 
 
 def _default_route_interfaces_v6(proc: Path) -> set[str]:
-    """Interfaces of the default routes by IPv6 (/proc/net/ipv6_route)."""
+    """Interfaces of the default routes by IPv6 (/proc/net/ipv6_route).
+
+    The list has all tables, and routes to this host itself, such as those of a
+    L{acme_alpn_proxy.host.returnpath.ReturnPath}: nobody comes in by them.
+    """
     found = set()
     for line in (proc / "net/ipv6_route").read_text().splitlines():
         destination, length, *_, flags, name = line.split()
-        usable = int(flags, 16) & _ROUTE_UP and not int(flags, 16) & _ROUTE_REJECT
+        usable = int(flags, 16) & (_ROUTE_UP | _ROUTE_REJECT | _ROUTE_LOCAL) == _ROUTE_UP
         if usable and int(length, 16) == 0 and int(destination, 16) == 0:
             found.add(name)
     return found - {"lo"}

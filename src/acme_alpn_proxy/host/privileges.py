@@ -26,6 +26,10 @@ CAP_NET_RAW: Final = 13
 CAP_BPF: Final = 39
 """Numbers of capabilities(7)."""
 
+TO_STEER: Final = (CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF)
+"""What it takes to steer again and again, to notice lost visitors, and to connect from visitors'
+addresses."""
+
 
 def drop_privileges(uid: int, gid: int | None = None, keep: Collection[int] = ()) -> None:
     """Become another user, keep no capability but those named, and let no program bring one back.

@@ -10,11 +10,12 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from ..errors import StartError
-from .netlink import SOCK_DIAG, Netlink
+from .netlink import SOCK_DIAG, Netlink, attributes
 
 ESTABLISHED: Final = 1
 SYN_RECEIVED: Final = 3
@@ -29,6 +30,9 @@ _ANSWER: Final = struct.Struct("=BBBB2s2s16s16sIIIIIIII")
 """struct inet_diag_msg: family, state, timer, retransmissions; source and destination port, source
 and destination address, interface, cookie (two); expiry, queues (two), UID, inode."""
 
+_CGROUP: Final = 21
+"""INET_DIAG_CGROUP_ID, Linux 5.9."""
+
 
 class TCPSocket(NamedTuple):
     """One of them.
@@ -37,6 +41,7 @@ class TCPSocket(NamedTuple):
     @ivar remote: the peer's.
     @ivar uid: of the owner.
     @ivar inode: names the socket, as in C{/proc/PID/fd}.
+    @ivar cgroup: names the control group (version 2) that it was made in; 0 if unknown.
     """
 
     family: int
@@ -45,6 +50,7 @@ class TCPSocket(NamedTuple):
     remote: tuple[str, int]
     uid: int
     inode: int
+    cgroup: int = 0
 
 
 def tcp_sockets(*states: int) -> Iterator[TCPSocket]:
@@ -65,7 +71,9 @@ def _parsed(body: bytes) -> TCPSocket:
     def end(address: bytes, port: bytes) -> tuple[str, int]:
         return socket.inet_ntop(family, address[:size]), int.from_bytes(port, "big")
 
-    return TCPSocket(family, state, end(source, sport), end(destination, dport), uid, inode)
+    ends_shown = end(source, sport), end(destination, dport)
+    cgroup = int.from_bytes(attributes(body[_ANSWER.size :]).get(_CGROUP, b""), sys.byteorder)
+    return TCPSocket(family, state, *ends_shown, uid, inode, cgroup)
 
 
 Handshake = tuple[tuple[str, int], tuple[str, int]]

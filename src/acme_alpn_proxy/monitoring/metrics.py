@@ -81,6 +81,14 @@ class Collector:
         for reason, count in fallback["reasons"].items():
             reasons.add_metric([reason], count)
         yield reasons
+        seen = CounterMetricFamily(
+            "acme_alpn_proxy_fallback_sources",
+            "Connections to the fallback, by whose address they came from.",
+            labels=["source"],
+        )
+        seen.add_metric(["visitor"], fallback["from_visitor_address"])
+        seen.add_metric(["host"], fallback["from_host_address"])
+        yield seen
         cut_short = CounterMetricFamily(
             "acme_alpn_proxy_validations_cut_short",
             "Validations that were reset: they took too long, or were too many.",

@@ -48,9 +48,12 @@ class AcmeStatus(RouteStatus):
 
 
 class FallbackStatus(RouteStatus):
-    """The same of the fallback, and why connections took it."""
+    """The same of the fallback, why connections took it, and how many of them the web server saw
+    come from the visitor's own address, and from one of this host."""
 
     reasons: dict[str, int]
+    from_visitor_address: int
+    from_host_address: int
 
 
 class RoutesStatus(TypedDict):
@@ -255,6 +258,8 @@ def _checked(line: bytes) -> InstanceStatus | None:
         texts += [each[field] for each in answer["pending"] for field in _PENDING_TEXTS]
         texts += [*fallback["reasons"], *named]
         numbers += fallback["reasons"].values()
+        numbers += [fallback.setdefault("from_visitor_address", 0)]  # older releases have none
+        numbers += [fallback.setdefault("from_host_address", 0)]
         if last is not None:
             numbers.append(last["at"])
             texts += [last["peer"], last["result"], last["server_name"] or ""]

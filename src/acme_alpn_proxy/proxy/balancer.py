@@ -125,6 +125,7 @@ class BalancedServer(ProxyServer):
             self._arrival = Arrival(end_of(self.transport.getPeer()), here, here, header)
         else:
             self._visitor = visitor
+            self.host = end_of(visitor)[0]
             self._arrival = Arrival(end_of(visitor), end_of(dialled), here, header)
 
     def _refuse(self, why: str) -> None:

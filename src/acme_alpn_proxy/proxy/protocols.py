@@ -112,6 +112,7 @@ class ProxyClientFactory(TargetFactory):
     def __init__(self, server: ProxyServer, route: Route) -> None:
         self._server = server
         self._route = route
+        self.visitor = server.host
 
     def buildProtocol(self, addr: IAddress | None) -> ProxyClient:
         return ProxyClient(self._server, self.sent_ahead)
@@ -137,6 +138,7 @@ class ProxyServer(Protocol):
     the relay has it. It is in the live set until the ends on both sides are gone.
 
     @ivar relay: only when the target is connected.
+    @ivar host: the visitor's address, IPv4 as IPv4; empty if unknown.
     @ivar may_be: connections to targets that this one may be, if it comes from this host.
     @ivar lead: what its target is sent before its bytes.
     """
@@ -152,6 +154,7 @@ class ProxyServer(Protocol):
     _record: ConnectionRecord | None = None
     _held = 0
     _ends = 0
+    host = ""
     may_be: Sequence[Dial] = ()
     lead = b""
 
@@ -172,7 +175,7 @@ class ProxyServer(Protocol):
 
     def connectionMade(self) -> None:
         self._ends = 1
-        if self.may_be and self._came_back():
+        if (self.may_be and self._came_back()) or self._came_home():
             self._parser = ClientHelloParser()
             self.factory.report_loop()
             self.transport.abortConnection()
@@ -227,6 +230,15 @@ class ProxyServer(Protocol):
         if len(self.factory.own_addresses) < MAX_OWN_ADDRESSES:
             self.factory.own_addresses.add(found[0])
         return found
+
+    def _came_home(self) -> bool:
+        """The same of one that came from a visitor's address: no visitor dials [::1]. By IPv4 there
+        is no way back from the listener's port (L{acme_alpn_proxy.host.returnpath})."""
+        return (
+            ":" in self.host
+            and self.host not in self.factory.own_addresses
+            and bool(self.transport.getHost().host == "::1")
+        )
 
     def end_lost(self, transport: object) -> None:
         """One of the two ends is gone."""
@@ -422,7 +434,7 @@ class ProxyServerFactory(ServerFactory):
     def buildProtocol(self, addr: Any) -> ProxyServer | None:  # type: ignore[override]
         server = self.new_server()
         server.factory = self
-        host = addr.host.removeprefix("::ffff:") if addr is not None else ""
+        server.host = host = addr.host.removeprefix("::ffff:") if addr is not None else ""
         if host in self.own_addresses or host.startswith("127."):
             dials = (each.dialled() for each in self.live)
             server.may_be = [dial for dial in dials if dial and dial[0] == (host, addr.port)]

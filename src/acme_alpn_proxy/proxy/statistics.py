@@ -126,6 +126,7 @@ class Statistics:
         self._of_acme = {route: self.named[name] for name, route in self.routing.named.items()}
         self._of_acme[self.routing.acme] = self.acme
         self.cut_short = 0
+        self.seen = 0
         self._to_fallback = ConnectionRecord(self.fallback)
 
     @property
@@ -163,6 +164,10 @@ class Statistics:
         self.fallback.total += 1
         return self._to_fallback
 
+    def visitor_seen(self) -> None:
+        """The web server has been connected from the visitor's address."""
+        self.seen += 1
+
     def unreachable(self, record: ConnectionRecord, why: str) -> None:
         """Its target could not be connected."""
         record.route.failures += 1
@@ -185,6 +190,7 @@ class Statistics:
         @param undecided: connections whose route is not decided yet.
         """
         last = self.last_validation
+        reached = self.fallback.total - self.fallback.failures
         return {
             "state": self.state,
             "since": self.since,
@@ -193,7 +199,12 @@ class Statistics:
             "routes": {
                 "acme": {**self.acme.status(), "cut_short": self.cut_short},
                 "acme_for": {name: count.status() for name, count in self.named.items()},
-                "fallback": {**self.fallback.status(), "reasons": dict(self.reasons)},
+                "fallback": {
+                    **self.fallback.status(),
+                    "reasons": dict(self.reasons),
+                    "from_visitor_address": self.seen,
+                    "from_host_address": max(0, reached - self.seen),
+                },
             },
             "last_validation": None if last is None else last.status(),
             "validations": [validation.status() for validation in self.validations],

@@ -21,7 +21,15 @@ from ..interfaces import ITarget
 from .connection import Connection
 from .deadlines import DeadlineQueue, Unanswered
 from .poller import Poller, RetryQueue
-from .sockets import TargetFactory, bound_receive_buffer, is_near, tune, twisted_address
+from .sockets import (
+    TargetFactory,
+    bind_as_visitor,
+    bind_without_port,
+    bound_receive_buffer,
+    is_near,
+    tune,
+    twisted_address,
+)
 
 _WRITE: Final = select.EPOLLOUT
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -32,9 +40,6 @@ _SOURCES: Final = 250
 
 _SOURCE_SECONDS: Final = 60.0
 """Seconds after which the usual source is tried again."""
-
-_IP_BIND_ADDRESS_NO_PORT: Final = 24
-"""ip(7), Linux 4.2."""
 
 _IP_FREEBIND: Final = 15
 """ip(7): bind to an address that no interface has."""
@@ -98,17 +103,18 @@ class Dialer:
         connector.take(sock, problem)
         return connector
 
-    def dial(self, first: bytes = b"") -> tuple[Any, int | None, int]:
+    def dial(self, first: bytes = b"", visitor: str | None = None) -> tuple[Any, int | None, int]:
         """Make a socket, connect it, and send C{first}, if all this takes no waiting.
 
+        @param visitor: the address to come from, whosever it is; L{None}: one of this host's.
         @return: the socket, if there can be one; what hinders its connection, an C{errno} or 0
             (C{EINPROGRESS}: nothing but time); and how much of C{first} was sent.
         """
         sock = None
         try:
-            sock = self._socket()
+            sock = self._socket(visitor)
             problem = sock.connect_ex(self._address)
-            if problem == errno.EADDRNOTAVAIL and self._is_near:
+            if problem == errno.EADDRNOTAVAIL and self._is_near and visitor is None:
                 sock.close()
                 sock, problem = self._dial_from_another_source()
             if problem and problem != errno.EINPROGRESS:
@@ -121,20 +127,23 @@ class Dialer:
         except OSError as error:
             return sock, error.errno, 0
 
-    def _socket(self) -> SocketType:
+    def _socket(self, visitor: str | None = None) -> SocketType:
         sock = SocketType(self._family, _NON_BLOCKING)
         # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         # Before it connects, so that the window is scaled for it.
         bound_receive_buffer(sock, is_near=self._is_near)
-        if self._sources:
+        if visitor is not None:
+            try:
+                bind_as_visitor(sock, self._family, visitor)
+            except OSError:
+                sock.close()
+                raise
+        elif self._sources:
             if monotonic() > self._source_ends:
                 self._sources.clear()
             else:
-                if self._family == socket.AF_INET:
-                    # The kernel chooses the port when it connects, and so one for this target.
-                    sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-                sock.bind((self._sources[0], 0))
+                bind_without_port(sock, self._sources[0])
         return sock
 
     def _dial_from_another_source(self) -> tuple[SocketType, int]:
@@ -169,12 +178,11 @@ class Dialer:
 class BoundDialer(Dialer):
     """Connects to an address of this host, from that same address."""
 
-    def _socket(self) -> SocketType:
+    def _socket(self, visitor: str | None = None) -> SocketType:
         sock = super()._socket()
         # An IPv6 address that only a local route makes this host's is on no interface.
         sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-        sock.bind((self._address[0], 0, *self._address[2:]))
+        bind_without_port(sock, self._address[0], *self._address[2:])
         return sock
 
 
@@ -183,17 +191,29 @@ class Connector:
     """An attempt to connect that has to wait; it ends in a protocol or in
     C{clientConnectionFailed}."""
 
-    __slots__ = ("_connection", "_dialer", "_factory", "_pending", "_registered", "_socket")
+    __slots__ = (
+        "_connection",
+        "_dialer",
+        "_factory",
+        "_pending",
+        "_registered",
+        "_socket",
+        "_visitor",
+    )
 
-    def __init__(self, dialer: Dialer, factory: TargetFactory) -> None:
+    def __init__(self, dialer: Dialer, factory: TargetFactory, visitor: str | None = None) -> None:
+        """
+        @param visitor: see L{Dialer.dial}.
+        """
         self._dialer = dialer
         self._factory = factory
+        self._visitor = visitor
         self._pending = self._registered = False
         self._socket: SocketType | None = None
         self._connection: Connection | None = None
 
     def connect(self) -> None:
-        self.take(*self._dialer.dial()[:2])
+        self.take(*self._dialer.dial(b"", self._visitor)[:2])
 
     def take(self, sock: SocketType | None, problem: int | None) -> None:
         """Go on with what L{Dialer.dial} has given."""
@@ -231,7 +251,7 @@ class Connector:
 
     def _retry(self) -> None:
         if self._pending:
-            self._judge(*self._dialer.dial()[:2])
+            self._judge(*self._dialer.dial(b"", self._visitor)[:2])
 
     def _judge(self, sock: SocketType | None, problem: int | None) -> None:
         self._socket = sock

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectingCancelledError
@@ -25,6 +26,10 @@ from ..options import PORT
 from .deadlines import DeadlineQueue, Unanswered
 from .original import DialledTarget, OriginalTarget
 from .sockets import TargetFactory
+
+if TYPE_CHECKING:
+    from .dialer import Dialer
+    from .source import VisitorSource
 
 
 class _Connecting:
@@ -101,6 +106,14 @@ class TwistedNetwork:
 
         return at
 
+    def from_visitors(self, plain: ITarget, seen: Callable[[], None]) -> VisitorSource | None:
+        """A target on loopback that can see the visitors' addresses, and is connected by C{plain}
+        where it does not; L{None}: these transports cannot do that.
+
+        @param seen: is called for each connection that came from the visitor's address.
+        """
+        return None
+
     def close(self) -> None:
         """There is nothing to be closed."""
 
@@ -111,9 +124,9 @@ class LeanNetwork(TwistedNetwork):
 
     def __init__(self, reactor: Reactor) -> None:
         super().__init__(reactor)
-        from . import dialer, poller, port  # which need epoll(7), of Linux alone
+        from . import dialer, poller, port, source  # which need epoll(7), of Linux alone
 
-        self._dialer, self._port = dialer, port
+        self._dialer, self._port, self._source = dialer, port, source
         self._poller = poller.Poller(reactor)
         self._retries = poller.RetryQueue(reactor)
         self._deadlines: list[DeadlineQueue[Any]] = []
@@ -133,9 +146,7 @@ class LeanNetwork(TwistedNetwork):
         where = address.socket_address()
         if where is None:
             return super().target(address, timeout)
-        return self._dialer.Dialer(
-            self._poller, self._retries, self._new_deadlines(timeout), *where
-        )
+        return self._dialer_to(*where, timeout)
 
     def _dialled_target(self, timeout: float) -> DialledTarget:
         deadlines = self._new_deadlines(timeout)
@@ -154,6 +165,16 @@ class LeanNetwork(TwistedNetwork):
         self._deadlines.append(deadlines)
         return deadlines
 
+    def from_visitors(self, plain: ITarget, seen: Callable[[], None]) -> VisitorSource | None:
+        patience = self._source.ANSWERS_WITHIN
+        return self._source.VisitorSource(
+            plain, lambda family, address: self._dialer_to(family, address, patience), seen
+        )
+
+    def _dialer_to(self, family: int, address: Any, timeout: float) -> Dialer:
+        deadlines = self._new_deadlines(timeout)
+        return self._dialer.Dialer(self._poller, self._retries, deadlines, family, address)
+
     def close(self) -> None:
         for deadlines in self._deadlines:
             deadlines.close()
@@ -161,7 +182,7 @@ class LeanNetwork(TwistedNetwork):
         self._poller.close()
 
 
-def network_for(reactor: Reactor) -> INetwork:
+def network_for(reactor: Reactor) -> TwistedNetwork:
     """The leanest that works with this reactor on this system."""
     if sys.platform == "linux" and IReactorFDSet.providedBy(reactor):
         return LeanNetwork(reactor)

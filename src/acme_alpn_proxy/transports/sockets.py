@@ -17,6 +17,16 @@ _SO_ORIGINAL_DST: Final = 80
 
 _TCP_NOTSENT_LOWAT: Final = 25
 
+_BIND_ADDRESS_NO_PORT: Final = 24
+"""IP_BIND_ADDRESS_NO_PORT of ip(7), Linux 4.2; for IPv6, too."""
+
+_TRANSPARENT: Final[dict[int, tuple[int, int]]] = {
+    socket.AF_INET: (socket.IPPROTO_IP, 19),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),
+}
+"""IP_TRANSPARENT of ip(7), and IPV6_TRANSPARENT of C{linux/in6.h}. They take CAP_NET_RAW or
+CAP_NET_ADMIN."""
+
 NEAR_BUFFER: Final = 262_144
 """Bytes asked for, of which the kernel makes twice as many (socket(7)). With less, a target on this
 host is kept waiting, which shows in the CPU time for a gigabyte."""
@@ -47,6 +57,22 @@ def tune(sock: SocketType | socket.socket, *, is_near: bool = False) -> None:
 def is_near(host: str) -> bool:
     """Whether this numeric address is on this host's loopback."""
     return ip_address(host).is_loopback
+
+
+def bind_without_port(sock: SocketType | socket.socket, host: str, *more: int) -> None:
+    """Come from C{host}; the kernel chooses the port when it connects, and so one for this
+    target.
+
+    @param more: what follows the port in an IPv6 address of the socket module.
+    """
+    sock.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((host, 0, *more))
+
+
+def bind_as_visitor(sock: SocketType | socket.socket, family: int, host: str) -> None:
+    """The same from an address that this host need not have; raises C{OSError}."""
+    sock.setsockopt(*_TRANSPARENT[family], 1)
+    bind_without_port(sock, host)
 
 
 def bound_receive_buffer(sock: SocketType | socket.socket, *, is_near: bool) -> None:
@@ -97,10 +123,12 @@ class TargetFactory(ClientFactory):
 
     @ivar sent_ahead: set before C{buildProtocol} is called: how many of the bytes that were given
         to L{acme_alpn_proxy.interfaces.ITarget.connect} have been sent already.
+    @ivar visitor: the numeric address of the visitor that it is for; empty if unknown.
     """
 
     noisy = False
     sent_ahead = 0
+    visitor = ""
 
     def tell(self, answer: str) -> None:
         """What came of a validation, in words, from a target that knows."""

@@ -1,0 +1,285 @@
+"""Whether the web server sees the visitors' own addresses; decided before any visitor is steered.
+
+It does where it listens on loopback, and where its answers come back when it is dialled from an
+address that nobody has. Otherwise it sees all of them under the address that this host dials from.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from ..addresses import Address
+from ..errors import AS_ADMINISTRATOR, StartError
+from ..host.facts import PROC, has_capabilities, has_ipv6, may_administer_network
+from ..host.privileges import CAP_NET_RAW
+from ..host.returnpath import TUN, ReturnPath, WebServer
+from ..host.tcpsockets import LISTENING, TCPSocket, shown, tcp_sockets
+from ..interfaces import ITarget
+from ..transports.network import TwistedNetwork
+from ..transports.sockets import bind_as_visitor, is_near
+
+NOBODY: Final[dict[int, str]] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+"""Addresses for examples, which no visitor has (RFC 5737, RFC 3849)."""
+
+_ON_LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
+
+_PATIENCE: Final = 0.3
+"""Seconds for the web server to answer a dial over loopback; it takes less than a millisecond."""
+
+_CANNOT: Final = "the web server cannot see the visitors' own addresses"
+_INSTEAD: Final = "or start without --visitor-address require"
+
+Blocking: TypeAlias = Callable[[Callable[[], None]], "Deferred[None]"]
+
+
+class IVisitorAddress(Protocol):
+    """What makes the web server see the visitors' addresses."""
+
+    @property
+    def capabilities(self) -> Sequence[int]:
+        """Capabilities that it needs while it is open, as numbers of <linux/capability.h>."""
+
+    def open(self, blocking: Blocking) -> Deferred[None]:
+        """Before anybody is steered; fails with L{StartError}, and then it is not open.
+
+        @param blocking: makes calls that block.
+        """
+
+    def close(self) -> None:
+        """After the last connection. Does nothing if not open."""
+
+
+class HostAddress:
+    """The web server sees the address that this host dials from."""
+
+    capabilities = ()
+
+    def open(self, blocking: Blocking) -> Deferred[None]:
+        """There is nothing to be opened."""
+        return succeed(None)
+
+    def close(self) -> None:
+        """There is nothing to be closed."""
+
+
+class VisitorAddress:
+    """The web server sees the visitors' addresses, as far as that can be.
+
+    @ivar target: the web server.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        network: TwistedNetwork,
+        target: ITarget,
+        fallback: Address,
+        seen: Callable[[], None] = lambda: None,
+        *,
+        required: bool = False,
+        ipv6: bool = True,
+    ) -> None:
+        """
+        @param target: connects to the web server from this host's address.
+        @param fallback: where the web server is.
+        @param seen: is called for each connection that came from the visitor's address.
+        @param required: whether to refuse to start where it does not see them.
+        @param ipv6: whether there may be visitors by IPv6.
+        """
+        self._source = network.from_visitors(target, seen) if _is_on_loopback(fallback) else None
+        self.target: ITarget = target if self._source is None else self._source
+        self._fallback = fallback
+        self._required = required
+        self._ipv6 = ipv6
+        self._path: ReturnPath | None = None
+
+    @property
+    def capabilities(self) -> Sequence[int]:
+        needed = self._path is not None and has_capabilities(CAP_NET_RAW)
+        return (CAP_NET_RAW,) if needed else ()
+
+    def open(self, blocking: Blocking) -> Deferred[None]:
+        return blocking(self._open_if_possible)
+
+    def _open_if_possible(self) -> None:
+        try:
+            self._open()
+        except StartError as problem:
+            self.close()
+            if self._required:
+                raise
+            self._log.info(
+                "The web server sees all visitors under an address of this host: {cause}",
+                cause=bare_cause(problem),
+            )
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.use_none()
+        path, self._path = self._path, None
+        if path is not None:
+            path.close()
+
+    def _open(self) -> None:
+        own = web_server(self._fallback)
+        if self._source is None:
+            raise StartError(
+                f"{_CANNOT}: this reactor's transports do not allow it; use a reactor with epoll,"
+                f" {_INSTEAD}",
+                os.EX_UNAVAILABLE,
+            )
+        servers = [own, *self._counterpart(own)]
+        refuse_translation(servers)
+        try:
+            self._path = ReturnPath(servers)
+        except OSError as problem:
+            raise no_way_back(problem) from None
+        if (why := _no_answer(own)) is not None:
+            raise StartError(
+                f"{_CANNOT}: its answer to {NOBODY[own.family]} does not come back from"
+                f" {shown(own)}: {why}; see which firewall rule is about addresses on lo,"
+                f" {_INSTEAD}",
+                os.EX_CONFIG,
+            )
+        answering = [own, *filter(self._answers, servers[1:])]
+        self._source.use(answering)
+        self._log.info(
+            "The web server sees the visitors' own addresses, at {servers}",
+            servers=" and ".join(map(shown, answering)),
+        )
+
+    def _counterpart(self, own: WebServer) -> Iterator[WebServer]:
+        """Where the same web server serves the other family on loopback, if it does."""
+        other = WebServer(_ON_LOOPBACK[4 if own.family == socket.AF_INET6 else 6], own.port)
+        if not (self._ipv6 and has_ipv6()):
+            return
+        try:
+            listening = list(tcp_sockets(LISTENING))
+        except OSError:
+            listening = []
+        if same_program(_listener(own, listening), _listener(other, listening)):
+            yield other
+        else:
+            self._tell_of(other, f"it does not listen at {shown(other)}")
+
+    def _answers(self, server: WebServer) -> bool:
+        why = _no_answer(server)
+        if why is not None:
+            self._tell_of(server, f"its answer does not come back from {shown(server)}: {why}")
+        return why is None
+
+    def _tell_of(self, server: WebServer, why: str) -> None:
+        """The web server does not see the visitors of this family."""
+        self._log.info(
+            "The web server sees visitors by {family} under an address of this host: {why}",
+            family="IPv6" if server.family == socket.AF_INET6 else "IPv4",
+            why=why,
+        )
+
+
+def bare_cause(problem: StartError) -> str:
+    """Why the web server cannot see the visitors' addresses, without saying that."""
+    return problem.cause.removeprefix(f"{_CANNOT}: ")
+
+
+def web_server(fallback: Address) -> WebServer:
+    """The fallback, if the visitors' addresses can be kept there; raises L{StartError}."""
+    if not _is_on_loopback(fallback):
+        raise StartError(
+            f"{_CANNOT}: {fallback.text} is no numeric loopback address; name one with --fallback,"
+            f" such as 127.0.0.1:443, {_INSTEAD}",
+            os.EX_CONFIG,
+        )
+    return WebServer(str(ip_address(fallback.host)), fallback.port)
+
+
+def _is_on_loopback(address: Address) -> bool:
+    return address.socket_address() is not None and is_near(address.host)
+
+
+def refuse_translation(servers: Sequence[WebServer], proc: Path = PROC) -> None:
+    """Raises L{StartError} where visitors from afar may be connected to the loopback address
+    already: the answers to them have the same source as those that are to stay on this host."""
+    if not any(server.family == socket.AF_INET for server in servers):
+        return
+    for setting in sorted(proc.glob("sys/net/ipv4/conf/*/route_localnet")):
+        name, value = setting.parent.name, "0"
+        with suppress(OSError):  # the interface has gone
+            value = setting.read_text().strip()
+        if name not in ("default", "lo") and value != "0":
+            raise StartError(
+                f"{_CANNOT}: with net.ipv4.conf.{name}.route_localnet=1 a rule may translate (DNAT)"
+                " visitors to the loopback address, and their connections would break; set it to"
+                f" 0, {_INSTEAD}",
+                os.EX_CONFIG,
+            )
+
+
+def may_have_way_back() -> None:
+    """Raises L{StartError} where there cannot be one. Changes nothing."""
+    if not os.path.exists(TUN):
+        raise no_way_back(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    if not may_administer_network():
+        raise no_way_back(PermissionError(errno.EPERM, os.strerror(errno.EPERM)))
+
+
+def no_way_back(problem: OSError) -> StartError:
+    """Why there is no L{ReturnPath}."""
+    if problem.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return StartError(
+            f"{_CANNOT}: there is no {TUN}; load the module tun, where it runs in a container give"
+            f" it that device, {_INSTEAD}",
+            os.EX_UNAVAILABLE,
+        )
+    if problem.errno in (errno.EPERM, errno.EACCES):
+        return StartError(
+            f"{_CANNOT}: a TUN device is not permitted; {AS_ADMINISTRATOR}, {_INSTEAD}",
+            os.EX_NOPERM,
+        )
+    return StartError(
+        f"{_CANNOT}: the system refuses a TUN device with its routes: {problem.strerror}; see"
+        f" whether ip rule and ip route show what is in the way, {_INSTEAD}",
+        os.EX_OSERR,
+    )
+
+
+def _no_answer(server: WebServer) -> str | None:
+    """Why a connection from an address that nobody has fails; L{None} if it does not."""
+    with socket.socket(server.family, socket.SOCK_STREAM) as dial:
+        dial.settimeout(_PATIENCE)
+        try:
+            bind_as_visitor(dial, server.family, NOBODY[server.family])
+            dial.connect(server)
+        except TimeoutError:
+            return f"no answer within {_PATIENCE:g} s"
+        except OSError as problem:
+            return problem.strerror
+    return None
+
+
+def _listener(server: WebServer, listening: Sequence[TCPSocket]) -> TCPSocket | None:
+    """The listening socket that connections to C{server} come to: that of its address, or one of
+    all addresses, of both families if there is none for its own."""
+    of = {each.local: each for each in listening}
+    anywhere = ("0.0.0.0", "::") if server.family == socket.AF_INET else ("::",)  # noqa: S104
+    found = (of.get((host, server.port)) for host in (server.host, *anywhere))
+    return next(filter(None, found), None)
+
+
+def same_program(one: TCPSocket | None, other: TCPSocket | None) -> bool:
+    """Whether two listening sockets belong to the same program, to judge by user and control group:
+    another one may serve other sites at the same port."""
+    if one is None or other is None:
+        return False
+    return one is other or (one.uid, one.cgroup) == (other.uid, other.cgroup)

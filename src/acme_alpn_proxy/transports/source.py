@@ -1,0 +1,140 @@
+"""Connecting to a target on loopback from the visitor's own address.
+
+The target sees the visitor as if it had come directly. What brings its answers back is a
+L{acme_alpn_proxy.host.returnpath.ReturnPath}. Where they do not come, it is dialled from this
+host's address.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from twisted.internet.interfaces import IAddress
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from ..interfaces import ITarget
+from .deadlines import Unanswered
+from .dialer import Connector, Dialer
+from .sockets import TargetFactory
+
+ANSWERS_WITHIN: Final = 0.3
+"""Seconds for the target to answer a visitor's address: over loopback the handshake is over before
+connect(2) returns."""
+
+MOST_UNANSWERED: Final = 1_024
+"""Addresses of visitors, without an answer, that are remembered."""
+
+
+@implementer(ITarget)
+class VisitorSource:
+    """A target that sees the visitors' addresses where that can be, and this host's otherwise."""
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        plain: ITarget,
+        dialer_to: Callable[[int, Any], Dialer],
+        seen: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        @param plain: connects from this host's address.
+        @param dialer_to: gives what connects to an address of this family, both as the socket
+            module has them, within L{ANSWERS_WITHIN}.
+        @param seen: is called for each connection that came from the visitor's address.
+        """
+        self.plain = plain
+        self.seen = seen
+        self._dialer_to = dialer_to
+        self._dialers: dict[bool, Dialer] = {}
+        self._unanswered: dict[str, None] = {}
+
+    def use(self, addresses: Iterable[tuple[str, int]]) -> None:
+        """Connect there from the visitor's address, from now on; one address for a family."""
+        for host, port in addresses:
+            is_v6 = ":" in host
+            family = socket.AF_INET6 if is_v6 else socket.AF_INET
+            self._dialers[is_v6] = self._dialer_to(family, (host, port, 0, 0)[: 4 if is_v6 else 2])
+
+    def use_none(self) -> None:
+        """Connect from this host's address, from now on."""
+        self._dialers.clear()
+
+    def connect(self, factory: TargetFactory, first: bytes = b"") -> Any:
+        visitor = factory.visitor
+        dialer = self._dialers.get(":" in visitor)
+        if dialer is None or visitor in self._unanswered:
+            return self.plain.connect(factory, first)
+        sock, problem, sent = dialer.dial(first, visitor)
+        if problem:
+            attempt = _Attempt(self, factory, first, visitor)
+            attempt.begin(dialer, sock, problem)
+            return attempt
+        self.seen()
+        factory.sent_ahead = sent
+        dialer.establish(sock, factory.buildProtocol(dialer.destination))
+        return None
+
+    def remember(self, visitor: str) -> None:
+        """The target does not answer this address."""
+        if not self._unanswered:
+            self._log.info(
+                "The web server's answer to {visitor} does not come back: this visitor, and others"
+                " for which it is so, come from this host's own address",
+                visitor=visitor,
+            )
+        if len(self._unanswered) == MOST_UNANSWERED:
+            del self._unanswered[next(iter(self._unanswered))]
+        self._unanswered[visitor] = None
+
+    def not_permitted(self) -> None:
+        """This process has lost the privilege."""
+        self._log.warn(
+            "Not permitted any more to come from a visitor's address (it takes CAP_NET_RAW): the"
+            " web server sees all visitors under this host's own address from now on"
+        )
+        self.use_none()
+
+
+class _Attempt(TargetFactory):
+    """An attempt from the visitor's address that has to wait; one from this host's follows if it
+    fails. With the part of C{IConnector} that ends it."""
+
+    def __init__(
+        self, source: VisitorSource, factory: TargetFactory, first: bytes, visitor: str
+    ) -> None:
+        self._source = source
+        self._factory = factory
+        self._first = first
+        self._visitor = visitor
+        self._stopped = False
+        self._connector: Any = None
+
+    def begin(self, dialer: Dialer, sock: Any, problem: int | None) -> None:
+        """Go on with what L{Dialer.dial} has given."""
+        self._connector = connector = Connector(dialer, self, self._visitor)
+        connector.take(sock, problem)
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        self._source.seen()
+        return self._factory.buildProtocol(addr)
+
+    def clientConnectionFailed(self, connector: Any, reason: Failure) -> None:
+        if self._stopped:
+            self._factory.clientConnectionFailed(connector, reason)
+            return
+        if getattr(reason.value, "osError", None) == errno.EPERM:
+            self._source.not_permitted()
+        self._connector = self._source.plain.connect(self._factory, self._first)
+        # Otherwise the target takes nobody just now, wherever they come from.
+        if self._connector is None and reason.check(Unanswered):
+            self._source.remember(self._visitor)
+
+    def stopConnecting(self) -> None:
+        self._stopped = True
+        self._connector.stopConnecting()
