@@ -41,21 +41,25 @@ wheel: $(VENV)/build
 pyz: wheel
 	PYTHON=$(VENV)/bin/python sh packaging/build-pyz $(DIST)/*.whl $(DIST)/acme-alpn-proxy.pyz
 
-deb: wheel
+deb:
 	rm -f $(DIST)/*.deb
-	PYTHON=$(VENV)/bin/python sh packaging/build-deb $(DIST)/*.whl $(DIST)
+	sh packaging/build-deb $(DIST)
 
-$(VENV)/packages: tests/install-debian-packages tests/debian-packages.sh
-	sh tests/install-debian-packages
+$(VENV)/venv:
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh -euc '. tests/debian-packages.sh; install_packages python3-venv'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/packages: $(VENV)/venv tests/install-debian-packages tests/debian-packages.sh
+	sh tests/install-debian-packages
 	touch $@
 
 $(VENV)/demo: $(VENV)/packages pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-$(VENV)/build: $(VENV)/packages pyproject.toml
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv 'twisted>=22.4'
+$(VENV)/build: $(VENV)/venv pyproject.toml
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv
 	touch $@
 
 $(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages
