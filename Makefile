@@ -4,6 +4,7 @@
 # make docs   the documents as HTML, build/docs/index.html
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
+# make changelog   the news of a release, once its version is set: see docs/releasing.md
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
 # make attacks   how long visitors wait beside each attack
 # All as root: they install what they need (Debian packages; Python packages in .venv).
@@ -13,7 +14,7 @@ VENV := .venv
 DIST := dist
 PROGRAM := .cache/program
 
-.PHONY: demo test test-trixie docs wheel pyz deb bench attacks clean
+.PHONY: demo test test-trixie docs wheel pyz deb changelog bench attacks clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
@@ -45,6 +46,11 @@ deb:
 	rm -f $(DIST)/*.deb
 	sh packaging/build-deb $(DIST)
 
+changelog: $(VENV)/changelog
+	$(VENV)/bin/towncrier build --yes
+	dch --maintmaint --force-distribution --distribution unstable \
+	    --newversion "$$($(VENV)/bin/hatchling version)" 'New release: see CHANGELOG.md.'
+
 $(VENV)/venv:
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh -euc '. tests/debian-packages.sh; install_packages python3-venv'
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +66,11 @@ $(VENV)/demo: $(VENV)/packages pyproject.toml
 
 $(VENV)/build: $(VENV)/venv pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv
+	touch $@
+
+$(VENV)/changelog: $(VENV)/venv
+	sh -euc '. tests/debian-packages.sh; install_packages devscripts'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling 'towncrier>=24'
 	touch $@
 
 $(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 from twisted.application.service import Application, IServiceCollection
 
+from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import COMMANDS, ConsoleOptions
 from acme_alpn_proxy.service import ProxyService
 
@@ -123,6 +124,14 @@ def test_make() -> None:
         )
         assert planned.returncode == 0, planned.stderr
         assert planned.stdout.rstrip().endswith(RECIPES[target])
+
+
+def test_version() -> None:
+    """Both changelogs begin with the version that the program tells."""
+    for changelog, heading in (("CHANGELOG.md", r"^## (\S+) \("), ("debian/changelog", r"\((\S+)\)")):
+        newest = re.search(heading, (ROOT / changelog).read_text(), re.M)
+        assert newest is not None
+        assert newest[1] == __version__
 
 
 def test_library() -> None:
