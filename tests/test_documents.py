@@ -128,10 +128,10 @@ def test_make() -> None:
 
 def test_version() -> None:
     """Both changelogs begin with the version that the program tells."""
-    for changelog, heading in (("CHANGELOG.md", r"^## (\S+) \("), ("debian/changelog", r"\((\S+)\)")):
-        newest = re.search(heading, (ROOT / changelog).read_text(), re.M)
+    for changelog in ("CHANGELOG.md", "debian/changelog"):
+        newest = re.search(r"\d+\.\d+\.\d+", (ROOT / changelog).read_text())
         assert newest is not None
-        assert newest[1] == __version__
+        assert newest[0] == __version__
 
 
 def test_library() -> None:
