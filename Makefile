@@ -4,6 +4,7 @@
 # make docs   the documents as HTML, build/docs/index.html
 # make pyz    the program as one file, dist/acme-alpn-proxy.pyz: download once, chmod +x
 # make deb    the Debian package, below dist/; make wheel is there, too
+# make changelog   the news of a release, once its version is set: see docs/releasing.md
 # make bench  side by side with HAProxy, nginx and sslh; BENCH=--quick for a first look
 # make attacks   how long visitors wait beside each attack
 # All as root: they install what they need (Debian packages; Python packages in .venv).
@@ -13,7 +14,7 @@ VENV := .venv
 DIST := dist
 PROGRAM := .cache/program
 
-.PHONY: demo test test-trixie docs wheel pyz deb bench attacks clean
+.PHONY: demo test test-trixie docs wheel pyz deb changelog bench attacks clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m tests.integration.demo
@@ -41,21 +42,35 @@ wheel: $(VENV)/build
 pyz: wheel
 	PYTHON=$(VENV)/bin/python sh packaging/build-pyz $(DIST)/*.whl $(DIST)/acme-alpn-proxy.pyz
 
-deb: wheel
+deb:
 	rm -f $(DIST)/*.deb
-	PYTHON=$(VENV)/bin/python sh packaging/build-deb $(DIST)/*.whl $(DIST)
+	sh packaging/build-deb $(DIST)
 
-$(VENV)/packages: tests/install-debian-packages tests/debian-packages.sh
-	sh tests/install-debian-packages
+changelog: $(VENV)/changelog
+	$(VENV)/bin/towncrier build --yes
+	dch --maintmaint --force-distribution --distribution unstable \
+	    --newversion "$$($(VENV)/bin/hatchling version)" 'New release: see CHANGELOG.md.'
+
+$(VENV)/venv:
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh -euc '. tests/debian-packages.sh; install_packages python3-venv'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/packages: $(VENV)/venv tests/install-debian-packages tests/debian-packages.sh
+	sh tests/install-debian-packages
 	touch $@
 
 $(VENV)/demo: $(VENV)/packages pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-$(VENV)/build: $(VENV)/packages pyproject.toml
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv 'twisted>=22.4'
+$(VENV)/build: $(VENV)/venv pyproject.toml
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling shiv
+	touch $@
+
+$(VENV)/changelog: $(VENV)/venv
+	sh -euc '. tests/debian-packages.sh; install_packages devscripts'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check hatchling 'towncrier>=24'
 	touch $@
 
 $(VENV)/bench: $(VENV)/packages pyproject.toml bench/install-debian-packages

@@ -1,5 +1,6 @@
 """What the one-file program does first. Its runner gives it C{site_packages}, its own folder."""
 
+import os
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -9,13 +10,16 @@ if sys.version_info < (3, 11):  # noqa: UP036
         " run it with the path of this file"
     )
 
-# What else is installed on the machine may not fit: nothing of it is used.
-others = ("site-packages", "dist-packages")
-sys.path[:] = [
-    path
-    for path in sys.path
-    if path == str(site_packages) or not path.rstrip("/").endswith(others)  # noqa: F821
-]
 
-# Debian's zope.interface begins this package when Python starts, in a folder of its own.
-sys.modules.pop("zope", None)
+def foreign(folder):
+    """Whether packages of the machine are in there, not those of this file."""
+    packages = folder.rstrip("/").endswith(("site-packages", "dist-packages"))
+    return packages and folder != str(site_packages)  # noqa: F821
+
+
+# What else is installed on the machine may not fit: nothing of it is used, nor what its .pth files
+# loaded when Python started. Debian's python3-zope.interface has such a file.
+sys.path[:] = [folder for folder in sys.path if not foreign(folder)]
+for name, module in list(sys.modules.items()):
+    if any(foreign(os.path.dirname(path)) for path in getattr(module, "__path__", ())):
+        del sys.modules[name]

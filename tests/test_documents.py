@@ -10,6 +10,7 @@ import subprocess
 import pytest
 from twisted.application.service import Application, IServiceCollection
 
+from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import COMMANDS, ConsoleOptions
 from acme_alpn_proxy.service import ProxyService
 
@@ -123,6 +124,14 @@ def test_make() -> None:
         )
         assert planned.returncode == 0, planned.stderr
         assert planned.stdout.rstrip().endswith(RECIPES[target])
+
+
+def test_version() -> None:
+    """Both changelogs begin with the version that the program tells."""
+    for changelog in ("CHANGELOG.md", "debian/changelog"):
+        newest = re.search(r"\d+\.\d+\.\d+", (ROOT / changelog).read_text())
+        assert newest is not None
+        assert newest[0] == __version__
 
 
 def test_library() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .machine import Machine
 
 ROOT = Path(__file__).parent.parent.parent
-DOWNLOADED = ROOT / ".cache"
+CERTBOT = ROOT / ".cache" / "certbot"
 
 
 def make_packages(directory: Path) -> Path:
@@ -30,23 +30,14 @@ def make_packages(directory: Path) -> Path:
     return directory / "dist"
 
 
-def install_dependencies(booted: Machine) -> None:
-    """What our package depends on and the host does not have."""
-    _install_downloaded(booted, "deb")
-
-
 def install_certbot(booted: Machine) -> None:
     """Debian's certbot, as far as the host does not have it."""
-    _install_downloaded(booted, "certbot")
-
-
-def _install_downloaded(booted: Machine, folder: str) -> None:
-    debs = sorted((DOWNLOADED / folder).glob("*.deb"))
+    debs = sorted(CERTBOT.glob("*.deb"))
     if debs:
         booted.run("dpkg", "--install", *map(booted.copied, debs))
 
 
 def install(booted: Machine, dist: Path) -> None:
-    """The Debian package."""
+    """The Debian package; the host has what it depends on."""
     (deb,) = dist.glob("*.deb")
     booted.run("dpkg", "--install", booted.copied(deb))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from .acme import pebble
 from .certbot import ORDER, Certbot
 from .machine import Machine, machine
 from .netns import Namespace, Street, wait_until
-from .packages import ROOT, install, install_certbot, install_dependencies
+from .packages import ROOT, install, install_certbot
 from .proxy import AT_ONCE, Proxy, ends
 from .visitors import visitors
 from .website import NAME, Website, steers
@@ -48,7 +50,17 @@ def test_one_file(road: Street, site: Website, one_file: Proxy) -> None:
 
 
 def test_one_file_uses_nothing_of_the_machine(one_file: Proxy, tmp_path: Path) -> None:
-    """Python packages of the machine, which may be of any age, are not used."""
+    """Python packages of the machine, which may be of any age, are not used, nor those that Python
+    has loaded already when it starts."""
+    script = "import site; print(site.getusersitepackages())"
+    home = one_file.namespace.run(*one_file.wrapper, "python3", "-c", script).stdout.strip()
+    package = Path(home, "zope")
+    package.mkdir(parents=True)
+    (package / "interface.py").write_text("raise SystemExit('the wrong one')")
+    Path(home, "zope.pth").write_text(
+        f"import sys, types; sys.modules['zope'] = types.ModuleType('zope');"
+        f" sys.modules['zope'].__path__ = ['{package}']\n"
+    )
     others = tmp_path / "lib" / "dist-packages"
     (others / "twisted").mkdir(parents=True)
     (others / "twisted" / "__init__.py").write_text("raise SystemExit('the wrong one')")
@@ -82,6 +94,9 @@ ACCOUNTS = {"etc/.pwd.lock"} | {
 }
 """Where the users are."""
 
+PLUGINS = "usr/lib/python3/dist-packages/twisted/plugins/dropin.cache"
+"""Debian's list of Twisted's plugins: a trigger of python3-twisted keeps it."""
+
 
 @pytest.fixture
 def host(road: Street) -> Namespace:
@@ -90,10 +105,17 @@ def host(road: Street) -> Namespace:
 
 @pytest.fixture
 def debian(host: Namespace, tmp_path: Path) -> Iterator[Machine]:
-    """A machine with what the package depends on."""
+    """A machine without the package."""
     with machine(host, tmp_path / "machine") as booted:
-        install_dependencies(booted)
         yield booted
+
+
+def test_lintian(dist: Path) -> None:
+    """Debian's checker of packages finds no error in ours, and has no warning."""
+    (deb,) = dist.glob("*.deb")
+    command = ("lintian", "--allow-root", "--pedantic", deb)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_installed(debian: Machine, dist: Path) -> None:
@@ -101,18 +123,36 @@ def test_installed(debian: Machine, dist: Path) -> None:
     who maintains them."""
     install(debian, dist)
     told = debian.run("dpkg-query", "-W", "-f", "${Maintainer}", "acme-alpn-proxy").stdout
-    assert (
-        told
-        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"][0]["name"]
-    )
+    (author,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"]
+    assert re.fullmatch(rf"{author['name']} <\S+@\S+>", told)
     assert debian.run("acme-alpn-proxy", "--version").stdout == f"acme-alpn-proxy {__version__}\n"
+    assert (
+        "TYPE IDENT TOKEN AUTH" in debian.run("acme-alpn-proxy-hook", "begin", check=False).stdout
+    )
     assert "Get TLS certificates" in debian.run("twistd3", "--help").stdout
-    assert "--fallback=ADDRESS" in debian.run("man", "acme-alpn-proxy").stdout
+    for page in ("acme-alpn-proxy", "acme-alpn-proxy-hook"):
+        assert "--fallback=ADDRESS" in debian.run("man", page).stdout
     complete = "source /usr/share/bash-completion/completions/acme-alpn-proxy; complete -p"
     assert "_acme_alpn_proxy acme-alpn-proxy" in debian.run("bash", "-c", complete).stdout
     assert debian.run("dpkg", "--verify", "acme-alpn-proxy").stdout == ""
     user = debian.run("getent", "passwd", "acme-alpn-proxy").stdout
     assert user.rstrip().endswith(":/nonexistent:/usr/sbin/nologin")
+
+
+def test_pages(debian: Machine, dist: Path) -> None:
+    """The pages are in the package, with the examples, and lead to each other there as in the
+    source."""
+    install(debian, dist)
+    place = "/usr/share/doc/acme-alpn-proxy"
+    found = debian.run("find", place, "-type", "f", "-printf", r"%P\n").stdout.splitlines()
+    pages = [Path(name) for name in found if name.endswith(".md")]
+    assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= {*map(str, pages)}
+    missing = set()
+    for page in pages:
+        links = re.findall(r"\]\(([^):#]+)[)#]", (ROOT / page).read_text())
+        missing |= {os.path.normpath(page.parent / link) for link in links} - {*found}
+    # The licence has the name that Debian gives it, and the rest is about changing the source.
+    assert missing <= {"LICENSE"}, missing
 
 
 def test_upgrade(road: Street, site: Website, debian: Machine, dist: Path, tmp_path: Path) -> None:
@@ -147,10 +187,9 @@ def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> No
     assert not steers(road, site)
     assert road.host.namespace.rules() == []
     assert set(road.host.namespace.pids()) == processes
-    assert debian.changed() - before <= ACCOUNTS
+    assert debian.changed() - before <= ACCOUNTS | {PLUGINS}
     assert before <= debian.changed()
-    plugins = "/usr/lib/python3/dist-packages/twisted/plugins/dropin.cache"
-    assert debian.run("grep", "-c", "acme", plugins, check=False).stdout == "0\n"
+    assert debian.run("grep", "-c", "acme", f"/{PLUGINS}", check=False).stdout == "0\n"
     assert debian.run("ls", "/run/acme-alpn-proxy.pid", check=False).returncode != 0
 
 

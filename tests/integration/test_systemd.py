@@ -17,7 +17,7 @@ import pytest
 from .acme import Issued, Pebble, issued, pebble
 from .machine import Machine, machine
 from .netns import Street, terminate, wait_until
-from .packages import ROOT, install, install_dependencies
+from .packages import ROOT, install
 from .proxy import AT_ONCE, NET_RAW, NOBODY, Proxy, is_powerless
 from .website import NAME, Website, steers, website
 
@@ -114,7 +114,6 @@ def test_background_is_silent(proxy: Proxy, manager: socket.socket) -> None:
 def debian(road: Street, dist: Path, tmp_path: Path) -> Iterator[Machine]:
     """A machine with the Debian package."""
     with machine(road.host.namespace, tmp_path / "machine") as booted:
-        install_dependencies(booted)
         install(booted, dist)
         yield booted
 
