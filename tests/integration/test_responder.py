@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import ssl
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -329,15 +330,19 @@ def test_one_after_the_other(road: Street, site: Website, proxy: Proxy, way: str
     proxy.stop()
 
 
-def test_another_user(on_demand: OnDemand) -> None:
-    """The control socket is for root alone, and C{hook} of another user says so."""
-    on_demand.proxy.wrapper = NOBODY
-    words = ("begin", "tls-alpn-01", NAME, "token", DIGEST.hexdigest())
-    refused = on_demand.proxy.run("hook", "uacme", *words, check=False)
-    on_demand.proxy.wrapper = ()
-    assert refused.returncode == 1
-    assert "run this as root" in refused.stderr
-    assert on_demand.status()["pending_count"] == 0
+def test_another_user(proxy: Proxy, site: Website) -> None:
+    """The control socket is for root alone, also in a folder that everybody may enter."""
+    connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = f"{folder}/control"
+        proxy.start("--on-demand", "--control", path, *AT_ONCE)
+        for user, status in (((), 0), (NOBODY, 1)):
+            command = (*user, "/usr/bin/python3", "-c", connect, path)
+            done = proxy.namespace.run(*command, check=False)
+            assert done.returncode == status
+        assert "PermissionError" in done.stderr
+        proxy.stop()
 
 
 @pytest.mark.parametrize("way", ["nftables", "sk-lookup"])

@@ -29,6 +29,7 @@ from ..monitoring.logs import observer, open_log_file, reopen
 from ..options import ConsoleOptions, of_the_proxy, responder_is_installed
 from ..program import Program
 from ..responder.client import control_path
+from ..responder.control import load as load_responder
 from ..tap import make_program
 from .handover import Report, tell_end
 from .startup import loading_done
@@ -186,6 +187,8 @@ def serve(
     if options["control"] is None and responder_is_installed():
         options["control"] = control_path(pidfile.path)
     reactor = install()
+    if options["uid"] and options["control"]:
+        load_responder()
     program = make_program(options, reactor, pidfile, told)
     if options["nodaemon"]:
         program.on_refusal = lambda problem: None  # the caller prints it

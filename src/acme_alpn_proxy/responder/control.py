@@ -14,7 +14,7 @@ the other end.
 
 from __future__ import annotations
 
-import importlib
+import errno
 import json
 import socket
 import sys
@@ -52,6 +52,8 @@ PATIENCE: Final = 60.0
 LONGEST_LINE: Final = 1024
 """Bytes; a name has 253 and a digest 64."""
 
+_LIMITS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 MOST_CLIENTS: Final = 64
 """Connections at a time; more are closed at once."""
 
@@ -80,11 +82,19 @@ class Report(TypedDict):
     asked: list[Asked]
 
 
+def load() -> None:
+    """Load what answers, and try it: it loads more when it is used.
+
+    With C{--uid} this comes before the privileges go, since the user may not be able to read it.
+    """
+    from .tls import load_all
+
+    load_all()
+
+
 def load_in_thread() -> Deferred[object]:
-    """Import the TLS, which takes a tenth of a second the first time, while visitors are served."""
-    if f"{__package__}.tls" in sys.modules:
-        return succeed(None)
-    return deferToThread(importlib.import_module, ".tls", __package__)
+    """The same while visitors are served: it takes a tenth of a second, the first time."""
+    return succeed(None) if f"{__package__}.tls" in sys.modules else deferToThread(load)
 
 
 class Control:
@@ -202,6 +212,7 @@ class Control:
 class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
     """A client's connection. Its lines are answered one after the other."""
 
+    _log = Logger()
     delimiter = b"\n"
     MAX_LENGTH = LONGEST_LINE
     factory: ControlFactory
@@ -240,6 +251,9 @@ class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
             answer = "ERR a line is ASCII; write an internationalized name as its A-label (xn--)"
         except (BadRequest, BadIdentifier, StartError) as problem:
             answer = f"ERR {problem}"
+        except Exception:
+            self._log.failure("A client of the control socket could not be answered")
+            answer = "ERR internal error; see the log"
         else:
             answer = f"OK {text}".rstrip()
         self.transport.write(f"{answer}\n".encode("ascii", "backslashreplace"))
@@ -288,10 +302,12 @@ class ControlService(Service):
         self._listener = UnixListener(reactor, path, self._accepted)
 
     def privilegedStartService(self) -> None:
-        """Listen; raises L{StartError}."""
+        """Listen; raises L{StartError}, or L{OSError} at a limit of the system."""
         try:
             self._listener.open()
         except OSError as problem:
+            if problem.errno in _LIMITS:
+                raise
             raise StartError(
                 f"cannot listen on {self._path}: {problem.strerror}; give another path by --control"
             ) from None

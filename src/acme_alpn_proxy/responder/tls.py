@@ -17,10 +17,17 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ..proxy.statistics import ANSWERED
-from .certificates import in_words
+from .certificates import in_words, own_certificates
 from .pending import Authorization
 
 FAILED: Final = "the handshake failed: {why}"
+
+
+def load_all() -> None:
+    """Load what cryptography and OpenSSL load when they are used first."""
+    TLSMemoryBIOFactory(
+        _Contexts(own_certificates().context("localhost", bytes(32))), False, Factory()
+    )
 
 
 @implementer(IHandshakeListener)
