@@ -49,7 +49,7 @@ class _End:
         self._other_has_ended = Event()
 
     def send(self) -> bytes:
-        """Send C{size} bytes, C{last} of them after the other side has ended; return their SHA-256."""
+        """Send C{size} bytes, C{last} of them after the other side ended; return their SHA-256."""
         digest = hashlib.sha256()
         for piece in self._pieces():
             self._connection.sendall(piece)
