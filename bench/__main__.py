@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
         default=[],
         metavar="NAME",
         choices=names,
-        help=f"this measure or contender alone, again for more: {', '.join(names)}",
+        help=f"only this measure or contender; repeat for more: {', '.join(names)}",
     )
     return parser.parse_args()
 

@@ -56,7 +56,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attacks", description=__doc__)
     parser.add_argument("--seconds", type=float, default=8, help="for each figure (8)")
     parser.add_argument("--redirect", default="iptables", help="the way to steer (iptables)")
-    parser.add_argument("--only", action="append", choices=[*ATTACKS], help="again for more")
+    parser.add_argument(
+        "--only", action="append", choices=[*ATTACKS], help="only this attack; repeat for more"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     require_root()

@@ -203,7 +203,7 @@ class Stand:
 
     def _processes(self) -> list[int]:
         found = [self._pid] if self._pid else []
-        for pid in found:  # grows meanwhile
+        for pid in found:  # the list grows during the loop
             for path in Path(f"/proc/{pid}/task").glob("*/children"):
                 found += map(int, path.read_text().split())
         return found
