@@ -1,7 +1,7 @@
-"""Runs the bench: the soak, then every measure on every contender in turn, round after round.
+"""Runs the bench: the soak test, then every measure on every contender in turn, for many rounds.
 
-Everything happens in network namespaces that are made for it and thrown away. Run as root, in the
-checkout: C{python -m bench}.
+It runs in network namespaces, which it makes and removes. Run it as root, in the checkout:
+C{python -m bench}.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .stand import Stand, WrongRoute, build_load, cpus, on_cpus
 
 RESULTS = Path(__file__).with_name("results")
 DESCRIPTORS = 16_384
-"""Enough for 5,000 pairs on each contender, and for its pipes."""
+"""Enough descriptors for 5,000 pairs on each contender, and for its pipes."""
 
 
 def main() -> int:
-    """Run what was asked for; 0 if all of it was measured."""
+    """Run the measures that the options name; return 0 if all of them were taken."""
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go, too
     try:
@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
         default=[],
         metavar="NAME",
         choices=names,
-        help=f"this measure or contender alone, again for more: {', '.join(names)}",
+        help=f"only this measure or contender; repeat for more: {', '.join(names)}",
     )
     return parser.parse_args()
 
@@ -127,7 +127,7 @@ def _take(
     scale: Scale,
     found: dict[str, dict[str, list[float]]],
 ) -> None:
-    """Measure every contender in turn, in so many rounds, there and back."""
+    """Measure all contenders in so many rounds, each time in order and then in reverse order."""
     stands = [stand for stand in stands if measure.takes_part(stand.contender)]
     print(f"{measure.name:<8}", end="", flush=True)
     began = time.monotonic()

@@ -1,7 +1,7 @@
-"""Attacks, and the visitors who come meanwhile, each as a process of its own in a namespace.
+"""Attacks, and the visitors that come during them, each as a separate process in a namespace.
 
-Run as C{python -m bench.attackers NAME ADDRESS [SECONDS]}. Rates and numbers have a bound; an
-attack goes on until it is ended.
+Run as C{python -m bench.attackers NAME ADDRESS [SECONDS]}. Each attack has a fixed rate and a limit
+on its connections, and continues until its process is ended.
 """
 
 from __future__ import annotations
@@ -73,17 +73,17 @@ def tiny_records(address: str) -> None:
 
 
 def tiny_records_to_the_site(address: str) -> None:
-    """The same for the web server, which has to read them as well."""
+    """The same hellos for the web server, which has to read them, too."""
     _send_tiny_records(address, b"h2")
 
 
 def half_hellos(address: str) -> None:
-    """500 connections a second that say half a hello and then nothing, 2,000 at a time."""
+    """500 connections a second that send half a hello and then nothing, 2,000 at a time."""
     _hold(address, 443, _WEB[: len(_WEB) // 2], 500, 2_000)
 
 
 def trickled_hellos(address: str) -> None:
-    """300 connections that say their hello byte by byte, 3,000 bytes a second in all."""
+    """300 connections that send their hello byte by byte, 3,000 bytes a second in all."""
     connections = [_opened(address, 443, b"") for _ in range(300)]
     said = [0] * len(connections)
     for number in _paced(3_000):
@@ -97,14 +97,14 @@ def trickled_hellos(address: str) -> None:
 
 
 def resets(address: str) -> None:
-    """500 connections a second that say hello and are reset at once."""
+    """500 connections a second that send a hello and are reset at once."""
     for _ in _paced(500):
         with suppress(OSError), _opened(address, 443, _WEB) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def syns(address: str) -> None:
-    """5,000 SYNs a second from forged addresses on the visitors' network; nothing follows them."""
+    """5,000 SYNs a second from forged addresses on the visitors' network, and no other packet."""
     network = address.rpartition(".")[0]
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
         for number in _paced(5_000):
@@ -115,7 +115,7 @@ def syns(address: str) -> None:
 
 
 def stalled_downloads(address: str) -> None:
-    """100 downloads of 20 MB that are not read."""
+    """100 downloads of 20 MB that nobody reads."""
     tls, held = _tls(), []
     for _ in range(100):
         connection = socket.create_connection((address, 443), 10)
@@ -140,7 +140,7 @@ def endless_validations(address: str) -> None:
 
 
 def idle_metrics(address: str) -> None:
-    """1,080 connections to the port of C{--metrics} that say nothing, made anew when closed."""
+    """1,080 silent connections to the port of C{--metrics}, opened again when they are closed."""
     _hold("127.0.0.1", METRICS_PORT, b"", 500, 1_080)
 
 
@@ -169,7 +169,7 @@ def _send_tiny_records(address: str, name: bytes) -> None:
 
 
 def _paced(rate: float) -> Iterator[int]:
-    """Numbers, so many a second; those missed meanwhile are not made up for."""
+    """Yield numbers, C{rate} a second; a caller that is late does not catch up."""
     due = time.monotonic()
     for number in itertools.count():
         yield number
@@ -179,7 +179,7 @@ def _paced(rate: float) -> Iterator[int]:
 
 
 def _hold(address: str, port: int, said: bytes, rate: float, most: int) -> None:
-    """Keep the newest C{most} connections, all of which have said that."""
+    """Keep the newest C{most} connections open, after each has sent these bytes."""
     held: list[socket.socket | None] = [None] * most
     for number in _paced(rate):
         at = number % most
@@ -190,7 +190,7 @@ def _hold(address: str, port: int, said: bytes, rate: float, most: int) -> None:
 
 
 def _opened(address: str, port: int, said: bytes) -> socket.socket:
-    """A connection that has said that; perhaps one that is refused."""
+    """A connection that has sent these bytes; the peer may have refused it."""
     connection = socket.socket()
     connection.settimeout(1)
     with suppress(OSError):

@@ -1,8 +1,8 @@
-"""How long visitors wait beside each attack, and without it: C{python -m bench.attacks}, as root.
+"""How long visitors wait during each attack, and without it: C{python -m bench.attacks}, as root.
 
-In network namespaces of its own: a host with nginx, the proxy and an ACME client that accepts and
-never answers; visitors and attackers one cable away. Every attack is measured without the proxy,
-too: what it costs the web server and the machine is not the proxy's.
+It makes network namespaces: a host with nginx, the proxy and an ACME client that accepts and
+never answers, and visitors and attackers connected by a veth pair. Every attack is also measured
+without the proxy, because it costs the web server and the machine something, too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .attackers import ATTACKS, METRICS_PORT
 
 ACME_PORT = 31443
 LIMIT = 3.0
-"""Times that visitors may wait under tiny records, to without."""
+"""How many times longer visitors may wait during the attack with tiny records than without it."""
 
 _BUILD_UP = 2.0
 
 
 @dataclass(frozen=True)
 class Visits:
-    """What became of the visits of a while; milliseconds from connect(2) to the end of a page."""
+    """The visits of one period; milliseconds from connect(2) to the end of a page."""
 
     took: Sequence[float]
     failed: int
@@ -47,16 +47,18 @@ class Visits:
 
     @property
     def p99(self) -> float:
-        """What 99 of 100 visits took at most."""
+        """The time within which 99 of 100 visits ended."""
         return sorted(self.took)[len(self.took) * 99 // 100]
 
 
 def main() -> int:
-    """Measure, and print a table in Markdown; 0 if tiny records are within the limit."""
+    """Measure, and print a table in Markdown; return 0 if tiny records are within the limit."""
     parser = argparse.ArgumentParser(prog="python -m bench.attacks", description=__doc__)
     parser.add_argument("--seconds", type=float, default=8, help="for each figure (8)")
     parser.add_argument("--redirect", default="iptables", help="the way to steer (iptables)")
-    parser.add_argument("--only", action="append", choices=[*ATTACKS], help="again for more")
+    parser.add_argument(
+        "--only", action="append", choices=[*ATTACKS], help="only this attack; repeat for more"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     require_root()
@@ -79,8 +81,8 @@ def main() -> int:
 def table(found: dict[str, dict[str, Visits]]) -> str:
     """One line for each attack."""
     lines = [
-        "| attack | p50, ms | p99, ms | p99 without it, ms | times | failed |"
-        " no proxy: p99, ms | p99 without it, ms |",
+        "| attack | p50, ms | p99, ms | p99 without attack, ms | ratio | failed |"
+        " no proxy: p99, ms | no proxy: p99 without attack, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, each in found.items():
@@ -98,7 +100,7 @@ def table(found: dict[str, dict[str, Visits]]) -> str:
 def _measure(
     road: Street, place: Path, name: str, options: argparse.Namespace
 ) -> dict[str, Visits]:
-    """The calm comes first: the web server may have to do for long after an attack."""
+    """Measure without the attack first: after it, the web server may be busy for a long time."""
     host = road.host.namespace
     found = {"direct": _visits(road, options.seconds)}
     proxy = Proxy(host, place / "proxy")
@@ -122,7 +124,7 @@ def _without_proxy(road: Street, place: Path, name: str, seconds: float) -> Visi
 
 @contextmanager
 def _attack(road: Street, place: Path, name: str) -> Iterator[None]:
-    """It goes on meanwhile, and has built up."""
+    """The attack runs during the block; it has begun some seconds before."""
     where: Namespace = (road.host if name == "idle_metrics" else road.visitor).namespace
     process = where.popen(*_program(name, road), log=place / "attack.log")
     try:

@@ -1,7 +1,7 @@
 """The contenders: each a proxy that sends C{acme-tls/1} to one backend and the rest to another.
 
-Each runs as Debian ships it, on one thread, with room for the connections of the bench and the same
-patience for a ClientHello, listening on the addresses of its namespace.
+Each is Debian's package and runs on one thread. It has room for the connections of the bench, waits
+as long as the others for a ClientHello, and listens on the addresses of its namespace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.integration.website import nginx
 
 UNPACKED = Path(__file__).resolve().parents[1] / ".cache"
 INSTALLED = UNPACKED / "program/bin"
-"""The program as its users have it: in an environment with what it needs at run time alone."""
+"""The program as users install it, in an environment that has only its run-time packages."""
 OURS = "acme-alpn-proxy"
 STEERED = f"{OURS}, steered"
 UNSEEN = f"{OURS}, --visitor-address off"
@@ -27,14 +27,14 @@ HAPROXY = "HAProxy"
 SPLICING = "HAProxy, splice-auto"
 
 _HELLO_SECONDS = 60
-"""Patience for a ClientHello: longer than it takes to measure 5,000 silent connections."""
+"""How long to wait for a ClientHello: longer than the measure of 5,000 silent connections takes."""
 _DIALLED_PORT = 8080
 _MOST_CONNECTIONS = 6_000
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a contender is to run, and the backends behind it on 127.0.0.1."""
+    """Where a contender runs, and its backends on 127.0.0.1."""
 
     host: Node
     directory: Path
@@ -48,20 +48,20 @@ class Contender(Protocol):
     name: str
     ours: bool
     most_open: int
-    """The connections that it can hold at all; 0 if it is no proxy."""
+    """The most connections that it can hold; 0 if it is no proxy."""
 
     def version(self) -> str:
-        """What it is, in one line."""
+        """Its version, in one line."""
 
     def port(self, place: Place) -> int:
-        """Where visitors dial it."""
+        """The port that visitors connect to."""
 
     def running(self, place: Place) -> AbstractContextManager[int]:
-        """Runs it meanwhile; gives its first process, or 0 if there is none."""
+        """Run it during the block; yields its first process, or 0 if there is none."""
 
 
 class Direct:
-    """No proxy: what the load, the backend and the kernel take by themselves."""
+    """No proxy: the cost of the load, the backend and the kernel."""
 
     name = "direct"
     ours = False
@@ -82,7 +82,7 @@ class Direct:
 
 
 class Ours:
-    """acme-alpn-proxy, as its console script starts it, dialled by its port."""
+    """acme-alpn-proxy, started by its console script; visitors connect to its port."""
 
     name = OURS
     ours = True
@@ -117,7 +117,7 @@ class Ours:
             proxy.stop(wait=True)
 
     def options(self, place: Place) -> list[str]:
-        """What C{start} is given."""
+        """The options of C{start}."""
         options = {
             "alpn": f"127.0.0.1:{place.acme_port}",
             "fallback": f"127.0.0.1:{place.web_port}",
@@ -131,7 +131,7 @@ class Ours:
 
 
 class OursSteered(Ours):
-    """The same, with its iptables rules: visitors dial port 443."""
+    """The same, with its iptables rules: visitors connect to port 443."""
 
     name = STEERED
     redirect = "iptables"
@@ -194,7 +194,7 @@ backend web
 
 
 class HAProxySplicing(HAProxy):
-    """The same with C{option splice-auto}: it splices where it sees fit."""
+    """The same with C{option splice-auto}: HAProxy decides when to splice."""
 
     name = SPLICING
     option = "option splice-auto"
@@ -250,12 +250,12 @@ stream {{
 
 
 class Sslh:
-    """sslh, the variant of one process, probing for TLS and ALPN."""
+    """sslh, the variant with one process, which probes for TLS and ALPN."""
 
     name = "sslh"
     ours = False
     most_open = 400
-    """It waits by select(2), which knows 1,024 descriptors."""
+    """sslh uses select(2), which is limited to 1,024 descriptors."""
 
     _program = UNPACKED / "sslh/usr/sbin/sslh-select"
     _configuration = """\

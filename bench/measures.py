@@ -17,7 +17,7 @@ GROWTH = (10, 1_000, MANY)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How much of each load to make."""
 
     rounds: int
     seconds: float
@@ -29,7 +29,7 @@ QUICK = Scale(rounds=1, seconds=0.5, mib=256)
 
 
 class LoadFailed(Exception):
-    """A load did not get what it asked for: there is nothing to measure."""
+    """A load failed, so there is nothing to measure."""
 
 
 def connections(stand: Stand, scale: Scale) -> dict[str, float]:
@@ -101,9 +101,10 @@ def memory(*, silent: bool) -> Callable[[Stand, Scale], dict[str, float]]:
 
 
 def growth(stand: Stand, scale: Scale) -> dict[str, float]:
-    """CPU for a connection beside few and many that are open and idle.
+    """CPU for a connection while few or many other connections are open and idle.
 
-    Beside the fewest it is measured before and after, so that what changes meanwhile tells nothing.
+    With the fewest it is measured before and after the others, so that a slow change of the machine
+    does not look like an effect of the open connections.
     """
     longer = replace(scale, seconds=3 * scale.seconds)  # they take long to open
     found: dict[str, list[float]] = {}
@@ -121,7 +122,7 @@ def start(stand: Stand, scale: Scale) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure, which contenders take part, and in how many rounds at most."""
+    """A measure, the contenders that take part, and the most rounds."""
 
     name: str
     take: Callable[[Stand, Scale], dict[str, float]]
@@ -164,7 +165,7 @@ MEASURES = (
 def _for_each(
     stand: Stand, spent: float, number: int, seconds: float, failed: int
 ) -> dict[str, float]:
-    # A few failures are a contender's own affair, and are shown. The proxy has none to show.
+    # The tables show a few failures of another contender. The proxy may have none.
     _check(stand, failed if stand.contender.ours else max(0, failed - number // 10))
     found = {"per_s": number / seconds, "failed_percent": 100 * failed / number}
     return found | {"cpu_us": spent / number * 1e6} if stand.is_proxy else found

@@ -1,6 +1,6 @@
 """Draws a run: plots, and the figures in C{docs/performance.md}.
 
-By itself it draws the newest complete run that is kept: C{python -m bench.plot}.
+C{python -m bench.plot} draws the newest complete run in C{bench/results}.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ BEGIN = "<!-- Figures: written by bench/plot.py -->"
 END = "<!-- End of the figures -->"
 
 _WIDTH = 4.8
-"""Inches. On a phone the page shrinks a drawing to about three quarters of that."""
+"""Inches. On a phone the page shows a drawing at about three quarters of this size."""
 
 _TEXT, _OURS_COLOUR, _OTHERS_COLOUR = "#010203", "#040506", "#7a8a96"
-"""The first two stand for what the page decides, or F{_STYLE} where the drawing stands alone."""
+"""The page sets the first two, or F{_STYLE} if the drawing is shown alone."""
 
 _IN_THE_FILE = {_TEXT: "currentColor", _OURS_COLOUR: "var(--accent)"}
 _STYLE = """<style>
@@ -83,7 +83,7 @@ def draw(run: Run) -> None:
 
 
 def _bars(name: str, run: Run, panels: dict[str, Figure]) -> None:
-    """One panel of horizontal bars a figure, one below the other; the proxy's stand out."""
+    """One panel of bars for each figure, one below the other; the proxy's bars stand out."""
     found = {
         title: {
             each: value
@@ -128,7 +128,7 @@ def _growth(run: Run) -> None:
 
 
 def _save(drawing: Drawing, name: str) -> None:
-    """Write a drawing whose text has the colour and the font of the page that it is in."""
+    """Write a drawing whose text takes the colour and the font of the page around it."""
     file = StringIO()
     drawing.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()

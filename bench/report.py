@@ -1,4 +1,4 @@
-"""Tables of a run: its figures, and its ratios to HAProxy beside what they must be. In Markdown."""
+"""Tables of a run in Markdown: its figures, and its ratios to HAProxy beside their limits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .contenders import HAPROXY, OURS, SPLICING, STEERED, UNSEEN
 from .measures import GROWTH, MANY
 
 Run = dict[str, Any]
-"""What a run has written as JSON: C{measures} has measure, contender, name of the figure and the
-figures of all rounds."""
+"""The JSON that a run has written: C{measures} has the measure, the contender, the name of the
+figure and its values in all rounds."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Figure:
     digits: int = 0
 
     def rounds(self, run: Run, contender: str) -> list[float]:
-        """One figure a round; none if the contender took no part."""
+        """One value for each round; empty if the contender did not take part."""
         found: dict[str, list[float]] = run["measures"].get(self.measure, {}).get(contender, {})
         return found.get(self.name, [])
 
     def of(self, run: Run, contender: str) -> float | None:
-        """The median over the rounds; L{None} if the contender took no part."""
+        """The median over the rounds; L{None} if the contender did not take part."""
         rounds = self.rounds(run, contender)
         return median(rounds) if rounds else None
 
@@ -91,9 +91,9 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of the proxy, or its ratio to another one, and the most that it may be.
+    """A figure of the proxy, or its ratio to another contender's, and the limit for it.
 
-    What disturbs a round disturbs both figures: their ratio is taken within each.
+    A disturbance affects both figures of a round, so the ratio is computed within each round.
     """
 
     what: str
@@ -103,7 +103,7 @@ class Target:
     contender: str = OURS
 
     def rounds(self, run: Run) -> list[float]:
-        """What the run has measured, one value a round; none if it has not."""
+        """The measured values, one for each round; empty if the run did not measure this."""
         ours = self.figure.rounds(run, self.contender)
         if self.ratio_to is None or not ours:
             return ours
@@ -139,7 +139,7 @@ TARGETS = (
 
 
 def figures(run: Run) -> str:
-    """All figures, one table a subject, one line a contender."""
+    """All figures: one table for each subject, with one line for each contender."""
     found = []
     for title, columns in TABLES:
         lines = []
@@ -154,7 +154,7 @@ def figures(run: Run) -> str:
 
 
 def targets(run: Run) -> str:
-    """What the proxy must reach, what it has reached, and whether that is enough."""
+    """The limits for the proxy, its figures, and whether each limit is met."""
     lines = []
     for target in TARGETS:
         rounds = target.rounds(run)
@@ -166,7 +166,7 @@ def targets(run: Run) -> str:
 
 
 def _spread(rounds: Sequence[float]) -> str:
-    """Between which values the middle half of them lies."""
+    """The range of the middle half of the values."""
     if len(rounds) < 4:
         return "-"
     low, _, high = quantiles(rounds, method="inclusive")
@@ -174,7 +174,7 @@ def _spread(rounds: Sequence[float]) -> str:
 
 
 def facts(run: Run) -> str:
-    """The machine and what ran on it."""
+    """The machine and the programs of the run."""
     return _table(["", ""], [[name, str(value)] for name, value in run["facts"].items()])
 
 

@@ -1,6 +1,6 @@
-"""Whether the proxy is right at all: much data both ways past slow readers, and every ending.
+"""Whether the proxy works correctly: much data both ways to slow readers, and every way to end.
 
-A proxy that loses or mixes up a byte may be as fast as it likes.
+The speed of a proxy does not matter if it loses or mixes up a byte.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tests.integration.proxy import PORT, Proxy
 
 SIZE = 200_000_000
 LAST_WORDS = 10_000_000
-"""Sent after the other side has ended its direction."""
+"""Bytes to send after the other side has ended its direction."""
 RESETS = 100
-"""By each side: whether one is passed on may depend on the moment."""
+"""Resets by each side. There are many, because passing one on may depend on the moment."""
 
 _WEB_PORT = 8443
 _SECONDS = 30.0
@@ -35,11 +35,11 @@ _STALL_SECONDS = 0.5
 
 
 class SoakFailed(Exception):
-    """The proxy did not pass on what it was given."""
+    """The proxy did not pass on the bytes or the end of a connection."""
 
 
 class _End:
-    """One end of a connection, which sends and slowly reads at the same time."""
+    """One end of a connection. It sends, and at the same time reads slowly."""
 
     def __init__(self, connection: socket.socket, begin: bytes, size: int, last: int) -> None:
         self._connection = connection
@@ -49,7 +49,7 @@ class _End:
         self._other_has_ended = Event()
 
     def send(self) -> bytes:
-        """Send C{size} bytes, C{last} of them once the other side has ended; their SHA-256."""
+        """Send C{size} bytes, C{last} of them after the other side ended; return their SHA-256."""
         digest = hashlib.sha256()
         for piece in self._pieces():
             self._connection.sendall(piece)
@@ -72,7 +72,7 @@ class _End:
             left -= len(piece)
 
     def read(self) -> bytes:
-        """Read to the end-of-file, in pieces of all sizes, with pauses; the SHA-256."""
+        """Read until end-of-file, in pieces of all sizes, with pauses. Return the SHA-256."""
         digest = hashlib.sha256()
         room = memoryview(bytearray(max(_READS)))
         received = reads = 0
@@ -92,7 +92,7 @@ class _End:
 
 
 class _Soak:
-    """Connections through the proxy, both ends of which are here."""
+    """Connections through the proxy; both ends are in this process."""
 
     def __init__(self, road: Street, listener: socket.socket) -> None:
         self._road = road
@@ -100,7 +100,7 @@ class _Soak:
         self._hello = openssl_hello(b"h2", b"http/1.1", server_name=b"site.example")
 
     def _accept(self) -> socket.socket:
-        """The next connection with bytes; a start of the proxy makes one without, to look."""
+        """The next connection with bytes; at its start the proxy makes one without, as a check."""
         while True:
             theirs, _ = self._listener.accept()
             if theirs.recv(1, socket.MSG_PEEK):
@@ -120,7 +120,7 @@ class _Soak:
                 yield ours, theirs
 
     def both_ways(self, size: int, *, visitor_ends_first: bool) -> None:
-        """C{size} bytes each way at once; one side ends before the other has said all."""
+        """Send C{size} bytes each way at once; one side ends before the other has sent all."""
         with self._pair() as (ours, theirs), ThreadPoolExecutor(4) as pool:
             last = (0, LAST_WORDS) if visitor_ends_first else (LAST_WORDS, 0)
             visitor = _End(ours, b"from the visitor", size, last[0])
@@ -138,7 +138,7 @@ class _Soak:
             raise SoakFailed("what arrived is not what was sent")
 
     def reset(self, *, by_visitor: bool) -> None:
-        """A reset on one side is a reset on the other."""
+        """A reset on one side must arrive as a reset on the other."""
         with self._pair() as (ours, theirs):
             breaks, sees = (ours, theirs) if by_visitor else (theirs, ours)
             for sender, receiver in ((breaks, sees), (sees, breaks)):

@@ -1,4 +1,4 @@
-"""A stand: a contender in namespaces of its own, backends behind it, and loads before it.
+"""A stand: a contender in its own namespaces, with its backends and its loads.
 
 The contender has one CPU for itself; loads and backends share the others, if there are any.
 """
@@ -28,11 +28,11 @@ _ONE_BYTE = b"B" + bytes(8)
 
 
 class WrongRoute(Exception):
-    """A contender did not lead a hello to the backend that it was for."""
+    """A contender sent a hello to the wrong backend."""
 
 
 def build_load() -> None:
-    """Compile the load maker, unless it is newer than its source."""
+    """Compile C{load.c}, unless the program is newer than its source."""
     source = Path(__file__).with_name("load.c")
     if LOAD.exists() and LOAD.stat().st_mtime >= source.stat().st_mtime:
         return
@@ -43,7 +43,7 @@ def build_load() -> None:
 
 @contextmanager
 def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
-    """What is started meanwhile runs on these CPUs."""
+    """Processes that are started during the block run on these CPUs."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -53,14 +53,14 @@ def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
 
 
 def cpus() -> tuple[list[int], list[int]]:
-    """The CPU of the contender, and those of loads and backends."""
-    # The last one, since a machine's interrupts tend to go to the first.
+    """The CPU of the contender, and the CPUs of loads and backends."""
+    # The last one, because the interrupts of a machine often go to the first.
     *others, last = sorted(os.sched_getaffinity(0))
     return [last], others or [last]
 
 
 class Stand:
-    """One contender at work."""
+    """One running contender."""
 
     def __init__(
         self, contender: Contender, visitor: Node, place: Place, contender_cpus: Sequence[int]
@@ -79,7 +79,7 @@ class Stand:
     def made(
         cls, contender: Contender, directory: Path, contender_cpus: Sequence[int], *, tls: bool
     ) -> Iterator[Stand]:
-        """A contender that runs before nginx (C{tls}) or before the backend of C{load.c}."""
+        """A running contender in front of nginx (C{tls}) or of the backend of C{load.c}."""
         directory.mkdir()
         with street() as road, ExitStack() as stack:
             host, visitor = road.host, road.visitor
@@ -106,7 +106,7 @@ class Stand:
                 stand._running.close()
 
     def restart(self) -> float:
-        """Stop the contender, start it again, and give the seconds that the start took."""
+        """Stop the contender and start it again. Return the seconds that the start took."""
         self._running.close()
         return self._start()
 
@@ -130,23 +130,23 @@ class Stand:
 
     @property
     def is_proxy(self) -> bool:
-        """Whether there are processes to look at."""
+        """Whether the contender has processes to measure."""
         return self._pid != 0
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where visitors dial it."""
+        """The address and port that visitors connect to."""
         return self.place.host.ipv4, self.contender.port(self.place)
 
     def load(self, what: str, *arguments: object) -> dict[str, Any]:
-        """Run a load of C{load.c} with a hello; what it tells at its end."""
+        """Run a load of C{load.c} with a hello. Return what it prints at its end."""
         done = self.visitor.namespace.run(*self._load_command(what, self._hello, *arguments))
         told: dict[str, Any] = json.loads(done.stdout)
         return told
 
     @contextmanager
     def holding(self, number: int, *, silent: bool = False) -> Iterator[None]:
-        """So many connections are open meanwhile: established pairs, or silent ones."""
+        """Keep this many connections open during the block: established pairs, or silent ones."""
         arguments = ["silence"] if silent else ["hold", self._hello]
         with subprocess.Popen(
             self.visitor.namespace.argv(*self._load_command(*arguments, number)),
@@ -203,7 +203,7 @@ class Stand:
 
     def _processes(self) -> list[int]:
         found = [self._pid] if self._pid else []
-        for pid in found:  # grows meanwhile
+        for pid in found:  # the list grows during the loop
             for path in Path(f"/proc/{pid}/task").glob("*/children"):
                 found += map(int, path.read_text().split())
         return found

@@ -1,7 +1,7 @@
-"""A Twisted application that was there before, with the proxy as one more service beside its own.
+"""An existing Twisted application that also runs the proxy, as one more service.
 
-Run it as root by C{twistd -ny examples/existing_application.tac}. Both run until it is stopped: take
-this way where orders come often, or start and stop the proxy's service around each.
+Run it as root with C{twistd -ny examples/existing_application.tac}. The proxy then steers until the
+application stops. If orders are rare, start the proxy's service before each order and stop it after.
 """
 
 from acme_alpn_proxy.tap import Options, makeService
@@ -12,7 +12,7 @@ from twisted.web.server import Request, Site
 
 
 class Status(Resource):
-    """What the application did all along."""
+    """What the application did before, and still does."""
 
     isLeaf = True
 

@@ -1,9 +1,9 @@
-"""A way to steer of your own: here a command, which may tell a router or a load balancer to send new
+"""Your own way to steer: here a command, which may tell a router or a load balancer to send new
 connections to the proxy's port.
 
-Run it by C{STEER=/usr/local/bin/steer twistd -ny examples/own_redirect.tac}. The command is run with
-C{on} when the proxy is ready, and with C{off} at the end. It must not fail silently: a status other
-than 0 is an error.
+Start it with C{STEER=/usr/local/bin/steer twistd -ny examples/own_redirect.tac}. It runs the command
+with the word C{on} when the proxy is ready, and with C{off} at the end. If the command fails, it must
+exit with a status other than 0.
 """
 
 import os
@@ -21,7 +21,7 @@ from zope.interface import implementer
 
 @implementer(IRedirect)
 class CommandRedirect:
-    """Steers by a command that takes one word."""
+    """Steers with a command that takes one word."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -31,7 +31,7 @@ class CommandRedirect:
 
     def prepare(self, commands: ICommands) -> Deferred[Sequence[str]]:
         if not os.access(self._command, os.X_OK):
-            raise StartError(f"{self._command} is no program; set STEER to one")
+            raise StartError(f"{self._command} is not executable; set STEER to a program")
         return succeed(("::",))  # listen on every address, IPv4 and IPv6
 
     def apply(self, commands: ICommands, listeners: Sequence[socket.socket]) -> Deferred[None]:

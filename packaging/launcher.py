@@ -1,7 +1,7 @@
-"""The first thing that the one-file program runs: choose the folder that it unpacks itself to.
+"""The first code that the one-file program runs: it chooses the folder for the unpacked files.
 
-Its runner takes C{~/.shiv}. Where there is no writable home, or no room in it, another folder is
-taken; a folder that other users could change never is.
+The usual folder is C{~/.shiv}. If there is no writable home, or not enough room in it, another
+folder is used, but never one that other users could change.
 """
 
 import os
@@ -9,15 +9,15 @@ import signal
 import sys
 
 if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # To unpack takes a second: Ctrl-C ends it without a traceback, and the next run begins again.
+    # Unpacking takes a second. Ctrl-C ends it without a traceback, and the next run starts again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 ROOM = 64 << 20
-"""Bytes that must be free; it takes half of that."""
+"""Bytes that must be free; the unpacked files need half of them."""
 
 
 def usable(folder):
-    """Whether this user, and no other, can write to a folder, which is made if it is not there."""
+    """Whether only this user can write to the folder; a missing folder is made."""
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
         about = os.lstat(folder)
@@ -29,7 +29,7 @@ def usable(folder):
 
 
 def choose():
-    """The folder, or C{None}."""
+    """The first usable folder, or C{None}."""
     candidates = [
         os.environ.get("SHIV_ROOT"),
         os.path.expanduser("~/.shiv"),

@@ -1,4 +1,5 @@
-"""What the one-file program does first. Its runner gives it C{site_packages}, its own folder."""
+"""What the one-file program runs after it is unpacked. C{site_packages} is its own folder; shiv
+sets it."""
 
 import os
 import sys
@@ -12,13 +13,13 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 
 def foreign(folder):
-    """Whether packages of the machine are in there, not those of this file."""
+    """Whether the folder has packages of the machine, not those of this file."""
     packages = folder.rstrip("/").endswith(("site-packages", "dist-packages"))
     return packages and folder != str(site_packages)  # noqa: F821
 
 
-# What else is installed on the machine may not fit: nothing of it is used, nor what its .pth files
-# loaded when Python started. Debian's python3-zope.interface has such a file.
+# The Python packages of the machine may not fit, so none of them is used. Their .pth files may have
+# loaded modules when Python started, as that of python3-zope.interface does; these go, too.
 sys.path[:] = [folder for folder in sys.path if not foreign(folder)]
 for name, module in list(sys.modules.items()):
     if any(foreign(os.path.dirname(path)) for path in getattr(module, "__path__", ())):

@@ -13,7 +13,7 @@ INSTALL = "docs/install.md"
 RENEWAL = "docs/renewal.md"
 
 MAKE = f"{README}: acme-alpn-proxy"
-SYNOPSIS = f"{README}: Use it (3)"
+SYNOPSIS = f"{README}: Commands and options"
 
 _FENCE = "```"
 

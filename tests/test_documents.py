@@ -86,7 +86,7 @@ def test_synopsis() -> None:
     assert set().union(*map(understood, lines)) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", [README, CLIENTS, INSTALL, RENEWAL, *PAGES])
+@pytest.mark.parametrize("document", [CLIENTS, INSTALL, RENEWAL, *PAGES])
 def test_commands_in_the_text(document: str) -> None:
     """Each command of the proxy that is named in the text is understood."""
     lines = [span for span in spans(document) if span.startswith("acme-alpn-proxy ")]

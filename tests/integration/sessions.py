@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..documents import ROOT
+from ..documents import README, ROOT
 from .acme import pebble
 from .netns import street, terminate
 from .privatehost import Host
 from .website import Visit, website
 
-PAGES = ("docs/tutorial.md", "docs/commands.md")
+PAGES = (README, "docs/tutorial.md", "docs/commands.md")
 
 _BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"^# (?:.*\\\n)*.*\n", re.MULTILINE)

@@ -2,7 +2,8 @@
 
 Each block is one of these, which L{test_every_block} sees to: an order, run by L{test_order} or
 L{test_visitors_notice_nothing}; the hooks, run by L{test_hooks}; one that tells the reader that it
-is not tested; a synopsis or commands of make, looked at by F{tests/test_documents.py}.
+is not tested; a session on a terminal, run by F{test_sessions.py}; a synopsis or commands of make,
+looked at by F{tests/test_documents.py}.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _CERTBOT = (f"{_LIVE}/live/{NAME}/cert.pem", f"{_LIVE}/accounts/*/*/*/private_ke
 
 README_RUN = f"{README}: Use it"
 README_STEPS = f"{README}: Use it (2)"
+README_SESSION = {f"{README}: Your first certificate{count}" for count in ("", " (2)")}
 LEGO = f"{CLIENTS}: lego"
 LEGO_RENEWAL = f"{CLIENTS}: lego, renewal"
 CERTBOT = f"{CLIENTS}: certbot"
@@ -49,8 +51,8 @@ DEHYDRATED = f"{CLIENTS}: dehydrated"
 RUN = f"{CLIENTS}: One command"
 
 ORDERS = {
-    README_RUN: Order(*_lego(".lego")),
-    README_STEPS: Order(*_lego(".lego")),
+    README_RUN: Order(*_lego("/etc/lego")),
+    README_STEPS: Order(*_lego("/etc/lego")),
     RUN: Order(*_lego("/etc/lego")),
     LEGO_RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, validations=2),
     CERTBOT_RENEWAL: Order(*_CERTBOT, after=CERTBOT, validations=4, names=(NAME, WWW)),
@@ -146,4 +148,4 @@ def test_every_block() -> None:
     reader is told so."""
     run = {HOOKS, *ORDERS, *(order.after for order in ORDERS.values() if order.after)}
     not_tested = {name for name in BLOCKS if name.endswith(NOT_TESTED)}
-    assert set(BLOCKS) == run | not_tested | {MAKE, SYNOPSIS}
+    assert set(BLOCKS) == run | not_tested | README_SESSION | {MAKE, SYNOPSIS}

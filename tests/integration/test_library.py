@@ -54,5 +54,5 @@ def test_command_that_is_missing(road: Street, site: Website, tmp_path: Path) ->
         assert process.wait(15) != 0
     finally:
         terminate(process)
-    assert "/nowhere is no program; set STEER to one" in (tmp_path / "log").read_text()
+    assert "/nowhere is not executable; set STEER to a program" in (tmp_path / "log").read_text()
     assert road.host.namespace.rules() == []
