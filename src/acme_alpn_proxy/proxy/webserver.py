@@ -1,4 +1,4 @@
-"""Whether the web server is where the visitors will be sent; looked at before any is steered."""
+"""Check, before any visitor is steered, that the web server answers where they will be sent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = Logger()
 
 
 def require_web_server(fallback: Address, seconds: float) -> None:
-    """Connect to the fallback, and say what visitors should know. Blocks; raises L{StartError}.
+    """Connect to the fallback, and warn of what it cannot do. Blocks; raises L{StartError}.
 
     @param seconds: for each address to answer.
     """
@@ -85,7 +85,7 @@ def sites() -> tuple[list[str], list[str]]:
 
 
 def _connect(target: Address, seconds: float) -> None:
-    """Raises C{OSError}. Endpoints other than C{tcp:} and C{unix:} are Twisted's to connect."""
+    """Raises C{OSError}. Endpoints other than C{tcp:} and C{unix:} are left to Twisted."""
     if target.host:
         socket.create_connection((target.host, target.port), seconds).close()
     elif target.text.startswith("unix:"):
@@ -99,7 +99,7 @@ def _is_any(end: str) -> bool:
 
 
 def _warn_of_several_sites(fallback: Address) -> None:
-    """Sites with servers of their own, on addresses of their own, cannot all be the fallback."""
+    """Warn if several addresses have web servers of their own: only one can be the fallback."""
     hosts = [ipaddress.ip_address(each.rpartition(":")[0].strip("[]")) for each in listeners(HTTPS)]
     if any(host.is_unspecified for host in hosts):
         return
