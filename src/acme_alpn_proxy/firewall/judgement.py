@@ -360,7 +360,7 @@ class _Judge:
         choices = Choices()
         courses = Course(before, choices), Course(after, choices)
         outcomes = [course.through(bases) for course in courses]
-        if courses[0].marked != courses[1].marked:  # then the answers to questions about marks differ, too
+        if courses[0].marked != courses[1].marked:  # then answers about marks differ
             if after.reply and self._family in self._around.by_mark:
                 by, _ = min(courses[0].marked ^ courses[1].marked)
                 return f"{by}, and routes depend on marks", None

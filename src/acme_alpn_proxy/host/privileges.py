@@ -63,7 +63,7 @@ def _empty_bounding_set() -> None:
         try:
             _prctl(_DROP_FROM_BOUNDING_SET, capability)
         except OSError as problem:
-            if problem.errno in (errno.EINVAL, errno.EPERM):  # EINVAL: that was the last one; EPERM: not allowed
+            if problem.errno in (errno.EINVAL, errno.EPERM):  # no more of them; not permitted
                 return
             raise
 

@@ -121,8 +121,7 @@ class SpawningCommands:
         if program is None:
             return succeed(Result.not_found(argv))
         collector = _Collector(argv, self._reactor)
-        # As with blocking commands, our inherited descriptors stay open as long as the command
-        # lives.
+        # As above, our inheritable sockets close only when the command ends, too.
         descriptors = {0: "w", 1: "r", 2: "r"} | {each: each for each in _inheritable()}
         self._reactor.spawnProcess(collector, program, argv, env=None, childFDs=descriptors)
         return collector.ended

@@ -63,7 +63,7 @@ class EpollHangupWatch(ReadDescriptor):
         descriptor = self._descriptors.pop(transport, None)
         if descriptor is not None:
             del self._watched[descriptor]
-            if transport.fileno() == descriptor:  # otherwise it is closed, which took it out of the epoll
+            if transport.fileno() == descriptor:  # if not, closing has removed it
                 self._epoll.unregister(descriptor)
 
     def close(self) -> None:
