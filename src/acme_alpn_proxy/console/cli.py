@@ -177,7 +177,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         return DONE
     try:
         with ProcessHandle(pid) as process:
-            if pidfile.owner() == pid:  # otherwise it has ended, and the PID may belong to another program
+            if pidfile.owner() == pid:  # if not, it may be another program's PID
                 if _is_held(pidfile, pid):
                     return DONE
                 process.send(signal.SIGTERM)

@@ -16,7 +16,7 @@ from .reading import CannotLook, read_nftables
 from .xtables import command, listed
 
 _TABLES: Final = ("raw", "mangle", "filter")
-"""Tables whose rules reject packets. Container engines name interfaces in the nat table."""
+"""Tables that may reject packets. nat does not count: container engines name interfaces there."""
 
 _HOOKS: Final = ("PREROUTING", "INPUT")
 
