@@ -122,7 +122,7 @@ class ITarget(Interface):
     def connect(factory: TargetFactory, first: bytes = b"") -> IConnector | None:
         """Connect the factory's protocol, or call its C{clientConnectionFailed}.
 
-        Either may happen before this returns; then L{None} may be returned.
+        Either may happen before this returns; then C{None} may be returned.
 
         @param factory: C{factory.arrival()} tells how the visitor came.
         @param first: what the protocol is going to write first. Some of it may be sent before the

@@ -111,8 +111,7 @@ class ProxyService(MultiService):
         @param network: the kind of transports; Twisted's own by default.
         @param port: where to listen; the redirect must use the same port.
         @param max_connections: how many visitors are accepted at a time; the others wait in the
-            queue.
-                0: as many as the limit on open files allows.
+            queue; 0: as many as the limit on open files allows.
         @param linger: seconds, at most, to go on accepting after the redirect is removed, while
             handshakes from before are still under way.
         @param drain_timeout: seconds to wait for live connections before they are reset.
@@ -381,7 +380,7 @@ class ProxyService(MultiService):
 
 
 def _half_open(port: int) -> set[Handshake] | None:
-    """The handshakes with this host's web address that are under way; L{None} if unknown.
+    """The handshakes with this host's web address that are under way; C{None} if unknown.
 
     The way of steering decides which port the kernel sees: the listener's or 443.
     """

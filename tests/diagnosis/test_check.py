@@ -396,7 +396,7 @@ class RedirectTests(CheckCase):
     def test_redirect(self) -> None:
         """A redirect to nobody failed: visitors are lost at this moment."""
         self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
-        pattern = "1 rules of a killed instance are left, which send .*; remove them by: .* stop$"
+        pattern = "1 rules of a killed instance are left, which send .*; remove them with: .* stop$"
         self.found("leftovers", Level.FAILED, pattern)
 
     def test_keeper(self) -> None:

@@ -111,10 +111,10 @@ class VerdictTests(SynchronousTestCase):
             self.assertIn(f"the web server saw it as {address}, {whose}", finding.cause)
 
     def test_not_steered(self) -> None:
-        """Who was answered, but not by the proxy, was not steered; the remedy is another way."""
+        """A visitor answered without the proxy was not steered; the remedy is another way."""
         call = Dial(SOURCE, SERVER_HELLO)
-        self.fails("not by the proxy; .*another --redirect$", VISITOR, call, steered=False)
-        pattern = "not by the proxy; .*another --redirect$"
+        self.fails("not through the proxy; .*another --redirect$", VISITOR, call, steered=False)
+        pattern = "not through the proxy; .*another --redirect$"
         self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
 
     def test_dropped(self) -> None:

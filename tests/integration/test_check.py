@@ -260,7 +260,7 @@ def test_leftovers(host: Namespace, site: Website, proxy: Proxy) -> None:
     done = check(proxy, "--probe")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"failed +leftovers: 4 rules of a killed .*; remove them by: acme-alpn-proxy stop",
+        r"failed +leftovers: 4 rules of a killed .*; remove them with: acme-alpn-proxy stop",
         line_of(done.stdout, "leftovers"),
     )
     assert host.rules() == rules, "it changed something"

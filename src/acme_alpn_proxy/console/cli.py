@@ -136,7 +136,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     except AlreadyRunning as instance:
         if options["shared"] or _is_on_demand(pidfile):
             return _run_shared(options, pidfile, instance.pid)
-        tell(f"{instance}; wait until it has ended, or run the command with it by --shared")
+        tell(f"{instance}; wait until it has ended, or use it for the command, too: --shared")
         return TRY_LATER
     with connection:
         pid = pidfile.owner()
@@ -253,7 +253,7 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
     except AlreadyRunning as instance:
         raise StartError(
             f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
-            " of its own by --control"
+            " of its own with --control"
         ) from None
     answer = ask(path, line)
     ask(path, "leave")
@@ -368,7 +368,7 @@ def _await_end(options: ConsoleOptions, process: ProcessHandle, pidfile: PIDFile
             if process.ended(min(left, WATCH_SECONDS) if waiting else left):
                 return
     raise StartError(
-        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
+        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them with:"
         f" kill {pid}",
         os.EX_TEMPFAIL,
     )

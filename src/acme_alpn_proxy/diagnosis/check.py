@@ -294,7 +294,7 @@ class Check:
             return Finding(
                 name,
                 Level.WARNING,
-                f"{name} has no match 'time': should the proxy and its guard be killed together,"
+                f"{name} has no match 'time': if the proxy and its guard are killed together,"
                 " 'acme-alpn-proxy stop' must remove the rules",
                 "load the kernel's module xt_time: modprobe xt_time",
             )
@@ -331,7 +331,7 @@ class Check:
         if redirects:
             cause += ", which send visitors to a port where nobody listens"
         level = Level.FAILED if redirects else Level.WARNING
-        return Finding("leftovers", level, cause, "remove them by: acme-alpn-proxy stop")
+        return Finding("leftovers", level, cause, "remove them with: acme-alpn-proxy stop")
 
     @inlineCallbacks
     def _try_it(self) -> Generator[Deferred[Any], Any, None]:

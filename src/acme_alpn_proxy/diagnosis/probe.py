@@ -216,7 +216,7 @@ def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
         if redirect == "iptables":
             remedy += ", which is the one it sees here, or use another --redirect"
         return f"it cannot connect: {call.problem}", remedy
-    cause = "it connected to port 443, but not by the proxy"
+    cause = "it connected to port 443, but not through the proxy"
     if redirect == "iptables":
         return cause, (
             "see whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"

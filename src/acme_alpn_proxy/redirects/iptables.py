@@ -142,7 +142,7 @@ class IptablesRedirect:
             raise
         if self._custom is None and not answer["expires"]:
             self._log.warn(
-                "iptables has no match 'time' here: should the proxy and its guard be killed"
+                "iptables has no match 'time' here: if the proxy and its guard are killed"
                 " together, 'acme-alpn-proxy stop' must remove the rules"
             )
         if idle:
@@ -244,8 +244,8 @@ class IptablesRedirect:
         """All processes of a container may be killed at once, including the guard."""
         if not facts.in_first_pid_namespace() and served_from_elsewhere(HTTPS):
             raise StartError(
-                "this is a container, and the web server is outside: should the container be"
-                " killed, nobody would be left to remove the rules; run this where the web"
+                "this is a container, and the web server is outside: if the container is"
+                " killed, no process is left to remove the rules; run this where the web"
                 " server runs",
                 os.EX_CONFIG,
             )

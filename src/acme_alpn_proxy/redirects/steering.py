@@ -103,7 +103,7 @@ class RedirectService(Service):
             self._lose(
                 VisitorsLost(
                     "visitors are being lost: they dial port 443 again and again, and none arrives"
-                    " here; see what drops them by: acme-alpn-proxy check --probe",
+                    " here; to see what drops them: acme-alpn-proxy check --probe",
                     os.EX_CONFIG,
                 )
             )

@@ -310,7 +310,8 @@ class ControlService(Service):
             if problem.errno in _LIMITS:
                 raise
             raise StartError(
-                f"cannot listen on {self._path}: {problem.strerror}; give another path by --control"
+                f"cannot listen on {self._path}: {problem.strerror}; give another path with"
+                " --control"
             ) from None
 
     def stopService(self) -> None:
