@@ -89,7 +89,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         return problem
 
     def test_name(self) -> None:
-        """Before the choice, it has the name of the option's value."""
+        """Before the choice, its text is the option's value."""
         self.assertEqual(str(ChosenRedirect([Candidate("one"), Candidate("two")])), "one,two")
 
     def test_first(self) -> None:

@@ -241,7 +241,7 @@ class RedirectTests(NftablesCase):
         self.assertRegex(str(problem), "^nftables is not permitted")
 
     def test_translated_before(self) -> None:
-        """If the firewall cannot be read, this way is refused; with --force it is taken."""
+        """If an earlier translation cannot be prevented, it refuses; with --force it steers."""
         self.firewall = translating(-150)
         attempt = self.redirect.prepare(COMMANDS)
         problem: Any = self.failureResultOf(attempt, StartError).value
