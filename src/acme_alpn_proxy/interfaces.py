@@ -124,9 +124,9 @@ class ITarget(Interface):
 
         Either may happen before this returns; then C{None} may be returned.
 
-        @param factory: C{factory.arrival()} tells how the visitor came.
-        @param first: what the protocol is going to write first. Some of it may be sent before the
-            protocol is made; C{factory.sent_ahead} says how many bytes.
+        @param factory: C{factory.arrival()} says how the visitor came.
+        @param first: what the protocol will write first. Some of it may be sent before the protocol
+            is made; C{factory.sent_ahead} is the number of those bytes.
         """
 
 

@@ -77,8 +77,8 @@ def handshake(
 ) -> Generator[Deferred[Any], Any, str | None]:
     """Connect and make a handshake, with this host's name as the server name.
 
-    @param header: what is sent before.
-    @return: a Deferred of the application protocol, which fails as connecting or L{Handshake} do.
+    @param header: bytes to send before the handshake.
+    @return: a Deferred of the application protocol; it fails like connecting or L{Handshake}.
     """
     endpoint = target.endpoint(reactor, patience)
     protocol = Handshake(server_name(), *alpn, header=header)

@@ -117,9 +117,9 @@ class Responder(Protocol):
 class _NotingFactory(ProxyServerFactory):
     """Remembers all connections.
 
-    @ivar met: address and port of each.
-    @ivar seen_as: the address that its target sees, by address and port of each that was connected
-        to it at once.
+    @ivar met: address and port of each peer.
+    @ivar seen_as: for each peer that was connected to its target at once: the address that the
+        target sees, by the peer's address and port.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -177,9 +177,9 @@ def judge(
 ) -> Finding:
     """The finding for one call.
 
-    @param met: who came to the proxy.
-    @param seen: the hellos that the responder was given.
-    @param seen_as: the address that the target has seen, if that is known.
+    @param met: address and port of each connection that reached the proxy.
+    @param seen: the hellos that the responder received.
+    @param seen_as: the address that the target has seen, if known.
     """
     steered = call.source in met
     if caller.role == "validator" and b"".join(caller.segments) in seen:

@@ -38,10 +38,10 @@ class TCPSocket(NamedTuple):
     """A TCP socket.
 
     @ivar local: address and port.
-    @ivar remote: the peer's.
-    @ivar uid: of the owner.
-    @ivar inode: names the socket, as in C{/proc/PID/fd}.
-    @ivar cgroup: names the control group (version 2) that it was made in; 0 if unknown.
+    @ivar remote: address and port of the peer.
+    @ivar uid: its owner.
+    @ivar inode: identifies the socket, as in C{/proc/PID/fd}.
+    @ivar cgroup: the number of the control group (version 2) that it was made in; 0 if unknown.
     """
 
     family: int

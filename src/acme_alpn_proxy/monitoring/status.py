@@ -50,8 +50,8 @@ class AcmeStatus(RouteStatus):
 
 
 class FallbackStatus(RouteStatus):
-    """The same of the fallback, why connections took it, and how many of them the web server saw
-    come from the visitor's own address, and from one of this host."""
+    """The numbers of the fallback's route, the reasons why connections took it, and how many of
+    them the web server saw with the visitor's own address, and how many with one of this host."""
 
     reasons: dict[str, int]
     from_visitor_address: int

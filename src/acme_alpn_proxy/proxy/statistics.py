@@ -101,9 +101,9 @@ class Statistics:
     @ivar clock: seconds since the epoch.
     @ivar state: C{starting}, C{running}, C{draining}.
     @ivar since: when that state began.
-    @ivar doubts: the values of L{NotClientHello.kind} that there may be.
-    @ivar reasons: how many connections took the fallback, and why: C{no_acme_alpn}, or one of the
-        doubts.
+    @ivar doubts: all possible values of L{NotClientHello.kind}.
+    @ivar reasons: how many connections took the fallback, by reason: C{no_acme_alpn} or one of
+        C{doubts}.
     @ivar named: the numbers of validations that have a target of their own, by name.
     @ivar validations: the last L{REMEMBERED}, the newest at the end.
     """
@@ -139,7 +139,7 @@ class Statistics:
         self.state, self.since = state, self.clock()
 
     def validation(self, route: Route, peer: str, server_name: str | None) -> ConnectionRecord:
-        """A connection goes to an ACME client."""
+        """Count a connection that goes to an ACME client."""
         validation = Validation(peer, server_name, self.clock())
         self.validations.append(validation)
         count = self._of_acme[route]

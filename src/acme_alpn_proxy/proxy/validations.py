@@ -98,7 +98,7 @@ class Validations:
         self._reset(connection)
 
     def _report_crowd(self, expendable: Validation) -> None:
-        """One line until all have ended: a stranger could fill the log."""
+        """Log one line, and no more until all have ended: a stranger could fill the log."""
         if not self._reported:
             self._reported = True
             self._log.warn(
@@ -115,5 +115,5 @@ class Validations:
 
 
 def _origin(host: str) -> bytes:
-    """Whose address it is: an IPv4 address, or the network of an IPv6 one."""
+    """What counts as one address: an IPv4 address, or the network of an IPv6 address."""
     return ip_address(host.removeprefix("::ffff:") if "." in host else host).packed[:_NETWORK]

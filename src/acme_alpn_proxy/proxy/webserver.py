@@ -15,8 +15,8 @@ from ..host.routes import own_addresses
 from ..host.tcpsockets import listeners
 
 OWN_ANSWER: Final = 1.0
-"""Seconds for one of this host's own addresses to answer; it takes less than a millisecond, unless
-the firewall drops it."""
+"""Seconds for each of this host's own addresses to answer; normally less than a millisecond, but
+the firewall may drop the SYN."""
 
 _log = Logger()
 
@@ -24,7 +24,7 @@ _log = Logger()
 def require_web_server(fallback: Address, seconds: float) -> None:
     """Connect to the fallback, and warn of what it cannot do. Blocks; raises L{StartError}.
 
-    @param seconds: for each address to answer.
+    @param seconds: how long each address may take to answer.
     """
     if fallback.is_original:
         _require_a_site()
@@ -63,9 +63,8 @@ def _require_a_site() -> None:
 
 
 def sites() -> tuple[list[str], list[str]]:
-    """The addresses of this host at which somebody answers on port 443, and those at which nobody
-    does. Those that only this host or its links can dial are left out. Blocks; raises
-    L{StartError}.
+    """The addresses of this host that answer on port 443, and those that do not. Addresses that
+    only this host or its links can reach are left out. Blocks; raises L{StartError}.
     """
     try:
         own = own_addresses()
@@ -75,7 +74,7 @@ def sites() -> tuple[list[str], list[str]]:
     for address in sorted(own, key=lambda each: (each.version, each)):
         if not address.is_loopback and not address.is_link_local:
             host = str(address)
-            try:  # as the proxy does: from the same address
+            try:  # from the same address, as the proxy does
                 socket.create_connection((host, HTTPS), OWN_ANSWER, (host, 0)).close()
             except OSError:
                 others.append(host)

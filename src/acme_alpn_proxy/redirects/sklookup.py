@@ -62,8 +62,8 @@ _PASS: Final = 1
 
 
 def _skip_own(program: Assembler, addresses: int) -> None:
-    """To C{pass} with what this host sends itself: it goes to a loopback address, it comes from one
-    of the host's own addresses, or from the very address that it goes to.
+    """Jump to C{pass} for what this host sends itself: the destination is a loopback address, the
+    source is one of the host's own addresses, or both are the same address.
 
     The proxy makes such a connection to a target, or another local program does; it is never a
     visitor's. The interface (Linux 5.17) is not enough to tell: it is lo only for loopback

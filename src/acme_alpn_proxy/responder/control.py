@@ -93,7 +93,8 @@ def load() -> None:
 
 
 def load_in_thread() -> Deferred[object]:
-    """The same while visitors are served: it takes a tenth of a second, the first time."""
+    """Load them in a thread: the first time, that takes a tenth of a second; visitors are
+    served."""
     return succeed(None) if f"{__package__}.tls" in sys.modules else deferToThread(load)
 
 
@@ -303,7 +304,7 @@ class ControlService(Service):
         self._listener = UnixListener(reactor, path, self._accepted)
 
     def privilegedStartService(self) -> None:
-        """Listen; raises L{StartError}, or L{OSError} at a limit of the system."""
+        """Start listening; raises L{StartError}, or L{OSError} at a limit of the system."""
         try:
             self._listener.open()
         except OSError as problem:

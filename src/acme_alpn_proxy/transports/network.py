@@ -183,7 +183,7 @@ class LeanNetwork(TwistedNetwork):
 
 
 def network_for(reactor: Reactor) -> TwistedNetwork:
-    """The leanest that works with this reactor on this system."""
+    """The leanest network that works with this reactor on this system."""
     if sys.platform == "linux" and IReactorFDSet.providedBy(reactor):
         return LeanNetwork(reactor)
     return TwistedNetwork(reactor)
