@@ -1,4 +1,4 @@
-"""iptables and ip6tables in memory, behind L{ICommands}."""
+"""iptables and ip6tables in memory, as L{ICommands}."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _quoted(word: str) -> str:
 
 @implementer(ICommands)
 class FakeIptables:
-    """Chains as iptables has them: a rule is known by what it does, however it was written.
+    """Chains like those of iptables: a rule is identified by its effect, not by its spelling.
 
     @ivar chains: the rules of (binary, table, chain), each a list of words as C{-S} prints them.
     @ivar calls: every command line so far.
-    @ivar failures: what the call of that number (the first is 1) answers instead of doing it.
+    @ivar failures: the answer to the call of that number (the first is 1), instead of its effect.
     """
 
     def __init__(self) -> None:

@@ -66,7 +66,7 @@ def openssl_hello(*alpn: bytes, server_name: bytes | None = None) -> bytes:
 
 
 def vector(width: int, content: bytes) -> bytes:
-    """C{content} behind its length in C{width} bytes (RFC 8446 section 3.4)."""
+    """C{content} with its length in C{width} bytes before it (RFC 8446 section 3.4)."""
     return len(content).to_bytes(width, "big") + content
 
 
@@ -96,7 +96,7 @@ def records(handshake: bytes, size: int = 16_384) -> bytes:
 
 
 def padded_message(total: int, *extensions: bytes) -> bytes:
-    """A ClientHello whose body is C{total} bytes, by padding in a few private extensions."""
+    """A ClientHello with a body of C{total} bytes, padded with a few private extensions."""
     short = len(message(*extensions)) - 4
     padding, left, kind = [], total - short, 0xFF01
     while left:

@@ -1,4 +1,4 @@
-"""Sockets over loopback: what both ends of a connection do, and what one sees of the other."""
+"""Sockets over loopback: what both ends of a connection do, and what each sees of the other."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def connected() -> tuple[socket.socket, socket.socket]:
 
 
 def reset(connection: socket.socket) -> None:
-    """Close by a reset (socket(7), SO_LINGER of 0 seconds)."""
+    """Close with a reset (socket(7), SO_LINGER of 0 seconds)."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def read_exactly(connection: socket.socket, count: int) -> bytes:
-    """That many bytes, or what came before the end-of-file."""
+    """That many bytes, or all bytes before the end-of-file."""
     data = b""
     while len(data) < count and (piece := connection.recv(count - len(data))):
         data += piece

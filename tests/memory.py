@@ -29,7 +29,7 @@ class MemoryReactor(MemoryReactorClock):
 
 @implementer(ISteerable)
 class AlwaysSteers:
-    """A proxy that steers whatever needs it."""
+    """A proxy that steers for everything that needs it."""
 
     def need(self, what: object) -> Deferred[None]:
         return succeed(None)

@@ -1,4 +1,4 @@
-"""A proxy service on a reactor in memory, and a redirect that only takes notes."""
+"""A proxy service with a reactor in memory, and a redirect that only records its calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _P = ParamSpec("_P")
 
 
 class NotingReactor(MemoryReactor):
-    """In memory; what it adopts it remembers, and it never runs."""
+    """A reactor in memory that never runs; it remembers what it adopts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Port:
 
 @implementer(IRedirect)
 class NotingRedirect:
-    """Takes notes; fails when told to; fires when told to."""
+    """Records its calls; can be set to fail, and to fire later."""
 
     def __init__(self, story: list[str]) -> None:
         self._story = story
@@ -75,7 +75,7 @@ class NotingRedirect:
         self.commands: list[object] = []
 
     def hold(self, name: str) -> Deferred[None]:
-        """That step fires when what is returned does."""
+        """That step fires when the returned Deferred does."""
         return self.pending.setdefault(name, Deferred())
 
     def _step(self, name: str, commands: object) -> Deferred[None]:
@@ -167,7 +167,7 @@ ENDED = ["release keeper"]
 
 
 class ServiceCase(SynchronousTestCase):
-    """A proxy service whose every step is noted in C{story}."""
+    """A proxy service that records each step in C{story}."""
 
     def setUp(self) -> None:
         self.syn_sockets: list[FakeSynSockets] = []

@@ -69,7 +69,7 @@ def test_addresses(text: str, host: str, port: int, is_endpoint: bool) -> None:
     ],
 )
 def test_bad_addresses(text: str, why: str) -> None:
-    """What is no address is refused, with the text, what is wrong with it and how one looks."""
+    """A text that is no address is refused, with the text, the fault, and a correct example."""
     with pytest.raises(BadAddress) as refusal:
         parse_address(text)
     assert repr(text) in str(refusal.value)
@@ -86,14 +86,14 @@ def test_bad_addresses(text: str, why: str) -> None:
     ],
 )
 def test_endpoints(text: str, kind: type[Any]) -> None:
-    """A numeric address is connected to as it is, a host name is looked up."""
+    """A numeric address is used directly, a host name is looked up."""
     endpoint = parse_address(text).endpoint(_no_reactor(), 7)
     assert type(endpoint) is kind
     verifyObject(IStreamClientEndpoint, endpoint)
 
 
 def test_timeout() -> None:
-    """The address and the seconds that were given are those that are connected with."""
+    """The connection uses the given address and number of seconds."""
     reactor = MemoryReactor()
     parse_address("[::1]:443").endpoint(reactor, 7).connect(Factory())
     ((host, port, _, timeout, _),) = reactor.tcpClients
@@ -129,7 +129,7 @@ def test_check_needs_no_reactor() -> None:
     ],
 )
 def test_this_host(text: str) -> None:
-    """An address of this host is known as such, however it is written; on that port alone."""
+    """An address of this host is recognized in every spelling, and only with that port."""
     address = parse_address(text)
     assert address.is_local_port(443)
     assert not address.is_local_port(444)
@@ -164,5 +164,5 @@ def test_unknown_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_host_and_port(text: str, shown: str) -> None:
-    """Other programs are told host and port, wherever there are any."""
+    """Other programs get host and port, if the address has them."""
     assert parse_address(text).host_and_port == shown

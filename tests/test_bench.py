@@ -1,4 +1,4 @@
-"""What the bench tells of what it has measured."""
+"""The report of the bench about its measurements."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_ratio_within_each_round() -> None:
 
 
 def test_not_met() -> None:
-    """What is over its limit stands out."""
+    """A figure over its limit is marked."""
     run = run_of(OURS, HAPROXY)
     run["measures"]["tcp"][HAPROXY] = {"cpu_us": [80.0] * 4}
     assert "**not met**" in targets(run)
 
 
 def test_alone() -> None:
-    """One contender alone has figures, and no ratio."""
+    """A single contender has figures, and no ratio."""
     for contender, shown in ((OURS, "140"), (HAPROXY, "100")):
         run = run_of(contender)
         assert shown in figures(run)
@@ -42,7 +42,8 @@ def test_alone() -> None:
 
 
 def test_attacks() -> None:
-    """Beside each attack stands how long visitors wait, to without it, and how many failed."""
+    """For each attack there is a line: how long visitors wait with and without it, and how many
+    failed."""
     calm, attacked = Visits([1.0] * 98 + [10.0] * 2, 0), Visits([2.0] * 98 + [25.0] * 2, 3)
     found = {"tiny_records": {"calm": calm, "attacked": attacked, "direct": calm}}
     assert [cell.strip() for cell in table(found).splitlines()[-1].split("|")[1:-1]] == [

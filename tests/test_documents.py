@@ -1,5 +1,5 @@
-"""What the documents say of the project: commands, options, files, as far as that can be seen
-without running them. That links lead somewhere is for Sphinx to see."""
+"""Whether the documents name existing commands, options and files, as far as that can be checked
+without running them. Sphinx checks the links."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_promises() -> None:
 
 
 def test_threats() -> None:
-    """Each row of the threat model names what shows it: files, or tests that there are."""
+    """Each row of the threat model names its evidence: files, or tests that exist."""
     table = (ROOT / "docs/security.md").read_text().partition("| shown by |\n")[2]
     rows = table.partition("\n\n")[0].splitlines()[1:]
     tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
@@ -70,7 +70,7 @@ def test_threats() -> None:
 
 
 def understood(line: str) -> set[str]:
-    """Parse a line of a synopsis, once for each command it offers; gives these commands."""
+    """Parse a line of a synopsis, once for each command in it; returns these commands."""
     line = re.sub(r"[][]|\.\.\.", "", line).replace("HOST:PORT", "127.0.0.1:8443")
     commands = set()
     for words in itertools.product(*(word.split("|") for word in line.split()[1:])):
@@ -135,7 +135,7 @@ def test_version() -> None:
 
 
 def test_library() -> None:
-    """The lines for applications of one's own give a proxy in the application."""
+    """The lines for other applications put a proxy into the application."""
     application = Application("of one's own")
     (block,) = fenced_blocks("docs/library.md").values()
     exec(block, {"application": application})

@@ -38,7 +38,8 @@ def alike(line: str) -> str:
 
 
 def text_of(node: ast.expr, names: dict[str, object]) -> str:
-    """What an expression makes of placeholders; constants of its module are in their places."""
+    """The value of an expression with placeholders in it; constants of its module have their
+    values."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -51,9 +52,9 @@ def text_of(node: ast.expr, names: dict[str, object]) -> str:
 
 
 def arguments(tree: ast.Module) -> Iterator[list[ast.expr]]:
-    """What each error is made of: where it is raised, or in the class that makes its text.
+    """The arguments of each error: where it is raised, or in the class that makes its text.
 
-    An error that another process told is made there: its arguments come as one starred value.
+    An error that another process has reported is made there: its arguments are one starred value.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and "StartError" in map(ast.unparse, node.bases):
@@ -114,7 +115,7 @@ def test_every_error_is_in_the_document() -> None:
 
 
 def test_status() -> None:
-    """The page tells the exit status that goes with a line."""
+    """The page has the exit status that belongs to a line."""
     told = in_the_document()
     assert {
         line for line, statuses in in_the_source().items() if not statuses <= told[line]

@@ -1,4 +1,4 @@
-"""What importing the program does to a process: nothing."""
+"""Importing the program changes nothing in a process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_module() -> None:
 
 
 def test_nothing_is_loaded_before_the_signal_is_taken() -> None:
-    """Ctrl-C shows Python's traceback until the program takes it: nothing of ours comes first."""
+    """Ctrl-C shows Python's traceback until the program handles it: none of our code comes
+    first."""
     line = "import sys; old = {*sys.modules}; import acme_alpn_proxy.__main__"
     done = run("-c", f"{line}; print(*sys.modules.keys() - old)")
     assert set(done.stdout.split()) - {"__future__"} == {

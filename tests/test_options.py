@@ -1,4 +1,4 @@
-"""The command line and the environment: what is understood, and what is refused in which words."""
+"""The command line and the environment: what is accepted, and the texts of refusals."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_dashes_and_order(words: tuple[str, ...]) -> None:
 
 
 def test_single_dashes_of_twistd() -> None:
-    """Behind C{twistd acme-alpn-proxy} single dashes do too."""
+    """After C{twistd acme-alpn-proxy}, single dashes work too."""
     options = ProxyOptions()
     options.environment = {}
     options.parseOptions(["-fallback", "web.example:8443", "-redirect=none"])
@@ -105,20 +105,20 @@ def test_foreground(words: tuple[str, ...]) -> None:
 
 
 def test_wait() -> None:
-    """C{--wait} goes with stop and with run, and with nothing else."""
+    """C{--wait} is accepted with stop and run only."""
     assert console("stop", "--wait")["wait"]
     assert console("run", "--wait", "--", "true")["wait"]
     assert refusal("start", "--wait") == "--wait goes with stop or run"
 
 
 def test_each_command_can_be_run() -> None:
-    """What is understood as a command is one that can be run."""
+    """Every command that is accepted can be run."""
     assert set(COMMANDS) == set(cli.COMMANDS)
     assert set(ALIASES.values()) <= set(COMMANDS)
 
 
 def test_check() -> None:
-    """C{check} goes by the name of C{doctor} too; its flags go with nothing else."""
+    """C{check} is also called C{doctor}; its flags are accepted with no other command."""
     options = console("doctor", "--probe", "--json")
     assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
     assert refusal("start", "--probe") == "--probe goes with check"
@@ -163,19 +163,19 @@ def test_commands(words: tuple[str, ...], why: str) -> None:
     "words", [("stop", "-n"), ("run", "--nodaemon", "--", "true"), ("-n", "stop")]
 )
 def test_foreground_with_start_alone(words: tuple[str, ...]) -> None:
-    """C{-n} goes with start alone."""
+    """C{-n} is accepted with start only."""
     assert refusal(*words) == "--nodaemon goes with start"
 
 
 def test_run() -> None:
-    """Behind C{run --} is another program's command line, and none of it is taken for ours."""
+    """The words after C{run --} are another program's command line, and are not parsed."""
     options = console("run", "-alpn", "[::1]:5001", "--", "lego", "-alpn", "-x", "--", "run")
     assert (options["command"], options["alpn"].port) == ("run", 5001)
     assert options["argv"] == ["lego", "-alpn", "-x", "--", "run"]
 
 
 def test_shared() -> None:
-    """C{--shared} goes with run alone, C{--json} and C{--watch} with status."""
+    """C{--shared} is accepted with run only, C{--json} and C{--watch} with status."""
     assert console("status", "--json", "--watch")["watch"]
     assert refusal("stop", "--json") == "--json goes with status or check or explain"
     assert refusal("stop", "--watch") == "--watch goes with status"
@@ -308,7 +308,7 @@ def test_load_balancers() -> None:
 @pytest.mark.parametrize("option", ["hello-timeout", "connect-timeout", "linger", "drain-timeout"])
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", "86401", ""])
 def test_bad_seconds(option: str, value: str) -> None:
-    """Seconds that are no number, or none from 0 to a day, are refused."""
+    """Seconds that are not a number from 0 to a day are refused."""
     assert refusal(f"--{option}={value}", "start").endswith(
         f"--{option} {value!r}: seconds are needed, a number from 0 to 86400"
     )
@@ -362,7 +362,7 @@ def test_logs(option: str, default: str, choices: str) -> None:
 
 
 def unusable(option: str, value: str, status: int) -> str:
-    """What C{start} says of an option that asks for what is not there, with this exit status."""
+    """The error of C{start} for an option that needs something missing, with this exit status."""
     with pytest.raises(Unusable) as refused:
         console(option, value, "start")
     assert refused.value.status == status
@@ -401,13 +401,13 @@ def test_bad_rulespec() -> None:
 
 @pytest.mark.parametrize(("value", "ipv6"), [("y", False), ("", True), ("n", True), ("yes", True)])
 def test_disable_ipv6(value: str, ipv6: bool) -> None:
-    """Only C{y} leaves IPv6 alone, as in the original program."""
+    """Only the value C{y} switches IPv6 off, as in the original program."""
     options = console("start", environment={"ACME_ALPN_PROXY_DISABLEV6": value})
     assert options["ipv6"] is ipv6
 
 
 def test_paths() -> None:
-    """Paths are those seen from where the command was given: the daemon leaves that folder."""
+    """Paths are relative to the folder of the command: the daemon leaves that folder."""
     options = console(
         "start", "--logfile", "my.log", environment={"ACME_ALPN_PROXY_PIDFILE": "run/my.pid"}
     )
@@ -416,7 +416,7 @@ def test_paths() -> None:
 
 
 def test_real_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process's own environment is read when nothing else is given."""
+    """The process's own environment is read if no other is given."""
     monkeypatch.setenv("ACME_ALPN_PROXY_PIDFILE", "/run/my.pid")
     options = ConsoleOptions()
     options.parseOptions(["stop"])
@@ -425,7 +425,7 @@ def test_real_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("words", [("-h",), ("--help",), ("-help",), ("help",), ("-n", "--help")])
 def test_ways_to_ask_for_help(words: tuple[str, ...]) -> None:
-    """Help is asked for in each of the usual ways, Go's among them, whatever stands beside it."""
+    """All usual ways to ask for help work, including Go's, with other words on the line."""
     options = console(*words)
     assert (options["command"], options["about"]) == ("help", "")
 
@@ -435,13 +435,13 @@ def test_ways_to_ask_for_help(words: tuple[str, ...]) -> None:
     [("help", "run"), ("run", "--help"), ("run", "-h"), ("run", "--help", "--", "lego", "-h")],
 )
 def test_help_of_a_command(words: tuple[str, ...]) -> None:
-    """So is that of one command, by its name."""
+    """So does the help of one command, by its name."""
     options = console(*words)
     assert (options["command"], options["about"]) == ("help", "run")
 
 
 def test_help_of_another_name() -> None:
-    """The other name of a command does too; what is no command is refused."""
+    """So does the other name of a command; an unknown command is refused."""
     assert console("help", "doctor")["about"] == "check"
     assert refusal("help", "restart").startswith("help explains one command: start, stop, ")
     assert refusal("restart", "--help").startswith("help explains one command: start, stop, ")
@@ -449,7 +449,7 @@ def test_help_of_another_name() -> None:
 
 
 def test_help_of_the_command_of_run() -> None:
-    """What stands behind C{--} asks another program for help."""
+    """After C{--}, the request for help goes to the other program."""
     assert console("run", "--", "lego", "--help")["command"] == "run"
 
 
@@ -472,7 +472,7 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_of_the_proxy() -> None:
-    """What two starts differ in is seen, and what a command does besides is not."""
+    """Two starts with different options are different; a command's own options do not count."""
     usual = of_the_proxy(console("start"))
     assert usual["--alpn"] == "127.0.0.1:31443"
     assert (usual["--linger"], usual["--uid"], usual["--force"]) == ("15", "unset", "off")
@@ -491,7 +491,7 @@ def test_of_the_proxy() -> None:
 
 
 def test_topics() -> None:
-    """Each option stands under a heading of the help, which is in its order."""
+    """Each option is under a heading of the help, in the order of the help."""
     described = [each[3] for each in all_options("optParameters")]
     described += [each[2] for each in all_options("optFlags")]
     assert [about for about in described if not isinstance(about, About)] == []

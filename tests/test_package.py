@@ -1,6 +1,7 @@
-"""What is published: the sdist, the wheel made of it, and what that installs, away from the source.
+"""The published files: the sdist, the wheel made from it, and the installed result, away from the
+source.
 
-It needs a package index, for the build backend and for what the package depends on.
+It needs a package index, for the build backend and for the dependencies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PLUGINS = "twisted/plugins"
 
 
 def run(*argv: str | Path, cwd: Path) -> str:
-    """Run a command that knows nothing of this source or environment, and give what it prints."""
+    """Run a command that cannot see this source or environment, and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         argv,
@@ -41,7 +42,8 @@ def run(*argv: str | Path, cwd: Path) -> str:
 
 
 def make_environment(folder: Path, *requirements: str | Path) -> Path:
-    """A virtual environment with these and what they require; gives its folder of programs."""
+    """A virtual environment with these packages and their dependencies; returns its folder of
+    programs."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     run(folder / "bin" / "pip", "install", "--quiet", *requirements, cwd=folder.parent)
     return folder / "bin"
@@ -49,7 +51,7 @@ def make_environment(folder: Path, *requirements: str | Path) -> Path:
 
 @dataclass
 class Package:
-    """Both distributions, and the programs where the wheel alone is installed."""
+    """Both distributions, and the programs of an environment with only the wheel."""
 
     sdist: Path
     wheel: Path
@@ -62,7 +64,7 @@ class Package:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """Built of a copy of the source that has been run from, so that caches lie about."""
+    """Built from a copy of the source that has been run before, so that caches exist."""
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist"))
@@ -78,7 +80,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 def test_sdist(package: Package) -> None:
-    """The sdist holds what a build needs, and no caches; the wheel of these tests is made of it."""
+    """The sdist has what a build needs, and no caches; the wheel of these tests is made from it."""
     with tarfile.open(package.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "src/acme_alpn_proxy/py.typed"} <= names
@@ -99,7 +101,7 @@ def test_wheel(package: Package) -> None:
 
 
 def test_away_from_the_source(package: Package) -> None:
-    """What the following tests run is the installed package."""
+    """The following tests run the installed package."""
     script = "import acme_alpn_proxy, sys; print(acme_alpn_proxy.__file__, *sys.path, sep='\\n')"
     file, *path = package.run("python", "-c", script).splitlines()
     assert Path(file).is_relative_to(package.bin.parent)
@@ -127,7 +129,7 @@ def test_help(package: Package) -> None:
 
 
 def test_version(package: Package) -> None:
-    """The console script and the package's metadata tell the same version."""
+    """The console script and the package's metadata have the same version."""
     assert package.run("acme-alpn-proxy", "--version") == f"acme-alpn-proxy {__version__}\n"
     script = "from importlib.metadata import version; print(version('acme-alpn-proxy'))"
     assert package.run("python", "-c", script) == f"{__version__}\n"

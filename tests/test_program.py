@@ -68,7 +68,7 @@ class ProgramTests(ServiceCase):
         self.assertEqual(self.stops, 1)
 
     def test_reactor_stopped_by_somebody_else(self) -> None:
-        """A signal while the reactor already stops is no error."""
+        """A signal while the reactor is already stopping is no error."""
 
         def stop() -> None:
             raise ReactorNotRunning
@@ -80,7 +80,7 @@ class ProgramTests(ServiceCase):
         self.assertTrue(self.program.ending)
 
     def test_others_are_ignored(self) -> None:
-        """SIGHUP, SIGUSR1, SIGUSR2, SIGPIPE do not end it; what twistd took is left to it."""
+        """SIGHUP, SIGUSR1, SIGUSR2 and SIGPIPE do not end it; twistd's own handlers stay."""
         self.before[signal.SIGUSR1] = print
         self.program.privilegedStartService()
         for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGPIPE):
@@ -88,7 +88,7 @@ class ProgramTests(ServiceCase):
         self.assertNotIn(signal.SIGUSR1, self.handlers)
 
     def test_refusal(self) -> None:
-        """A refused start raises, and what to do about it is told before."""
+        """A refused start raises, after the remedy has been reported."""
         self.pidfile.problem = StartError("no")
         told: list[str] = []
         self.program.on_refusal = lambda problem: told.append(str(problem))
@@ -97,7 +97,7 @@ class ProgramTests(ServiceCase):
         self.assertEqual(told, ["no"])
 
     def test_started(self) -> None:
-        """It tells when the proxy steers, as the proxy itself does."""
+        """It reports that the proxy steers, as the proxy itself does."""
         self.failureResultOf(self.program.when_started(), StartError)
         self.program.privilegedStartService()
         self.successResultOf(self.program.when_started())

@@ -26,7 +26,7 @@ def test_the_recording_is_of_this_demo() -> None:
 
 
 def test_places_and_times() -> None:
-    """Each piece stands where the terminal had it. A long pause is shortened, and those before it
-    are not."""
+    """Each piece has the place that the terminal gave it. A long pause is shortened; pauses before
+    it are not."""
     pause = 0.75 + LONGEST_PAUSE
     assert pieces(OUTPUT) == [(0.5, 0, 0, "one "), (0.75, 0, 4, "two"), (pause, 1, 0, "three")]

@@ -1,4 +1,5 @@
-"""The ordered start and stop, on a reactor in memory and a redirect that only takes notes."""
+"""The ordered start and stop, with a reactor in memory and a redirect that only records its
+calls."""
 
 from __future__ import annotations
 
@@ -51,14 +52,14 @@ class StartTests(ServiceCase):
         self.told()
 
     def test_refused_before_anything_is_touched(self) -> None:
-        """What can be known to go wrong is refused before it listens."""
+        """If a start is known to fail, it is refused before the proxy listens."""
         self.redirect.problems["prepare"] = StartError("no kernel for this")
         with self.assertRaisesRegex(StartError, "no kernel"):
             self.proxy.privilegedStartService()
         self.told("claim PID file", "release PID file")
 
     def test_system_refuses(self) -> None:
-        """What nobody has expected leaves nothing behind either."""
+        """After an unexpected exception, nothing is left either."""
         self.redirect.problems["prepare"] = OSError(errno.EMFILE, "Too many open files")
         with self.assertRaises(OSError):
             self.proxy.privilegedStartService()
@@ -81,7 +82,8 @@ class StartTests(ServiceCase):
         self.told()
 
     def test_running_reactor(self) -> None:
-        """Started while the reactor runs it does not raise, and tells later how it went."""
+        """If it is started while the reactor runs, it does not raise, and reports the result
+        later."""
         self.reactor.running = True
         steering = self.redirect.hold("steer")
         self.proxy.startService()
@@ -103,7 +105,8 @@ class StartTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_fails_while_running(self) -> None:
-        """Should it fail while the reactor runs, that is told too, and a stop has nothing to do."""
+        """If it fails while the reactor runs, that is reported, too, and a stop has nothing to
+        do."""
         self.reactor.running = True
         steering = self.redirect.hold("steer")
         self.proxy.startService()
@@ -158,7 +161,7 @@ class StopTests(ServiceCase):
         self.told("close listener", *ENDED)
 
     def test_handshakes_unknown(self) -> None:
-        """Where the kernel does not tell, it goes on accepting for all of that time."""
+        """If the kernel does not report handshakes, it goes on accepting for the whole linger."""
 
         def unknown(*ports: int) -> set[Handshake]:
             raise OSError(errno.ENOENT, "no inet_diag")
@@ -184,7 +187,8 @@ class StopTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_drain_is_told(self) -> None:
-        """While connections drain it is told how many they still are, once a change and second."""
+        """While connections drain, their number is reported when it changes, at most once a
+        second."""
         events = log_of(self)
 
         def told() -> list[tuple[str, str]]:
@@ -210,7 +214,7 @@ class StopTests(ServiceCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_end_wait_while_draining(self) -> None:
-        """Told not to wait any longer, it resets what lives and ends."""
+        """After C{end_wait}, it resets the live connections and ends."""
         Live(self.factory, self.story)
         stopped = self.proxy.stopService()
         self.linger()
@@ -221,7 +225,7 @@ class StopTests(ServiceCase):
         self.successResultOf(again)
 
     def test_end_wait_while_lingering(self) -> None:
-        """Told so during the linger, it ends that too."""
+        """C{end_wait} during the linger ends the linger, too."""
         stopped = self.proxy.stopService()
         self.story.clear()
         self.proxy.end_wait()
@@ -229,7 +233,7 @@ class StopTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_end_wait_while_letting_go(self) -> None:
-        """Told so while the redirect is being removed, it skips the linger and resets the rest."""
+        """C{end_wait} while the redirect is being removed skips the linger and resets the rest."""
         letting_go = self.redirect.hold("let go")
         stopped = self.proxy.stopService()
         self.proxy.end_wait()
@@ -248,7 +252,7 @@ class StopTests(ServiceCase):
         self.told(*STARTED)
 
     def test_never_started(self) -> None:
-        """Stopping what was never started is no matter."""
+        """A stop without a start is harmless."""
         self.successResultOf(self.make_proxy().stopService())
         self.told()
 
@@ -274,10 +278,10 @@ class Beside(Service):
 
 
 class BesideTests(ServiceCase):
-    """What runs beside the proxy, as its metrics do."""
+    """A service that runs beside the proxy, as its metrics do."""
 
     def test_order(self) -> None:
-        """It starts before anybody is steered, and stops when nobody is steered any more."""
+        """It starts before any visitor is steered, and stops when none is steered any more."""
         proxy = self.make_proxy(Beside(self.story))
         proxy.privilegedStartService()
         proxy.startService()
@@ -286,7 +290,7 @@ class BesideTests(ServiceCase):
         self.told("let go", "stop beside", "release PID file")
 
     def test_cannot_start(self) -> None:
-        """If it cannot start, nobody is steered, and nothing is left."""
+        """If it cannot start, no visitor is steered, and nothing is left."""
         proxy = self.make_proxy(Beside(self.story, StartError("port taken")))
         with self.assertRaisesRegex(StartError, "port taken"):
             proxy.privilegedStartService()

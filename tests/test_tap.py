@@ -35,7 +35,7 @@ class TapTests(SynchronousTestCase):
         return options
 
     def test_own_application(self) -> None:
-        """In an application of one's own the service stands beside others, without signals."""
+        """In another application, the service runs beside others and sets no signal handlers."""
         application = Application("site")
         Service().setServiceParent(application)
         made = tap.makeService(self.options("--redirect", "none"))
@@ -45,7 +45,7 @@ class TapTests(SynchronousTestCase):
         self.assertTrue(IService.providedBy(made))
 
     def test_twistd(self) -> None:
-        """Run by twistd it is the whole program, and knows -n."""
+        """In twistd it is the whole program, and accepts -n."""
         for nodaemon in (True, False):
             options = self.options("--alpn", "[::1]:1", "--linger", "1.5")
             options.parent = {"nodaemon": nodaemon}  # type: ignore[assignment]
@@ -59,7 +59,7 @@ class TapTests(SynchronousTestCase):
                 program.on_refusal(StartError("no"))
 
     def test_redirects(self) -> None:
-        """Every name that --redirect takes makes a redirect."""
+        """Every name that --redirect accepts makes a redirect."""
         for name in REDIRECTS:
             self.assertTrue(
                 IRedirect.providedBy(tap.make_redirect(self.options("--redirect", name)))
@@ -114,7 +114,7 @@ class TapTests(SynchronousTestCase):
             self.assertEqual(str(tap.make_redirect(options)), name)
 
     def test_no_redirect(self) -> None:
-        """The null redirect fires at once, whatever it is asked."""
+        """The Deferreds of the null redirect fire at once."""
         redirect = tap.make_redirect(self.options("--redirect", "none"))
         steps: tuple[Callable[[], Deferred[None]], ...] = (
             lambda: redirect.apply(BlockingCommands(), []),

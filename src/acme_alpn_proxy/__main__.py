@@ -1,6 +1,7 @@
 """C{python -m acme_alpn_proxy}, and the console scripts: the same program.
 
-It imports nothing before C{main}: until the signal is taken there, Ctrl-C shows a traceback.
+It imports nothing before C{main}: until C{main} sets a handler for the signal, Ctrl-C prints a
+traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     import signal
 
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        # Until the proxy takes it: end at once.
+        # Ctrl-C ends the program at once, until the proxy sets its own handler.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .console.startup import load_lightly
 
@@ -29,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def hook() -> NoReturn:
-    """Be the hook of an ACME client, all of whose words are given: C{acme-alpn-proxy-hook}.
+    """Run C{acme-alpn-proxy hook} with all words of the command line: C{acme-alpn-proxy-hook}.
 
-    It is a program of its own because these clients take the name of a program, without words.
+    It is a program of its own because ACME clients take the name of a hook program without
+    arguments.
     """
     from .console.hook import client_of
 

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from .interfaces import Reactor
 
 HTTPS: Final = 443
-"""The port that visitors dial."""
+"""The port that visitors connect to."""
 
-# Twisted's endpoints take longer to import than a command like C{status} takes in all: they are
-# imported where they are needed.
+# Importing Twisted's endpoints takes longer than a whole command like C{status}: they are
+# imported only where they are needed.
 
 _HOST_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^\[\]:]*):(?P<port>[^:]*)")
 _ENDPOINT = re.compile(r"[a-zA-Z][a-zA-Z0-9]*:")
 _KNOWN_KINDS = ("ssl", "tcp", "tls", "unix")
-"""Twisted's own kinds of endpoint; a word with a colon behind it is a host name else."""
+"""The kinds of endpoint that Twisted has; any other word before a colon is a host name."""
 _UNESCAPED_COLON = re.compile(r"(?<!\\):")
 
 
 class BadAddress(ValueError):
-    """The text is no address; the message says what is wrong and shows one that is right."""
+    """The text is not an address; the message says what is wrong and shows a correct one."""
 
 
 def _no_reactor() -> Any:
-    """Stands in for the reactor while an endpoint string is only being checked."""
+    """Replaces the reactor while an endpoint string is only checked."""
     from twisted.internet.interfaces import IReactorPluggableNameResolver
 
     @implementer(IReactorPluggableNameResolver)
@@ -48,10 +48,10 @@ def _no_reactor() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to connect to.
+    """An address to connect to.
 
     @ivar text: as the operator wrote it.
-    @ivar host: name or numeric address without brackets; empty for an endpoint string other than
+    @ivar host: name, or numeric address without brackets; empty for an endpoint string that is not
         C{tcp:}.
     @ivar port: 1 to 65535; 0 for such an endpoint string.
     @ivar is_endpoint: whether the text is an endpoint string.
@@ -72,13 +72,14 @@ class Address:
 
     @property
     def host_and_port(self) -> str:
-        """As other programs take it; for an endpoint string other than C{tcp:} that string."""
+        """The form that other programs take; an endpoint string that is not C{tcp:} is
+        unchanged."""
         if not self.host:
             return self.text
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def endpoint(self, reactor: Reactor, timeout: float) -> IStreamClientEndpoint:
-        """A way to connect there; C{timeout} in seconds holds for each address of a host name."""
+        """An endpoint that connects there; each address of a host name gets C{timeout} seconds."""
         from twisted.internet.endpoints import (
             HostnameEndpoint,
             TCP4ClientEndpoint,
@@ -97,7 +98,7 @@ class Address:
         return kind(reactor, self.host, self.port, timeout)
 
     def socket_address(self) -> tuple[int, Any] | None:
-        """Address family and address as the socket module has them, of a numeric address."""
+        """For a numeric address: its family, and the address in the socket module's form."""
         if self.is_endpoint:
             return None
         try:
@@ -109,15 +110,15 @@ class Address:
         return found[0], found[4]
 
     def is_local_port(self, port: int) -> bool:
-        """Whether a connection to this address ends at C{port} of this host.
+        """Whether this address is C{port} of this host.
 
-        Host names are looked up, which may take the resolver's time.
+        Host names are looked up; the resolver may take a while.
         """
         if self.port != port:
             return False
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):  # the latter for what can be no host name
+        except (OSError, UnicodeError):  # UnicodeError: the text cannot be a host name
             return False
         return any(is_ours(family, address) for family, _, _, _, address in found)
 
@@ -143,13 +144,13 @@ def _port(text: str, whole: str) -> int:
 
 
 def parse_address(text: str) -> Address:
-    """Understand C{text}; raises L{BadAddress}."""
+    """Parse C{text}; raises L{BadAddress}."""
     kind, _, rest = text.partition(":")
     if kind in _KNOWN_KINDS and not rest.isdigit():
         return _parse_endpoint(text)
     match = _HOST_PORT.fullmatch(text)
     if match is None:
-        if _ENDPOINT.match(text):  # a plugin's
+        if _ENDPOINT.match(text):  # a kind that a plugin adds
             return _parse_endpoint(text)
         if text.count(":") > 1 and "[" not in text:
             raise BadAddress(f"{text!r}: put an IPv6 address in brackets, as in [::1]:443")
@@ -179,7 +180,7 @@ def _parse_endpoint(text: str) -> Address:
     from twisted.internet.endpoints import clientFromString
 
     try:
-        if text == "unix:":  # which Twisted takes
+        if text == "unix:":  # Twisted would accept it
             raise TypeError("no path")
         clientFromString(_no_reactor(), text)
     except TypeError:
@@ -187,7 +188,7 @@ def _parse_endpoint(text: str) -> Address:
             f"{text!r}: something is missing; an endpoint string looks like tcp:127.0.0.1:443 or"
             " unix:/run/web.sock"
         ) from None
-    except Exception as problem:  # each kind of endpoint raises its own
+    except Exception as problem:  # each kind of endpoint raises its own exceptions
         raise BadAddress(
             f"{text!r}: not an address nor an endpoint string: {problem}; one looks like"
             " tcp:127.0.0.1:443 or unix:/run/web.sock"

@@ -1,4 +1,4 @@
-"""What can go wrong at start and stop, in words for the operator."""
+"""What can go wrong at the start and at the stop, with a text for the operator."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StartError(Exception):
 
     The text is one line: the cause first, the remedy second.
 
-    @ivar status: the exit status of the console script: that of sysexits(3) where the failure
-        belongs to one of its classes, else 1, which the original program always uses.
+    @ivar status: the exit status of the console script: the one of sysexits(3) that fits the
+        failure, otherwise 1, which the original program always uses.
     """
 
     def __init__(self, text: str, status: int = 1) -> None:
@@ -30,7 +30,7 @@ class StartError(Exception):
 
     @property
     def cause(self) -> str:
-        """What is the matter, without the remedy."""
+        """What is wrong, without the remedy."""
         return cause_and_remedy(str(self))[0]
 
     @property
@@ -53,21 +53,21 @@ class AlreadyRunning(StartError):
 
 
 class VisitorsLost(StartError):
-    """The proxy steers, and to go on would lose visitors: it must let go at once."""
+    """The proxy steers, but would lose visitors if it went on: it must stop at once."""
 
     @classmethod
     def because_of(cls, problem: StartError) -> VisitorsLost:
-        """For a reason not to start that has come up meanwhile."""
+        """Make one from a reason not to start that has come up while the proxy runs."""
         return cls(str(problem), problem.status)
 
 
 def not_permitted(reason: str) -> StartError:
-    """A step failed because this process lacks a privilege over the network."""
+    """The error for a step that failed because this process lacks a privilege."""
     return StartError(f"{reason}; {AS_ADMINISTRATOR}", os.EX_NOPERM)
 
 
 def refused_by_system(problem: OSError) -> StartError:
-    """The kernel refused a step that nobody expects to fail."""
+    """The error for a step that normally never fails, but that the kernel refused."""
     return StartError(
         f"the system refuses: {problem}; look at its limits (ulimit -a) and its disks (df)",
         os.EX_OSERR,

@@ -30,11 +30,11 @@ else:
 
 CANNOT_RUN: Final = 126
 NOT_FOUND: Final = 127
-"""Exit statuses of a shell for a command that is no program, or is not there (POSIX, Shell Command
-Language, 2.8.2)."""
+"""A shell's exit statuses for a command that cannot be executed, or is not found (POSIX, Shell
+Command Language, 2.8.2)."""
 
 ENDED_BY_SIGNAL: Final = 128
-"""A shell adds the number of the signal that ended the command."""
+"""For a command that a signal ended, a shell adds the signal's number to this."""
 
 KILLED: Final = ENDED_BY_SIGNAL + 9
 
@@ -44,10 +44,10 @@ class Result:
     """How a command ended.
 
     @ivar code: its exit status; L{NOT_FOUND} if there is no such program, L{CANNOT_RUN} if it
-        cannot be run, L{KILLED} if it was killed, for its deadline too.
-    @ivar output: what it wrote to its standard output. Bytes that are no UTF-8 are lone surrogates
-        (C{surrogateescape}), so that they can be given back to a command as they were.
-    @ivar errors: what it wrote to its standard error, or why it could not be run.
+        cannot be run, L{KILLED} if it was killed, also when it passed its deadline.
+    @ivar output: its standard output. Bytes that are not UTF-8 become lone surrogates
+        (C{surrogateescape}), so that they can be passed to a command unchanged.
+    @ivar errors: its standard error, or why it could not be run.
     """
 
     argv: tuple[str, ...]
@@ -68,7 +68,7 @@ class Result:
 
     @property
     def one_line(self) -> str:
-        """Both outputs for an error message; bytes that are no UTF-8 are escaped."""
+        """Both outputs, for an error message; bytes that are not UTF-8 are escaped."""
         words = " ".join(f"{self.output}\n{self.errors}".split()) or "it printed nothing"
         return words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -80,7 +80,7 @@ class Result:
 
 @implementer(IReactorTime)
 class Reactor(Protocol):
-    """What the proxy uses of a reactor. Twisted's reactors on Linux all have it."""
+    """What the proxy needs from a reactor. Twisted's reactors on Linux all have it."""
 
     running: bool
 
@@ -122,11 +122,11 @@ class ITarget(Interface):
     def connect(factory: TargetFactory, first: bytes = b"") -> IConnector | None:
         """Connect the factory's protocol, or call its C{clientConnectionFailed}.
 
-        Either may happen before this returns; then there need not be a connector.
+        Either may happen before this returns; then C{None} may be returned.
 
-        @param factory: C{factory.arrival()} tells how the visitor came.
-        @param first: what the protocol is going to write first. Some of it may be sent before the
-            protocol is made; C{factory.sent_ahead} says how many bytes.
+        @param factory: C{factory.arrival()} says how the visitor came.
+        @param first: what the protocol will write first. Some of it may be sent before the protocol
+            is made; C{factory.sent_ahead} is the number of those bytes.
         """
 
 
@@ -134,12 +134,12 @@ class INetwork(Interface):
     """The kind of transports for visitors and targets."""
 
     def open() -> None:
-        """Be ready for the calls below except C{target}, which may come before."""
+        """Get ready for the calls below, except C{target}, which may be called earlier."""
 
     def listen(listener: socket, factory: Factory) -> IListeningPort:
-        """Accept connections from C{listener}, which stays the caller's.
+        """Accept connections from C{listener}, which still belongs to the caller.
 
-        The port is an C{IPushProducer} of connections, too.
+        The returned port is also an C{IPushProducer} of connections.
         """
 
     def adopt(visitor: socket, factory: Factory) -> None:
@@ -149,7 +149,7 @@ class INetwork(Interface):
         """A way to connect to C{address}, in C{timeout} seconds at most."""
 
     def close() -> None:
-        """Give back what C{open} took. All connections have ended."""
+        """Free what C{open} allocated. All connections have ended."""
 
 
 class IPIDFile(Interface):
@@ -159,11 +159,11 @@ class IPIDFile(Interface):
         """Take the mark for this process; raises L{acme_alpn_proxy.errors.StartError}."""
 
     def release() -> None:
-        """Take the mark away if it is still this process's. Never raises."""
+        """Remove the mark if it still belongs to this process. Never raises."""
 
 
 class ICommands(Interface):
-    """A way to run commands and to wait, blocking or on the reactor."""
+    """A way to run commands and to wait: blocking, or through the reactor."""
 
     def run(argv: Sequence[str]) -> Deferred[Result]:
         """Run C{argv} without a shell.
@@ -172,50 +172,51 @@ class ICommands(Interface):
         """
 
     def pause(seconds: float) -> Deferred[None]:
-        """Fires after that time."""
+        """Return a Deferred that fires after that time."""
 
 
 class ISteerable(Interface):
-    """What can be asked to steer."""
+    """Something that steers on request."""
 
     def need(what: object) -> Deferred[None]:
         """Steer for as long as C{what} needs it.
 
-        @return: a Deferred that fires when new connections are steered. If it fails, by
-            L{acme_alpn_proxy.errors.StartError}, nothing needs it any more.
+        @return: a Deferred that fires when new connections are steered. If it fails, with
+            L{acme_alpn_proxy.errors.StartError}, the need is forgotten.
         """
 
     def needed_no_more(what: object) -> None:
-        """C{what} needs it no longer; it need not have."""
+        """C{what} does not need it any more; no error if it never did."""
 
 
 class IRedirect(Interface):
-    """A way to be given new connections to :443.
+    """A way to have new connections to :443 delivered to the proxy.
 
     Each Deferred may fail with L{acme_alpn_proxy.errors.StartError}. With blocking C{commands} it
-    has fired when it is returned.
+    has already fired when it is returned.
     """
 
     def prepare(commands: ICommands) -> Deferred[Sequence[str]]:
-        """Refuse now what can be known to go wrong. Changes nothing.
+        """Refuse now if it is known that steering would fail. Changes nothing.
 
-        @return: a Deferred of the numeric addresses to listen on; C{"::"} is every address of both
-            families. Addresses that this host does not have are skipped, as long as one is left.
-            The port is the proxy's, 21443; C{"127.0.0.1:0"} and C{"[::1]:0"} are for any port.
+        @return: a Deferred of the numeric addresses to listen on; C{"::"} means every address of
+            both families. Addresses that this host does not have are skipped, if at least one is
+            left. The port is the proxy's, 21443; C{"127.0.0.1:0"} and C{"[::1]:0"} mean any free
+            port.
         """
 
     def apply(commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:
         """Steer new connections to C{listeners}, the listening sockets.
 
-        If it fails, nothing is left applied. What is applied ends with the process, however that
-        ends.
+        If it fails, nothing is left applied. What is applied ends with the process, also if the
+        process is killed.
         """
 
     def look_after(commands: ICommands) -> Deferred[None]:
-        """Put back what other programs have removed. Called every few seconds."""
+        """Put back what other programs have removed. To be called every few seconds."""
 
     def remove(commands: ICommands) -> Deferred[None]:
-        """Steer no more. Connections that were steered go on. Does nothing if not applied."""
+        """Stop steering. Connections that were steered go on. Does nothing if not applied."""
 
     def release(commands: ICommands) -> Deferred[None]:
-        """The last steered connection has ended: remove what kept these connections working."""
+        """Remove what kept steered connections working: the last of them has ended."""

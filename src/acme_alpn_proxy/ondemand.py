@@ -22,17 +22,17 @@ from .service import Companions, ProxyService
 
 @implementer(ISteerable)
 class OnDemandProxy(Service):
-    """Starts a L{ProxyService} when the first need comes up and stops it when the last has gone.
+    """Starts a L{ProxyService} for the first need and stops it after the last need has gone.
 
-    Each time that is another one, so that one whose last connections are still under way keeps
-    nobody waiting.
+    Each start makes a new L{ProxyService}, so a new need does not have to wait until the last
+    connections of the previous one have ended.
     """
 
     _log = Logger()
 
     def __init__(self, make: Callable[[], ProxyService], pidfile: IPIDFile | None = None) -> None:
         """
-        @param make: makes the proxies, which count in the same statistics.
+        @param make: makes each L{ProxyService}; all count in the same statistics.
         """
         self._make = make
         self._pidfile = pidfile if pidfile is not None else NoPIDFile()
@@ -53,17 +53,17 @@ class OnDemandProxy(Service):
         return TO_STEER
 
     def run_beside(self, service: IService) -> None:
-        """Start C{service} with this one, and stop it when nothing can be asked any more."""
+        """Start C{service} with this one, and stop it when no more requests can come."""
         self._beside.add(service)
 
     def status(self) -> ProxyStatus:
-        """Its numbers, those of all orders together."""
+        """The numbers of all orders together."""
         status = self._proxy.status()
         status["state"], status["since"] = self._state, self._since
         return status
 
     def privilegedStartService(self) -> None:
-        """Refuse what can be known not to work once it is needed; raises L{StartError}."""
+        """Raise L{StartError} now if steering is known to fail later."""
         problems: list[BaseException] = []
 
         def note(failure: Failure) -> None:
@@ -83,14 +83,14 @@ class OnDemandProxy(Service):
         self._enter("idle", "Started: new connections to :443 are steered here when that is needed")
 
     def when_started(self) -> Deferred[None]:
-        """Fires when it can be asked to steer, which is as soon as it has started."""
+        """Return a Deferred that fires when needs are accepted: as soon as it has started."""
         return succeed(None)
 
     def need(self, what: object) -> Deferred[None]:
         """Steer for as long as C{what} needs it.
 
-        @return: a Deferred that fires when it steers. If it fails, by L{StartError}, nothing needs
-            it any more.
+        @return: a Deferred that fires when new connections are steered. If it fails, with
+            L{StartError}, the need is forgotten.
         """
         self._needs.add(what)
         if self._state == "running":
@@ -102,13 +102,13 @@ class OnDemandProxy(Service):
         return steers
 
     def needed_no_more(self, what: object) -> None:
-        """C{what} needs it no longer; it need not have."""
+        """C{what} does not need it any more; no error if it never did."""
         self._needs.discard(what)
         self._rest_unless_needed()
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
-        """Steer no more; fires when the last connection of all has ended."""
+        """Stop steering; the Deferred fires when the last connection of every proxy has ended."""
         super().stopService()
         self._needs.clear()
         if self._is_starting:
@@ -126,7 +126,7 @@ class OnDemandProxy(Service):
         yield DeferredList(list(self._draining.values()))
 
     def end_wait(self) -> None:
-        """Do not wait any longer: reset the live connections."""
+        """End the wait: reset the live connections."""
         self._proxy.end_wait()
         for proxy in self._draining:
             proxy.end_wait()
@@ -160,7 +160,7 @@ class OnDemandProxy(Service):
             self._rest()
 
     def _rest(self) -> None:
-        """Let go."""
+        """Remove the redirect and stop the proxy."""
         proxy = self._proxy
 
         def drained(result: None) -> None:
@@ -172,7 +172,7 @@ class OnDemandProxy(Service):
         self._enter("idle")
 
     def _lost(self, problem: VisitorsLost) -> None:
-        """The proxy lets go by itself. What still needs it has to ask again."""
+        """The proxy stops by itself. Whatever still needs it has to ask again."""
         self._rest()
         self.on_loss(problem)
 

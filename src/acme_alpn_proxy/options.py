@@ -25,10 +25,10 @@ from . import __version__
 from .addresses import ORIGINAL, Address, BadAddress, parse_address
 
 PORT: Final = 21443
-"""Where the proxy listens, as the original does. Rules in use out there name it."""
+"""The port of the proxy, as in the original program. Existing rules of operators name it."""
 
 WAYS: Final = ("iptables", "nftables", "sk-lookup")
-"""Of steering; in this order they are tried unless C{--redirect} says otherwise."""
+"""Ways of steering; tried in this order unless C{--redirect} has another list."""
 
 AUTO: Final = ("sk-lookup", "nftables", "iptables")
 
@@ -76,7 +76,7 @@ DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
 UNSET: Final = "unset"
 
 HEADERS: Final = ("none", "v1", "v2")
-"""Of the PROXY protocol."""
+"""Versions of the PROXY protocol."""
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -85,9 +85,9 @@ _LONGEST: Final = 86_400.0
 
 @dataclass(frozen=True)
 class Topic:
-    """A heading that options stand under in the help.
+    """A heading in the help, with options under it.
 
-    @ivar commands: the commands whose help has these options. L{GO_WITH} counts more.
+    @ivar commands: the commands whose help has these options. L{GO_WITH} comes first.
     """
 
     title: str
@@ -104,17 +104,17 @@ ENDING: Final = Topic("How it ends", (*_STARTS, "stop"))
 PROCESS: Final = Topic("The process, its log and its metrics", ("start", "run"))
 COMMAND_FLAGS: Final = Topic("What belongs to one command", ())
 OTHERS: Final = Topic("Other options", tuple(COMMANDS))
-"""For an option that names no topic."""
+"""For an option without a topic."""
 
 TOPICS: Final = (TARGETS, STEERING, RESPONDER, LIMITS, ENDING, PROCESS, COMMAND_FLAGS, OTHERS)
 """In the order of the help."""
 
 
 class About(str):
-    """What an option does. Twisted takes it for a C{str}; the help also reads what it has besides.
+    """What an option does. For Twisted it is a C{str}; the help also reads its attributes.
 
-    @ivar topic: where the help shows the option.
-    @ivar value: what stands there for the value of the option.
+    @ivar topic: the heading under which the help shows the option.
+    @ivar value: the placeholder of the option's value there.
     """
 
     topic: Topic
@@ -128,9 +128,9 @@ class About(str):
 
 
 class Unusable(UsageError):
-    """An option is understood, but what it asks for is not there.
+    """An option is correct, but what it needs is missing.
 
-    @ivar status: what the console script exits with (sysexits(3)).
+    @ivar status: the exit status of the console script (sysexits(3)).
     """
 
     def __init__(self, text: str, status: int) -> None:
@@ -153,8 +153,8 @@ def _fallback(value: str) -> Address:
 
 
 def _name(text: str) -> str:
-    """A name as validations have it: in lower case, without a last dot; for an IP address its
-    reverse name (RFC 8738 section 6). Raises C{ValueError}."""
+    """A name as the server name of validations: in lower case, without the last dot; for an IP
+    address, its reverse name (RFC 8738 section 6). Raises C{ValueError}."""
     try:
         return ipaddress.ip_address(text.removeprefix("[").removesuffix("]")).reverse_pointer
     except ValueError:
@@ -212,7 +212,7 @@ def _choice(option: str, choices: Sequence[str]) -> Callable[[str], str]:
 
 
 def _ways(value: str) -> str:
-    """A list of L{WAYS}, or C{none}."""
+    """Parse a list of L{WAYS}, or C{none}."""
     if value == "auto":
         return ",".join(AUTO)
     names = value.split(",")
@@ -225,7 +225,7 @@ def _ways(value: str) -> str:
 
 
 def _metrics(value: str) -> str:
-    """An endpoint string to listen at; on this host alone if nothing but a port is given."""
+    """An endpoint string to listen at; a port alone means this host only."""
     if importlib.util.find_spec("prometheus_client") is None:
         raise Unusable(
             "--metrics needs prometheus_client; pip install 'acme-alpn-proxy[metrics]', or"
@@ -238,7 +238,7 @@ def _metrics(value: str) -> str:
     text = f"tcp:{port[1]}:interface=127.0.0.1" if port else value
     try:
         serverFromString(None, text)
-    except Exception as problem:  # each kind of endpoint raises its own
+    except Exception as problem:  # each kind of endpoint raises its own exceptions
         raise ValueError(
             f"--metrics {value!r}: a port or a server endpoint string is needed, such as"
             f" tcp:9443:interface=127.0.0.1: {problem}"
@@ -247,7 +247,7 @@ def _metrics(value: str) -> str:
 
 
 def responder_is_installed() -> bool:
-    """Whether there is what the responder needs."""
+    """Check that the responder's packages are installed."""
     needed = ("OpenSSL", "cryptography", "service_identity")
     return all(importlib.util.find_spec(name) is not None for name in needed)
 
@@ -262,7 +262,7 @@ def _folder(value: str) -> Path:
 def _user(value: str) -> int:
     try:
         return pwd.getpwuid(uidFromString(value)).pw_uid
-    except KeyError:  # a number too: twistd looks for its groups
+    except KeyError:  # numbers are not accepted: twistd looks up the user's groups
         raise Unusable(
             f"--uid {value!r}: there is no such user; name one of: getent passwd", os.EX_NOUSER
         ) from None
@@ -278,7 +278,7 @@ def _group(value: str) -> int:
 
 
 class ProxyOptions(usage.Options):
-    """What both ways of starting the proxy understand.
+    """The options that both ways of starting the proxy accept.
 
     After parsing, C{alpn} and C{fallback} are L{Address}es, C{alpn-for} a dictionary of them by
     name (see L{acme_alpn_proxy.proxy.routing.Routing}), C{proxy-protocol-from} a list of networks
@@ -500,7 +500,7 @@ class ProxyOptions(usage.Options):
     environment: Mapping[str, str] = os.environ
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Like the base class's, for Go's single dashes too: C{-alpn ADDR}, C{-alpn=ADDR}."""
+        """Like the base class's, but with Go's single dashes too: C{-alpn ADDR}, C{-alpn=ADDR}."""
         super().parseOptions([self._with_two_dashes(word) for word in options or ()])
 
     def _with_two_dashes(self, word: str) -> str:
@@ -512,7 +512,7 @@ class ProxyOptions(usage.Options):
         self.opt_help()
 
     def opt_alpn_for(self, route: str) -> None:
-        """As the parameter of this name, of which Twisted would keep the last value alone."""
+        """Like the parameter of this name, of which Twisted would keep only the last value."""
         text, equals, where = route.partition("=")
         try:
             name = _name(text)
@@ -532,7 +532,7 @@ class ProxyOptions(usage.Options):
             raise UsageError(str(problem)) from None
 
     def postOptions(self) -> None:
-        """What depends on more than one option, or on the environment."""
+        """Checks that need more than one option, or the environment."""
         self["alpn-for"] = self["alpn-for"] or {}
         targets = [("alpn", self["alpn"]), ("fallback", self["fallback"])]
         targets += [("alpn-for", target) for target in self["alpn-for"].values()]
@@ -567,7 +567,7 @@ class ProxyOptions(usage.Options):
 
 
 class ConsoleOptions(ProxyOptions):
-    """What the console script understands besides: a command and what goes with it."""
+    """The further options of the console script: a command, and its own options."""
 
     optFlags = [  # noqa: RUF012
         ["nodaemon", "n", About("Stay in the foreground and log to stderr", PROCESS)],
@@ -622,11 +622,11 @@ class ConsoleOptions(ProxyOptions):
     ]
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Options may stand before and after the command; what is behind C{--} is not ours."""
+        """Options may come before and after the command; words after C{--} are not parsed."""
         given = list(options or ())
         end = given.index("--") if "--" in given else len(given)
         self["argv"] = given[end + 1 :]
-        if "hook" in given[:end]:  # what follows is the client's, and may begin with a dash
+        if "hook" in given[:end]:  # words of the client follow, which may begin with a dash
             end = given.index("hook") + 1
             self["argv"] = given[end:]
         words = [self._with_two_dashes(word) for word in given[:end]]
@@ -649,7 +649,8 @@ class ConsoleOptions(ProxyOptions):
     opt_V = opt_version
 
     def parseArgs(self, *words: str) -> None:
-        """One command, what it is about if it takes that, and for C{run} another program's."""
+        """Parse one command, its topic if it takes one, and for C{run} the other program's command
+        line."""
         argv = self["argv"]
         self["about"] = ""
         if words[:1] in (("help",), ("completion",)) and not argv:
@@ -668,7 +669,7 @@ class ConsoleOptions(ProxyOptions):
         self["command"] = command
 
     def _about(self, command: str, *words: str) -> str:
-        """What C{help} or C{completion} is asked about; nothing for the help as a whole."""
+        """The topic of C{help} or C{completion}; empty for the general help."""
         if command == "completion":
             if len(words) != 1 or words[0] not in SHELLS:
                 raise UsageError(f"completion needs the name of a shell, {_one_of(SHELLS)}")
@@ -679,7 +680,7 @@ class ConsoleOptions(ProxyOptions):
         return about
 
     def postOptions(self) -> None:
-        """Which option goes with which command, and the paths."""
+        """Check that the options fit the command, and make paths absolute."""
         super().postOptions()
         for flag, commands in GO_WITH.items():
             if self[flag] and self["command"] not in commands:
@@ -704,9 +705,10 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 def of_the_proxy(options: Mapping[str, Any]) -> dict[str, str]:
-    """What C{start} was told of the proxy itself, as text, by the names of the options.
+    """The options of C{start} about the proxy itself, as text, by name.
 
-    So two starts can be compared. What a command does besides, such as to wait, is not in it.
+    They serve to compare two starts. Options about the command itself, such as to wait, are left
+    out.
 
     @param options: parsed L{ConsoleOptions}.
     """
@@ -731,7 +733,7 @@ def _as_text(value: object) -> str:
 
 
 def all_options(kind: str) -> list[Any]:
-    """All that the console script takes, as Twisted wants them described.
+    """All flags or parameters of the console script, in the form that Twisted expects.
 
     @param kind: C{optFlags} or C{optParameters}.
     """

@@ -1,6 +1,6 @@
-"""The proxy as the whole program of a process: it takes the signals.
+"""The proxy as a whole program: this module handles the signals of the process.
 
-An application with services of its own takes L{acme_alpn_proxy.service.ProxyService} instead.
+An application with other services uses L{acme_alpn_proxy.service.ProxyService} instead.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ _IGNORE: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 class Program(MultiService):
     """Runs a L{ProxyService} or an L{OnDemandProxy}.
 
-    The first SIGINT or SIGTERM stops it, the second ends the wait.
+    The first SIGINT or SIGTERM stops it; the second ends the wait.
 
-    The signals are taken before anything is applied, so that none of them ends the process midway,
-    and again once the reactor runs: it takes SIGTERM itself when it starts, and SIGINT only where
-    Python did, which it did not where it was inherited as ignored (C{start &} in a script).
+    Signal handlers are set before anything is applied, so that no signal can end the process
+    midway. They are set again once the reactor runs, because the reactor sets its own: for SIGTERM
+    always, for SIGINT only where Python had set one. Python sets none if the process inherited
+    SIGINT as ignored (C{start &} in a script).
 
-    @ivar ending: whether a signal to end has come.
+    @ivar ending: whether a signal to stop has arrived.
     @ivar holders: other commands that need the proxy.
-    @ivar on_refusal: is called with the L{StartError} of a start that fails, before that is raised.
-    @ivar problem: why it has ended by itself, if it has.
-    @ivar on_loss: is called with that at once.
+    @ivar on_refusal: called with the L{StartError} of a failed start, before it is raised.
+    @ivar problem: why the proxy has stopped by itself, if it has.
+    @ivar on_loss: called with C{problem} at once.
     """
 
     _log = Logger()
@@ -56,7 +57,7 @@ class Program(MultiService):
         proxy.setServiceParent(self)
 
     def when_started(self) -> Deferred[None]:
-        """Fires when the proxy steers, or fails with L{StartError}."""
+        """Return a Deferred that fires when the proxy steers, or fails with L{StartError}."""
         return self._proxy.when_started()
 
     @property
@@ -75,11 +76,11 @@ class Program(MultiService):
             raise
 
     def log_refusal(self, problem: StartError) -> None:
-        """For the background, where the log is the only place to look."""
+        """Log why the start failed: in the background, the log is the only place to look."""
         self._log.critical("Cannot start: {problem}", problem=problem)
 
     def end(self) -> None:
-        """Stop in order; called once more, do not wait any longer."""
+        """Stop in order; a second call ends the wait for live connections."""
         if self.ending:
             self._log.info("Not waiting any longer")
             self._proxy.end_wait()
@@ -97,7 +98,7 @@ class Program(MultiService):
         try:
             self._reactor.stop()
         except ReactorNotRunning:
-            pass  # it has been stopped already
+            pass  # it is already stopped
 
     def _take_signals(self) -> None:
         for number in _END:

@@ -1,8 +1,8 @@
 """The proxy as a service, with its ordered start and stop.
 
-Start: PID file, listener, redirect. Stop: redirect away, PID file away, go on accepting for the
-linger, close the listener with its queue empty, wait for the live connections, remove what kept
-them working.
+Start: take the PID file, open the listener, apply the redirect. Stop: remove the redirect and the
+PID file, go on accepting for the linger, close the listener when its queue is empty, wait for the
+live connections, remove what kept them working.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .transports.hangup import hangup_watch
 from .transports.network import TwistedNetwork
 
 FEW_VISITORS: Final = 500
-"""With room for fewer visitors at a time, the operator is warned."""
+"""If there is room for fewer visitors at a time, a warning is logged."""
 
 LEAST_LINGER: Final = 0.5
 """Seconds to go on accepting after the redirect is gone, for packets that are on their way."""
 
 LINGER_STEP: Final = 0.25
-"""Seconds between two looks whether handshakes are still under way."""
+"""Seconds between two checks for handshakes that are still under way."""
 
 DRAIN_NEWS_INTERVAL: Final = 1.0
 """Seconds between two reports of how many connections a stop still waits for."""
@@ -59,17 +59,17 @@ class Companions:
         self._services: list[IService] = []
 
     def add(self, service: IService) -> None:
-        """C{service} is one of them."""
+        """Add C{service} to them."""
         self._services.append(service)
 
     def start(self) -> None:
-        """Start them, while the process still has its privileges; raises L{StartError}."""
+        """Start all, while the process still has its privileges; raises L{StartError}."""
         for service in self._services:
             service.privilegedStartService()
             service.startService()
 
     def stop(self) -> Deferred[Any]:
-        """Stop those that run; fires when they have stopped."""
+        """Stop those that run; the Deferred fires when they have stopped."""
         running = [service for service in self._services if service.running]
         stops = [maybeDeferred(service.stopService) for service in running]
         return DeferredList(stops, consumeErrors=True)
@@ -79,15 +79,15 @@ class Companions:
 class ProxyService(MultiService):
     """The whole proxy, for any Twisted application.
 
-    It steers as soon as C{privilegedStartService} (or C{startService}, if that is the first call)
-    returns; if that raises L{StartError}, nothing is left applied. If it is started when the
-    reactor already runs, nothing blocks, and L{when_started} tells how it went. C{stopService}
-    gives a Deferred that fires when the last connection has ended; calling it again, or
-    L{end_wait}, ends the wait.
+    It steers as soon as C{privilegedStartService} (or C{startService}, if that is called first)
+    returns; if that raises L{StartError}, nothing is left applied. If the reactor already runs at
+    the start, nothing blocks, and L{when_started} reports the result. C{stopService} returns a
+    Deferred that fires when the last connection has ended; a second call, or L{end_wait}, ends the
+    wait.
 
-    If to go on would lose visitors, it stops by itself.
+    It stops by itself when visitors would be lost if it went on.
 
-    @ivar on_loss: is called with the reason then.
+    @ivar on_loss: called with the reason when it stops by itself.
     """
 
     _log = Logger()
@@ -109,13 +109,13 @@ class ProxyService(MultiService):
     ) -> None:
         """
         @param network: the kind of transports; Twisted's own by default.
-        @param port: where to listen; the redirect must know the same.
-        @param max_connections: how many visitors there may be at a time, more wait to be accepted;
-            0: as many as the limit on open files allows.
-        @param linger: seconds to go on accepting, at most, after the redirect is gone: while
-            handshakes that began before are still under way.
+        @param port: where to listen; the redirect must use the same port.
+        @param max_connections: how many visitors are accepted at a time; the others wait in the
+            queue; 0: as many as the limit on open files allows.
+        @param linger: seconds, at most, to go on accepting after the redirect is removed, while
+            handshakes from before are still under way.
         @param drain_timeout: seconds to wait for live connections before they are reset.
-        @param precheck: refuses to start by raising L{StartError}. It may block: when the reactor
+        @param precheck: raises L{StartError} to refuse the start. It may block: when the reactor
             runs, it is called in a thread.
         @param visitor_address: what makes the web server see the visitors' addresses; by default
             it sees an address of this host.
@@ -155,7 +155,7 @@ class ProxyService(MultiService):
         self._beside.add(service)
 
     def status(self) -> ProxyStatus:
-        """Its numbers."""
+        """The numbers of this proxy."""
         undecided = len(self._factory.hellos)
         return self._factory.statistics.status(str(self._redirect), undecided)
 
@@ -169,12 +169,12 @@ class ProxyService(MultiService):
         self._start()
 
     def startService(self) -> None:
-        """Start, unless C{privilegedStartService} has done it; raises L{StartError}."""
+        """Start, unless C{privilegedStartService} has already; raises L{StartError}."""
         Service.startService(self)
         self._start()
 
     def when_started(self) -> Deferred[None]:
-        """Fires when the proxy steers, or fails with L{StartError}."""
+        """Return a Deferred that fires when the proxy steers, or fails with L{StartError}."""
         told: Deferred[None] = Deferred()
 
         def tell(problem: BaseException | None) -> BaseException | None:
@@ -191,14 +191,14 @@ class ProxyService(MultiService):
         return told
 
     def need(self, what: object) -> Deferred[None]:
-        """It steers from its start to its stop, whatever needs it."""
+        """Nothing to do: this proxy steers from its start to its stop."""
         return succeed(None)
 
     def needed_no_more(self, what: object) -> None:
-        """It goes on."""
+        """Nothing to do: this proxy steers until it is stopped."""
 
     def when_let_go(self) -> Deferred[None]:
-        """Fires when it steers no more; it has been asked to stop."""
+        """Return a Deferred that fires when it no longer steers because it was stopped."""
         return _result_of(self._let_go_done)
 
     def stopService(self) -> Deferred[None]:
@@ -226,7 +226,7 @@ class ProxyService(MultiService):
 
     @inlineCallbacks
     def check(self) -> Generator[Deferred[Any], Any, None]:
-        """Refuse now what a start can be known to fail of, by L{StartError}; changes nothing."""
+        """Raise L{StartError} now if a start is known to fail; changes nothing."""
         if self._precheck is not None:
             yield self._blocking(self._precheck)
         self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
@@ -308,8 +308,8 @@ class ProxyService(MultiService):
 
     @inlineCallbacks
     def _drain(self) -> Generator[Deferred[Any], Any, None]:
-        """Wait for the live connections. The log gets their number once; systemd's status line gets
-        it whenever it has changed."""
+        """Wait for the live connections. Log their number once; later changes are logged at debug
+        level, which systemd's status line shows."""
         live = self._factory.live
         reported = len(live)
         if live:
@@ -333,11 +333,11 @@ class ProxyService(MultiService):
             self.stopService()
 
     def _say(self, text: str, **fields: object) -> None:
-        """Log a line that also is the service's status (sd_notify(3))."""
+        """Log a line that is also shown as the service's status (sd_notify(3))."""
         self._log.info(text, is_status=True, **fields)
 
     def _open(self) -> None:
-        """Be ready for connections."""
+        """Get ready for connections."""
         limits = highest_limits(self._max_connections)
         if not self._max_connections and limits.visitors < FEW_VISITORS:
             self._log.warn(
@@ -360,8 +360,8 @@ class ProxyService(MultiService):
 
     @inlineCallbacks
     def _linger_on(self) -> Generator[Deferred[Any], Any, None]:
-        """Go on accepting until no handshake that began before is under way: its last packet may
-        have been lost, and come again."""
+        """Go on accepting until no handshake from before is under way: its last packet may have
+        been lost and be sent again."""
         handshakes = _half_open(self.listener.port)
         waited = 0.0
         while not self._hurried and waited < self._linger:
@@ -380,9 +380,9 @@ class ProxyService(MultiService):
 
 
 def _half_open(port: int) -> set[Handshake] | None:
-    """The handshakes with this host's web address that are under way; nothing if unknown.
+    """The handshakes with this host's web address that are under way; C{None} if unknown.
 
-    How visitors are steered decides which port the kernel sees, that of the listener or 443.
+    The way of steering decides which port the kernel sees: the listener's or 443.
     """
     try:
         return half_open(port, 443)
@@ -391,7 +391,7 @@ def _half_open(port: int) -> set[Handshake] | None:
 
 
 def _result_of(shared: Deferred[Any]) -> Deferred[Any]:
-    """Return a new Deferred that fires with the result of C{shared}, which others may use too."""
+    """Return a new Deferred that fires with C{shared}'s result and leaves C{shared} usable."""
     told: Deferred[Any] = Deferred()
 
     def tell(result: Any) -> Any:

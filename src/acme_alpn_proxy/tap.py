@@ -35,7 +35,7 @@ __all__ = ["Options", "makeService", "make_program", "make_proxy", "make_redirec
 
 
 def make_redirect(options: Mapping[str, Any]) -> IRedirect:
-    """The redirect that C{--redirect} names, or the choice from its list."""
+    """The redirect that C{--redirect} names, or a choice from its list."""
     names = options["redirect"].split(",")
     if names == ["none"]:
         return make_way("none", options)
@@ -61,7 +61,7 @@ def make_redirect(options: Mapping[str, Any]) -> IRedirect:
 def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IRedirect:
     """One redirect.
 
-    @param alone: whether no other one will be tried if it refuses.
+    @param alone: whether no other one is tried if it refuses.
     """
     how = {each: bool(options[each]) for each in ("ipv6", "force")}
     makers: dict[str, Callable[[], IRedirect]] = {
@@ -74,7 +74,7 @@ def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IR
 
 
 class Parts:
-    """What one set of options makes.
+    """The objects that are made from one set of options.
 
     @ivar pending: the identifiers that the responder answers for.
     """
@@ -99,7 +99,7 @@ class Parts:
         pidfile: IPIDFile | None = None,
         factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
     ) -> ProxyService:
-        """A proxy; all that are made here count together."""
+        """A proxy; all that are made here share their counters."""
         options = self._options
         network = network_for(self._reactor)
         visitor_address, web_server = self._web_server(network)
@@ -155,12 +155,13 @@ class Parts:
         networks = self._options["proxy-protocol-from"]
         if networks is None:
             return ProxyServer
-        from .proxy.balancer import Balancers  # which takes long to import
+        from .proxy.balancer import Balancers  # a slow import
 
         return Balancers(networks).new_server
 
     def _web_server(self, network: TwistedNetwork) -> tuple[IVisitorAddress, ITarget]:
-        """What makes the web server see the visitors' addresses, and the way to it."""
+        """The object that makes the web server see the visitors' addresses, and the target for
+        it."""
         options = self._options
         plain = network.target(options["fallback"], options["connect-timeout"])
         if options["visitor-address"] == "off":
@@ -176,7 +177,7 @@ class Parts:
         return how, how.target
 
     def run_services(self, proxy: ProxyService | OnDemandProxy, leave: Callable[[], None]) -> None:
-        """Have the services for C{--metrics} and C{--control} run beside C{proxy}, if these were
+        """Run the services for C{--metrics} and C{--control} beside C{proxy}, if these options were
         given.
 
         @param leave: ends the program when no command needs it.
@@ -204,11 +205,11 @@ def make_proxy(
     pidfile: IPIDFile | None = None,
     factory: Callable[..., ProxyServerFactory] = ProxyServerFactory,
 ) -> ProxyService:
-    """The proxy that the options describe, to be given to an application.
+    """The proxy that the options describe, for use in an application.
 
     @param options: parsed L{Options}.
-    @param redirect: how to steer, instead of what C{--redirect} says.
-    @param factory: makes what accepts the visitors.
+    @param redirect: how to steer, instead of the value of C{--redirect}.
+    @param factory: makes the protocols for visitors.
     """
     parts = Parts(options, reactor)
     proxy = parts.proxy(redirect, pidfile, factory)
@@ -222,10 +223,9 @@ def make_program(
     pidfile: IPIDFile | None = None,
     told: Mapping[str, str] | None = None,
 ) -> Program:
-    """The proxy as the whole program of this process: it takes the signals.
+    """The proxy as the whole program of this process: it handles the signals.
 
-    @param told: the options as they were given, for C{status}; see
-        L{acme_alpn_proxy.options.of_the_proxy}.
+    @param told: the options as given, for C{status}; see L{acme_alpn_proxy.options.of_the_proxy}.
     """
     parts = Parts(options, reactor)
     on_demand = bool(options.get("on-demand"))
@@ -243,9 +243,9 @@ def make_program(
 
 
 def exit_with_line(problem: StartError) -> NoReturn:
-    """For C{twistd -n}, which would print a traceback.
+    """Print a failed start for C{twistd -n}, which would print a traceback.
 
-    In the background the error must be raised instead: twistd's parent process waits for it, and
+    In the background, the error must be raised instead: twistd's parent process waits for it, and
     would wait for ever.
     """
     print(f"acme-alpn-proxy: {problem}", file=sys.__stderr__)
@@ -253,10 +253,10 @@ def exit_with_line(problem: StartError) -> NoReturn:
 
 
 def makeService(options: Options) -> ProxyService | Program:
-    """What twistd runs for C{twistd acme-alpn-proxy}; works in your own application too.
+    """The service for C{twistd acme-alpn-proxy}; it works in other applications, too.
 
-    @param options: parsed L{Options}. If twistd has parsed them, they have it as their parent, and
-        the service takes the signals (L{Program}). Without a parent it leaves the signals to the
+    @param options: parsed L{Options}. If twistd has parsed them, they have a parent, and the
+        service handles the signals (L{Program}). Without a parent, it leaves the signals to the
         application (L{ProxyService}). Both have C{when_started}.
     """
     from twisted.internet import reactor as installed

@@ -1,4 +1,4 @@
-"""Processes that do not end when they are to."""
+"""Processes that do not end when they should."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 
 def stubborn_process(case: SynchronousTestCase) -> subprocess.Popen[bytes]:
-    """One that SIGTERM does not end, and that has been told so by now."""
+    """A process that ignores SIGTERM, and that has already received one."""
     line = "trap '' TERM; echo ready; read line"
     process = subprocess.Popen(["sh", "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -24,7 +24,7 @@ def stubborn_process(case: SynchronousTestCase) -> subprocess.Popen[bytes]:
 
 
 def assert_was_waited_for(case: SynchronousTestCase, process: subprocess.Popen[bytes]) -> None:
-    """It was killed, and is no more."""
+    """It was killed and has ended."""
     process.returncode = -signal.SIGKILL
     with case.assertRaises(ProcessLookupError):
         os.kill(process.pid, 0)

@@ -10,12 +10,12 @@ NAME = "acme-alpn-proxy"
 
 
 def run(*command: str | Path) -> str:
-    """Run a command that has to go well without a word on stderr; gives what it prints."""
+    """Run a command that must succeed without output on stderr; returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
 def program(*words: str) -> str:
-    """What the console script prints."""
+    """The output of the console script."""
     return run(sys.executable, "-m", "acme_alpn_proxy", *words)

@@ -19,7 +19,7 @@ MOST_SECONDS = 30.0
 
 
 class OnTerminal:
-    """A program whose three standard descriptors are a terminal; a context manager."""
+    """A program with a terminal as its three standard descriptors; a context manager."""
 
     def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
         self._ours, theirs = os.openpty()
@@ -57,19 +57,19 @@ class OnTerminal:
             assert self._read(deadline - time.monotonic()), f"{text!r} is not in {self.shown!r}"
 
     def wait(self) -> int:
-        """Read to the end; gives the exit status."""
+        """Read to the end; returns the exit status."""
         deadline = time.monotonic() + MOST_SECONDS
         while self._read(deadline - time.monotonic()):
             pass
         return self.process.wait(max(0.0, deadline - time.monotonic()))
 
     def lines(self) -> list[str]:
-        """What is left on the screen in the end: erased lines are not."""
+        """The text that is on the screen at the end, without erased lines."""
         texts = self.shown.replace("\r\n", "\n").split("\n")
         return [text.rpartition("\r\x1b[K")[2] for text in texts]
 
     def waits(self) -> list[str]:
-        """What was said that it waits for, in turn."""
+        """The things that the program said it was waiting for, in order."""
         return re.findall(r"\r\x1b\[K([^\r\n]+)(?=\r\x1b)", self.shown)
 
     def _read(self, seconds: float) -> bool:

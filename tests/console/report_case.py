@@ -1,4 +1,4 @@
-"""A report of the daemon, and what C{start} gets of it."""
+"""A report of the daemon, and what C{start} receives from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from acme_alpn_proxy.console.handover import Report
 
 
 class ReportCase(SynchronousTestCase):
-    """A report, and what C{start} gets of it."""
+    """A report, and what C{start} receives from it."""
 
     def setUp(self) -> None:
         self.ours, self.theirs = socket.socketpair()

@@ -33,13 +33,13 @@ def test_status(script: str, status: int) -> None:
 
 
 def test_environment() -> None:
-    """The command gets this process's environment and what is added."""
+    """The command gets this process's environment and the added variables."""
     script = 'test "$PATH" = "$1" && test "$ADDED" = "a b"'
     assert run_command(["sh", "-c", script, "sh", os.environ["PATH"]], {"ADDED": "a b"}) == 0
 
 
 def test_not_found() -> None:
-    """A command that there is not gives 127, one that is no program 126; both are named."""
+    """A missing command gives 127, a file that is not a program 126; both are named."""
     for name in ("no-such-command", ""):
         with pytest.raises(CannotRun, match=rf"^{name}: command not found; name one") as missing:
             run_command([name], {})
@@ -63,7 +63,7 @@ def test_signals_are_as_before(tmp_path: Path) -> None:
 
 
 def test_ignored_sigchld() -> None:
-    """Where SIGCHLD is ignored, as by some who start us, the status comes all the same."""
+    """If SIGCHLD is ignored, as some callers leave it, the exit status still arrives."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert run_command(["sh", "-c", "exit 7"], {}) == 7
@@ -74,7 +74,7 @@ def test_ignored_sigchld() -> None:
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"])
 def test_signal_goes_to_the_command(name: str) -> None:
-    """A signal is the command's: it decides what comes of it."""
+    """A signal is passed on to the command, which decides what to do."""
     script = f"trap 'exit 7' {name}; echo ready; while :; do read line; done"
     with _runner("sh", "-c", script) as process:
         process.send_signal(signal.Signals[f"SIG{name}"])
@@ -106,7 +106,7 @@ while True:
 
 
 def test_interrupt_of_the_terminal() -> None:
-    """Ctrl-C reaches the command once: by the terminal, not by us besides."""
+    """Ctrl-C reaches the command once: through the terminal, and not also from this process."""
     pid, terminal = os.forkpty()
     if not pid:
         os.execv(sys.executable, [sys.executable, "-c", RUN, sys.executable, "-c", COUNT])
@@ -121,7 +121,7 @@ def test_interrupt_of_the_terminal() -> None:
 
 
 def _runner(*words: str) -> AbstractContextManager[subprocess.Popen[str]]:
-    """The command run by a process of its own; it has told that it is ready."""
+    """The command runs in a process of its own, and has reported that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *words],
         stdin=subprocess.PIPE,

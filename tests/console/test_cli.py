@@ -1,4 +1,4 @@
-"""What a real process shows rarely: races and deadlines of the commands."""
+"""Races and deadlines of the commands, which a real process shows only rarely."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .child_processes import assert_was_waited_for, stubborn_process
 
 
 class OwnerFile:
-    """A PID file that tells its owners one after the other, the last for good."""
+    """A PID file that reports its owners one after the other, and then always the last one."""
 
     path = "/nowhere/pid"
 
@@ -61,7 +61,7 @@ class CommandCase(SynchronousTestCase):
 
 class StopTests(CommandCase):
     def test_ends_by_itself(self) -> None:
-        """An instance that ends just when it is to be stopped has been stopped."""
+        """An instance that ends just before C{stop} signals it counts as stopped."""
 
         def gone(pid: int) -> int:
             raise ProcessLookupError
@@ -70,14 +70,14 @@ class StopTests(CommandCase):
         self.assertEqual(self.stop(OwnerFile(7)), cli.DONE)
 
     def test_pid_of_another_program(self) -> None:
-        """Should its PID have become another program's meanwhile, that one gets no signal."""
+        """If another program now has its PID, that program gets no signal."""
         sent: list[int] = []
         self.patch(signal, "pidfd_send_signal", lambda process, number: sent.append(number))
         self.assertEqual(self.stop(OwnerFile(os.getpid(), None)), cli.DONE)
         self.assertEqual(sent, [])
 
     def test_does_not_let_go(self) -> None:
-        """An instance that keeps :443 past the deadline is told of, with where to look."""
+        """If an instance keeps :443 past the deadline, the error says so and where to look."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
         pid = stubborn_process(self).pid
         with self.assertRaisesRegex(StartError, f"PID {pid} has not let go .* its log says why"):
@@ -96,7 +96,7 @@ class StopTests(CommandCase):
 
 class StartTests(CommandCase):
     def test_child(self) -> None:
-        """The child of C{start} becomes the daemon, and holds its own end of the socket alone."""
+        """The child of C{start} becomes the daemon, and holds only its own end of the socket."""
         made = socket.socketpair()
         self.patch(socket, "socketpair", lambda: made)
         self.patch(os, "fork", lambda: 0)
@@ -118,7 +118,7 @@ class StartTests(CommandCase):
         self.assertEqual(made[0].fileno(), -1)
 
     def test_died(self) -> None:
-        """A daemon that dies before it tells has its leftovers removed, and C{start} says so."""
+        """If a daemon dies before its report, its leftovers are removed and C{start} says so."""
         cleaned: list[None] = []
         self.patch(cli, "clean_up", lambda options: cleaned.append(None))
         process = stubborn_process(self)
@@ -133,7 +133,7 @@ class StartTests(CommandCase):
 
 
 class RunTests(CommandCase):
-    """C{run}, with start and stop of another instance played by the PID file."""
+    """C{run}; the PID file plays the start and stop of another instance."""
 
     def run_true(self, *owners: int | None, words: tuple[str, ...] = ("--", "true")) -> int:
         ours, theirs = socket.socketpair()
@@ -145,14 +145,15 @@ class RunTests(CommandCase):
         return cli.run(self.options("run", *words), OwnerFile(*owners))  # type: ignore[arg-type]
 
     def test_was_stopped(self) -> None:
-        """Somebody stopped the proxy meanwhile: C{run} says so, and what was left is removed."""
+        """If the proxy was stopped while C{run} waited, C{run} says so and removes what was
+        left."""
         self.assertEqual(self.run_true(7, None), 0)
         self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
         self.assertEqual(self.cleaned, [None])
         self.assertEqual(self.theirs.recv(1), b"")
 
     def test_another_instance(self) -> None:
-        """Somebody started another one meanwhile: that one is left alone."""
+        """If another instance was started in the meantime, it is not touched."""
         self.assertEqual(self.run_true(7, 8), 0)
         self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
         self.assertEqual(self.cleaned, [])
@@ -167,10 +168,10 @@ class RunTests(CommandCase):
 
 
 class SharedRunTests(CommandCase):
-    """C{run --shared}, with an instance played by a PID file."""
+    """C{run --shared}; a PID file plays the instance."""
 
     def run_shared(self, *answers: Mapping[str, object]) -> str:
-        """What the command is told to be its target."""
+        """The target that the command sees in its environment."""
 
         def running(options: object, pidfile: object) -> None:
             raise AlreadyRunning(7, "/nowhere/pid")
@@ -183,7 +184,7 @@ class SharedRunTests(CommandCase):
         return told[0]
 
     def test_target(self) -> None:
-        """The command is told where that one has its ACME client, not one that drains beside it."""
+        """The command sees the ACME target of the running instance, not of a draining one."""
         answers = [
             {"pid": pid, "state": "running", "routes": {"acme": {"target": f"10.0.0.{pid}:5001"}}}
             for pid in (6, 7)
@@ -191,12 +192,12 @@ class SharedRunTests(CommandCase):
         self.assertEqual(self.run_shared(*answers), "10.0.0.7:5001")
 
     def test_silent(self) -> None:
-        """If that one does not answer, it is told what the options say."""
+        """If that instance does not answer, the command sees the target of the options."""
         self.assertEqual(self.run_shared({"pid": 7, "state": SILENT}), "127.0.0.1:31443")
 
 
 class Interrupted(Exception):
-    """Somebody has seen enough."""
+    """The reader of the output has closed it."""
 
 
 class WatchTests(CommandCase):
@@ -236,14 +237,14 @@ class OtherOptionsTests(CommandCase):
         return {**answer_of(describe()), "options": options}
 
     def test_same(self) -> None:
-        """With the same options it runs already, which is no error, and goes on."""
+        """With the same options, it is no error that an instance already runs; it goes on."""
         said = self.start(self.answer("--linger", "1"), "--linger", "1.0", "-n")
         self.assertEqual(said, "already running as PID 7 (/nowhere/pid)")
         self.assertIsInstance(self.refusal, AlreadyRunning)
         self.assertEqual(self.kept, ["keep"])
 
     def test_other(self) -> None:
-        """With others it is refused, and what differs is said."""
+        """With other options, the start is refused, and the message lists the differences."""
         said = self.start(self.answer("--force"), "-alpn", "127.0.0.1:5001")
         self.assertEqual(
             said,
@@ -263,7 +264,7 @@ class OtherOptionsTests(CommandCase):
 
 
 class CheckTests(CommandCase):
-    """What C{check} prints."""
+    """The output of C{check}."""
 
     def check(self, *findings: Finding, words: tuple[str, ...] = ()) -> tuple[int, str]:
         """Its exit status and its output, if this is found."""
@@ -306,7 +307,7 @@ class FullDisk(io.StringIO):
 
 class MainTests(CommandCase):
     def test_stdout_full(self) -> None:
-        """What cannot be printed is one line and a status, not a traceback."""
+        """If the output cannot be written, that is one line and a status, not a traceback."""
         self.patch(sys, "stdout", FullDisk())
         self.assertEqual(cli.run_command_line(["--version"]), os.EX_OSERR)
         self.assertRegex(
@@ -319,14 +320,15 @@ class MainTests(CommandCase):
         self.assertEqual(cli.run_command_line(["restart"]), cli.WRONG_USAGE)
 
     def test_one_line(self) -> None:
-        """Whatever is told is one line, even of what has more."""
+        """A message is printed on one line, even if its text has several."""
         self.patch(ConsoleOptions, "environment", {"ACME_ALPN_PROXY_PIDFILE": "/no\nwhere/pid"})
         words = ["--logfile", "/no\nwhere/log", "start"]
         self.assertEqual(cli.run_command_line(words), os.EX_CANTCREAT)
         self.assertRegex(self.stderr.getvalue(), r"^[^\n]* /no where/log: No such file[^\n]*\n$")
 
     def test_unusable(self) -> None:
-        """What an option asks for and is not there has a status of its own, and no usage to see."""
+        """If an option needs something that is missing, the status says so, and no usage is
+        printed."""
         self.assertEqual(cli.run_command_line(["--uid", "no-such", "start"]), os.EX_NOUSER)
         self.assertRegex(self.stderr.getvalue(), "^acme-alpn-proxy: --uid 'no-such': .*passwd\n$")
 
@@ -336,7 +338,7 @@ class MainTests(CommandCase):
         self.assertEqual(cli.run_command_line(["restart"]), cli.WRONG_USAGE)
 
     def test_sigint(self) -> None:
-        """SIGINT ends a command at once; where it is ignored it stays so."""
+        """SIGINT ends a command at once; if it is ignored, it stays ignored."""
         self.patch(startup, "load_lightly", lambda: None)
         for before, after in (
             (signal.default_int_handler, signal.SIG_DFL),

@@ -21,7 +21,7 @@ LONG_OPTIONS = {f"--{name.rstrip('=')}" for name in ConsoleOptions().longOpt if 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what C{completion} prints for each shell; zsh looks for a name of its own."""
+    """A folder with the output of C{completion} for each shell; zsh needs a special file name."""
     folder = tmp_path_factory.mktemp("made")
     for shell in SHELLS:
         (folder / shell).write_text(program("completion", shell))
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete_in_bash(made: Path, *words: str) -> set[str]:
-    """What bash offers for the last of these words."""
+    """The words that bash offers for the last of these words."""
     script = (
         'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
         '_acme_alpn_proxy; printf "%s\\n" "${COMPREPLY[@]}"'
@@ -40,7 +40,7 @@ def complete_in_bash(made: Path, *words: str) -> set[str]:
 
 
 def complete_in_fish(made: Path, *words: str) -> set[str]:
-    """What fish offers for the last of these words."""
+    """The words that fish offers for the last of these words."""
     line = " ".join([NAME, *words])
     file = made / "fish"
     offers = run("fish", "--no-config", "-c", f"source {file}; complete -C '{line}'").splitlines()
@@ -82,7 +82,7 @@ bindkey '^X' tell
 
 
 def complete_in_zsh(made: Path, line: str, how: str) -> str:
-    """What zsh makes of a line when Tab is typed; it completes at a terminal alone."""
+    """The line that zsh makes after Tab; zsh completes only at a terminal."""
     (made / ".zshrc").write_text(TYPED_IN_ZSH)
     ours, theirs = os.openpty()
     try:
@@ -136,7 +136,7 @@ def test_one_file(made: Path, shell: str) -> None:
 
 
 def test_completion_for_zsh_has_everything(made: Path) -> None:
-    """What zsh is given has every option and command."""
+    """The completions for zsh have every option and command."""
     text = (made / f"_{NAME}").read_text()
     assert set(re.findall(r"--[a-z0-9-]+", text)) >= LONG_OPTIONS
     assert set(COMMANDS) <= set(re.findall(r'([a-z]+)\\:"', text))

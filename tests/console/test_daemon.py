@@ -59,13 +59,13 @@ class CallerWatchTests(SynchronousTestCase):
         self.assertEqual(self.ends, 0)
 
     def test_reactor_ends(self) -> None:
-        """That the reactor ends first is no matter."""
+        """It does not matter if the reactor ends first."""
         self.watch.connectionLost(Failure(CONNECTION_DONE))
         self.assertEqual((self.watch.logPrefix(), self.ends), ("caller watch", 0))
 
 
 class DaemonTests(ReportCase):
-    """What becomes of errors in the daemon."""
+    """How the daemon handles errors."""
 
     def daemon(self, problem: Exception | None = None) -> int:
         def serve(*args: object) -> None:
@@ -85,14 +85,14 @@ class DaemonTests(ReportCase):
         self.assertEqual(self.daemon(), 0)
 
     def test_already_running(self) -> None:
-        """That an instance runs already is told as such."""
+        """If an instance runs already, the report says so."""
         self.assertEqual(self.daemon(AlreadyRunning(7, "/run/pid")), 1)
         told = self.told()
         self.assertEqual(told["error"][0], "already running as PID 7 (/run/pid)")
         self.assertEqual(told["running"], [7, "/run/pid"])
 
     def test_internal_error(self) -> None:
-        """A defect of ours is one line too, and names the log; the traceback goes there."""
+        """An internal error is one line, too, which names the log; the traceback is in the log."""
         with self.assertRaises(ZeroDivisionError):
             self.daemon(ZeroDivisionError("oh"))
         error, status = self.told()["error"]
@@ -100,7 +100,8 @@ class DaemonTests(ReportCase):
         self.assertEqual(status, os.EX_SOFTWARE)
 
     def test_system_refuses(self) -> None:
-        """What the kernel refuses is told with where to look; the traceback goes to the log."""
+        """If the kernel refuses something, the error says where to look; the traceback is in the
+        log."""
         problem = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.assertEqual(self.daemon(problem), 1)
         error, status = self.told()["error"]
@@ -113,7 +114,7 @@ class OtherUserTests(SynchronousTestCase):
     """Whether C{--uid} and C{--gid} can be had is known before anything is applied."""
 
     def test_may(self) -> None:
-        """Who has the capabilities may, and so may who is that user already."""
+        """A process with the capabilities may change the user; so may a process of that user."""
         self.patch(daemon, "has_capabilities", lambda *numbers: True)
         daemon._refuse_other_user(65_534, 65_534)
         self.patch(daemon, "has_capabilities", lambda *numbers: False)
@@ -133,13 +134,13 @@ PROGRAM: Any = SimpleNamespace(capabilities=(13,))
 
 
 class BecomesOtherUserTests(SynchronousTestCase):
-    """The service that gives up the privileges."""
+    """The service that drops the privileges."""
 
     def setUp(self) -> None:
         self.became: list[object] = []
 
     def start(self, uid: int | None, gid: int | None) -> list[object]:
-        """What it does with these options, by the name of the function."""
+        """The functions that it calls for these options, by name."""
         self.patch(daemon, "drop_privileges", lambda *ids: self.became.append(("drop", *ids)))
         self.patch(os, "setresgid", lambda *ids: self.became.append(("setresgid", *ids)))
         daemon._OtherUser(PROGRAM, uid, gid).privilegedStartService()
@@ -150,7 +151,7 @@ class BecomesOtherUserTests(SynchronousTestCase):
         self.assertEqual(self.start(1, 2), [("drop", 1, 2, (13,))])
 
     def test_root(self) -> None:
-        """Root stays what it is, with the options that say so and without any."""
+        """Root stays root, with options that say so and without any."""
         self.assertEqual(self.start(0, None) + self.start(None, None), [])
 
     def test_group(self) -> None:
@@ -158,7 +159,7 @@ class BecomesOtherUserTests(SynchronousTestCase):
         self.assertEqual(self.start(None, 2), [("setresgid", 2, 2, 2)])
 
     def test_filter(self) -> None:
-        """A filter of system calls that is in the way is told in the words of the other refusal."""
+        """If a filter of system calls forbids it, the error is the same as in the other refusal."""
 
         def refuse(*ids: int | None) -> None:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -175,7 +176,7 @@ class StartedTests(SynchronousTestCase):
         self.ends = 0
 
     def start(self, *, ending: bool, heard: bool) -> int:
-        """How often it was told, with the program in that state."""
+        """How often it was informed, with the program in that state."""
         program = SimpleNamespace(ending=ending, end=self.end)
         told: list[None] = []
 
@@ -195,7 +196,7 @@ class StartedTests(SynchronousTestCase):
         self.assertEqual(self.ends, 0)
 
     def test_start_was_killed(self) -> None:
-        """It stops when C{start} is no more: nobody knows of it."""
+        """It stops if C{start} has ended: nobody would know about the proxy."""
         self.assertEqual(self.start(ending=False, heard=False), 1)
         self.assertEqual(self.ends, 1)
 

@@ -1,4 +1,4 @@
-"""What people read of an instance."""
+"""How an instance's answer is shown to people."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_named() -> None:
 
 
 def test_little() -> None:
-    """Nothing is told as such: no instance, no answer, no validation, no name."""
+    """Missing parts are shown as missing: no instance, no answer, no validation, no name."""
     assert table([], now=0) == "not running\n"
     silent: SilentInstance = {"version": 1, "pid": 7, "state": SILENT}
     assert table([silent], now=0) == (
@@ -96,7 +96,7 @@ def test_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_account() -> None:
-    """Of a C{run}: how long it steered, who came, what failed, and who validated."""
+    """For a C{run}: how long it steered, the visitors, the failures, and the validations."""
     numbers = statistics()
     numbers.enter("running")
     numbers.unreachable(numbers.visitor(ClientHello()), "refused")
@@ -114,7 +114,7 @@ def test_account() -> None:
 
 
 def test_account_of_nothing() -> None:
-    """That no validation came is what somebody whose order failed has to know."""
+    """It says if no validation came: that matters after a failed order."""
     assert account(answer_of(statistics().status("none", 0)), now=1_001) == [
         "steered for 1 s: 0 visitors, no failure",
         "no validation came: the CA has not dialled port 443 of this host",

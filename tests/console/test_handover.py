@@ -19,14 +19,14 @@ from .report_case import ReportCase
 
 class ReportTests(ReportCase):
     def test_started(self) -> None:
-        """C{start} hears that it went well, and what was warned of; it answers."""
+        """C{start} receives the success and the warnings, and answers."""
         self.ours.sendall(b"1")
         self.report.lines.append("careful")
         self.assertTrue(self.report.started())
         self.assertEqual(self.told(), {"error": None, "running": None, "lines": ["careful"]})
 
     def test_waits(self) -> None:
-        """C{start} hears at once what the daemon waits for, while it starts."""
+        """During the start, C{start} is informed at once what the daemon waits for."""
         self.report({"log_format": "Waiting for {it}", "it": "the port", "is_waiting": True})
         self.assertEqual(self.told(), {"waiting": "Waiting for the port"})
         self.ours.close()
@@ -34,18 +34,19 @@ class ReportTests(ReportCase):
         self.assertEqual(self.report.lines, [])
 
     def test_nobody_listens(self) -> None:
-        """A C{start} that is no more does not answer, and a refusal has nobody to go to."""
+        """If C{start} has ended, there is no answer, and a refusal reaches nobody."""
         self.ours.close()
         self.assertFalse(self.report.started())
         self.report.failed(StartError("no"))
 
     def test_process_left_behind(self) -> None:
-        """A process that twistd leaves behind when it forks lets go of the socket."""
+        """A process that twistd leaves after a fork closes the socket."""
         self.after_fork_in_parent()
         self.assertEqual(self.ours.recv(1), b"")
 
     def test_forks_of_the_daemon(self) -> None:
-        """Behind twistd's two forks it is the daemon, which forks for commands and keeps it."""
+        """After twistd's two forks it is the daemon, which keeps the socket when it forks for
+        commands."""
         self.after_fork_in_child()
         self.after_fork_in_child()
         self.after_fork_in_parent()
@@ -66,7 +67,7 @@ class ReportTests(ReportCase):
             self.ours.recv(1)
 
     def test_keep_for_nobody(self) -> None:
-        """If C{run} was killed meanwhile it is closed."""
+        """If C{run} was killed in the meantime, the socket is closed."""
         self.report.keep = True
         self.ours.close()
         self.assertFalse(self.report.started())
@@ -94,13 +95,13 @@ class AwaitTests(SynchronousTestCase):
         self.theirs.sendall(line.encode() + b"\n")
 
     def test_daemon_tells_nothing(self) -> None:
-        """A daemon that does not tell in time is ended."""
+        """A daemon that does not report in time is killed."""
         with self.assertRaises(DaemonDied):
             self.wait(0.1)
         assert_was_waited_for(self, self.process)
 
     def test_daemon_died(self) -> None:
-        """So is what is left of one that has died before it told."""
+        """Twistd's first process is killed if the daemon has died before its report."""
         self.theirs.close()
         with self.assertRaises(DaemonDied):
             self.wait()
@@ -115,7 +116,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_nothing_is_kept(self) -> None:
-        """Closed afterwards, the socket is closed, whoever still holds the error."""
+        """If it is closed later, the socket is closed, even if the error is still referenced."""
         with self.assertRaises(DaemonDied) as died:
             self.wait(0.1)
         self.ours.close()
@@ -132,7 +133,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_waits(self) -> None:
-        """What the daemon waits for is told at once, and is no answer yet."""
+        """What the daemon waits for is reported at once, and does not count as the result."""
         self.theirs.sendall(json.dumps({"waiting": "for the port"}).encode() + b"\n")
         self.tell()
         self.wait()
@@ -140,8 +141,8 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_refusal_waits_for_the_end(self) -> None:
-        """A daemon that could not start is let end before its error is told, with its status; and
-        should twistd's parent process wait for ever, nothing is left of that either."""
+        """A daemon that could not start ends before its error is reported, with its status. If
+        twistd's parent process would wait for ever, it is killed, too."""
         self.tell(error=("no", os.EX_CONFIG), lines=["warning: careful"])
         threading.Timer(0.1, self.theirs.close).start()
         with self.assertRaisesRegex(StartError, "no") as refusal:
@@ -152,7 +153,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_already_running(self) -> None:
-        """That an instance runs already is told as such, with its PID and its PID file."""
+        """If an instance already runs, the report has its PID and its PID file."""
         self.tell(error=("already running", 1), running=(7, "/run/pid"))
         self.theirs.close()
         with self.assertRaisesRegex(AlreadyRunning, r"^already running as PID 7 \(/run/pid\)$"):

@@ -19,7 +19,7 @@ LONG_OPTIONS = {f"--{name.rstrip('=')}" for name in ConsoleOptions().longOpt if 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command C{manual} prints."""
+    """The output of the command C{manual}."""
     path = tmp_path_factory.mktemp("manual") / "acme-alpn-proxy.8"
     path.write_text(program("manual"))
     return path
@@ -27,14 +27,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(source: Path) -> dict[str, str]:
-    """The page as it is read, by its headings."""
+    """The rendered page, by headings."""
     text = run("man", "--warnings", "-l", source)
     parts = re.split(r"^([A-Z][A-Z ]+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def terms(section: str) -> set[str]:
-    """What a section explains: the lines that begin at its margin."""
+    """The terms that a section explains: the lines that begin at its margin."""
     margin = min(len(line) - len(line.lstrip()) for line in section.splitlines() if line.strip())
     lines = [line[margin:] for line in section.splitlines()]
     return {re.split(r"  +", line)[0] for line in lines if line[:1].strip()}

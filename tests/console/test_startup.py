@@ -1,4 +1,4 @@
-"""What is not used is not loaded."""
+"""Modules that are not used are not loaded."""
 
 from __future__ import annotations
 
@@ -59,13 +59,14 @@ def output_of(script: str) -> list[str]:
 
 
 def test_when_used() -> None:
-    """The console script does without what Twisted only names, and who uses that has it."""
+    """The console script does not load what Twisted only imports; a program that uses it still
+    can."""
     assert output_of(SCRIPT) == ["False", "CookieJar", "True"]
 
 
 @pytest.mark.parametrize("name", ["cookies", "no_such_module"])
 def test_left_alone(name: str) -> None:
-    """What is loaded already stays what it is; what does not exist is nobody's."""
+    """A loaded module stays as it is; for a missing module, nothing changes."""
     import http.cookies
 
     before = dict(sys.modules)
@@ -75,10 +76,11 @@ def test_left_alone(name: str) -> None:
 
 
 def test_no_garbage_is_looked_for() -> None:
-    """What is loaded stays: nobody goes over all of it while it is, nor at the end."""
+    """Loaded modules stay in memory: the collector does not scan them, during imports or at the
+    end."""
     assert output_of(NO_LOOK) == ["0"]
 
 
 def test_daemon_collects() -> None:
-    """The daemon looks for garbage as any program does, but not in what it has loaded."""
+    """The daemon collects garbage as usual, but not among the loaded modules."""
     assert output_of(DAEMON) == ["True", "True"]

@@ -46,14 +46,14 @@ def test_nobody_asked(manager: tuple[str, socket.socket], environment: dict[str,
 
 @pytest.mark.parametrize("address", ["/nowhere/at/all", "@nobody is there", "/a\0b", "x" * 200])
 def test_manager_that_cannot_be_told(address: str) -> None:
-    """An address that leads nowhere is no reason to fail."""
+    """If the address leads nowhere, nothing fails."""
     notify({"NOTIFY_SOCKET": address}, READY=1)
 
 
 def test_manager_that_does_not_read(
     manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A manager whose queue is full does not hold the proxy up for good."""
+    """A manager with a full queue does not block the proxy for ever."""
     monkeypatch.setattr("acme_alpn_proxy.console.systemd._PATIENCE", 0.01)
     name, listener = manager
 
@@ -70,7 +70,7 @@ def test_manager_that_does_not_read(
 
 
 class ServiceManagerTests(SynchronousTestCase):
-    """What systemd is told."""
+    """The messages to systemd."""
 
     def setUp(self) -> None:
         self.told: list[dict[str, object]] = []
@@ -82,7 +82,7 @@ class ServiceManagerTests(SynchronousTestCase):
         self.manager = ServiceManager(self.clock, cast(Program, self.program), 1.5)
 
     def test_start_and_stop(self) -> None:
-        """It is told when the proxy steers, by which process, and how long a stop may take."""
+        """It reports when the proxy steers, in which process, and how long a stop may take."""
         self.manager.startService()
         self.manager.stopService()
         self.assertEqual(
@@ -94,8 +94,8 @@ class ServiceManagerTests(SynchronousTestCase):
         )
 
     def test_watchdog(self) -> None:
-        """A manager that wants signs of life gets three within its time, also while a stop takes
-        its time; one that means another process gets none."""
+        """A manager that wants signs of life gets three within its interval, also during a long
+        stop; if the variables name another process, it gets none."""
         self.environment["WATCHDOG_USEC"] = "15000000"
         self.manager.startService()
         self.manager.stopService()
@@ -107,13 +107,13 @@ class ServiceManagerTests(SynchronousTestCase):
             self.assertEqual(systemd.watchdog_seconds(self.environment), 0)
 
     def test_signalled_meanwhile(self) -> None:
-        """It is not told that the proxy is ready when a signal has come that ends it."""
+        """It does not report that the proxy is ready if a signal to stop has already come."""
         self.program.ending = True
         self.manager.startService()
         self.assertEqual(self.told, [])
 
     def test_status(self) -> None:
-        """What is logged as the service's status is its status; all else that is logged is not."""
+        """Log events with a status become the service's status; all other events do not."""
         event = {"log_level": LogLevel.info, "log_format": "Draining {count}", "count": 2}
         self.manager(event)
         self.manager(event | {"is_status": False})

@@ -30,7 +30,8 @@ ARGV = (sys.executable, "-c", SHOW)
 
 
 def test_terminal() -> None:
-    """On a terminal what is waited for replaces itself, fits the line, and is gone in the end."""
+    """On a terminal, each wait replaces the previous one, fits the line, and is erased at the
+    end."""
     with OnTerminal(ARGV) as screen:
         assert screen.wait() == 0
     first, second, third = screen.waits()
@@ -46,7 +47,7 @@ def test_terminal() -> None:
 
 
 def test_no_colour() -> None:
-    """With NO_COLOR there is no colour; on a dumb terminal no line is replaced either."""
+    """With NO_COLOR there is no colour; on a dumb terminal, no line is replaced either."""
     with OnTerminal(ARGV, {"NO_COLOR": "1"}) as screen:
         assert screen.wait() == 0
     assert "acme-alpn-proxy: warning: careful" in screen.lines()
@@ -58,7 +59,7 @@ def test_no_colour() -> None:
 
 
 def test_elsewhere() -> None:
-    """Where nobody looks, nothing but the lines is printed."""
+    """Without a terminal, only the lines are printed."""
     done = subprocess.run(ARGV, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "ok      nothing\n"
     assert done.stderr == (

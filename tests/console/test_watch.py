@@ -22,8 +22,8 @@ ARGV = (sys.executable, "-c", WATCH)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_terminal(number: signal.Signals) -> None:
-    """On a terminal each text is written over the one before, on another screen; in the end the
-    terminal is as it was, with the last text, and there is no traceback."""
+    """On a terminal, each text replaces the previous one on the alternate screen; at the end, the
+    terminal is as before, with the last text, and there is no traceback."""
     with OnTerminal(ARGV) as screen:
         screen.wait_for("drawn 3")
         screen.process.send_signal(number)

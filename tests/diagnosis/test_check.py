@@ -1,4 +1,4 @@
-"""What check makes of what it sees; tests/integration/test_check.py runs it on real hosts."""
+"""The findings of check in many situations; tests/integration/test_check.py uses real hosts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEAD_KEEPER = ["-m", "comment", "--comment", f"acme-alpn-proxy keeper 1 1 {pid_n
 
 
 class OwnerFile:
-    """A PID file whose owner is known."""
+    """A PID file with a known owner."""
 
     path = "/nowhere/pid"
 
@@ -56,7 +56,7 @@ class OwnerFile:
 
 
 class Waiting(FakeIptables):
-    """With commands that may wait, which takes no time."""
+    """Commands whose waits take no time."""
 
     def pause(self, seconds: float) -> Deferred[None]:
         return succeed(None)
@@ -82,7 +82,7 @@ class CheckCase(SynchronousTestCase):
         self.patch(check, "make_way", self.make_way)
 
     def make_way(self, name: str, options: Any, *, alone: bool) -> Any:
-        """A redirect that refuses as told before it does anything."""
+        """A redirect that refuses, as configured, before it changes anything."""
         self.alone[name] = alone
         refusal = self.refusals.get(name)
         prepared = succeed(()) if refusal is None else fail(refusal)
@@ -104,7 +104,7 @@ class CheckCase(SynchronousTestCase):
         return succeed(None)
 
     def check(self, *words: str, environment: dict[str, str] | None = None) -> dict[str, Finding]:
-        """What is found, by name; each was told of in turn."""
+        """The findings, by name; each was reported in turn."""
         options = ConsoleOptions()
         folder = folder_for(self)
         options.environment = {
@@ -128,7 +128,7 @@ class CheckCase(SynchronousTestCase):
         return {finding.name: finding for finding in told}
 
     def found(self, name: str, level: Level, pattern: str, *words: str, **named: Any) -> None:
-        """The verdict of one check: its level and what is found in its line."""
+        """The finding of one check: its level, and a text in its line."""
         finding = self.check(*words, **named)[name]
         self.assertIs(finding.level, level, finding)
         self.assertRegex(str(finding), pattern)
@@ -209,7 +209,7 @@ class CheckTests(CheckCase):
         self.assertEqual(self.probed, [])
 
     def test_instance_runs(self) -> None:
-        """A running instance has the port and its rules, and there is no probe."""
+        """If an instance runs, the port and the rules are its own, and there is no probe."""
         self.pidfile = OwnerFile(7)
         self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
         self.patch(check, "port_is_free", lambda port: False)
@@ -234,13 +234,13 @@ class CheckTests(CheckCase):
         self.assertEqual({call[0] for call in self.commands.calls}, {"iptables"})
 
     def test_ipv6_left_alone(self) -> None:
-        """Where IPv6 is left alone nothing is asked of ip6tables either."""
+        """If IPv6 is not steered, ip6tables is not asked either."""
         found = self.check(environment={"ACME_ALPN_PROXY_DISABLEV6": "y"})
         self.assertRegex(found["IPv6"].cause, "left alone")
         self.assertNotIn("ip6tables", found)
 
     def test_port_taken(self) -> None:
-        """A port that is taken failed, with how to find who has it."""
+        """If the port is taken, that is a failure, and the remedy shows how to find the program."""
         self.patch(check, "port_is_free", lambda port: False)
         taken = "21443 is taken by another program; .*ss -ltnp"
         self.found("port", Level.FAILED, taken)
@@ -262,7 +262,7 @@ class TargetTests(CheckCase):
         self.found("fallback", Level.OK, "answers TLS, by refusing: TLSV1_UNRECOGNIZED_NAME")
 
     def test_acme_target(self) -> None:
-        """Nobody there yet, or an ACME client: well. Anything else is a warning."""
+        """Nothing there yet, or an ACME client, is fine. Anything else is a warning."""
         self.found("ACME target", Level.OK, "nobody listens there yet")
         self.handshakes["127.0.0.1:31443"] = "acme-tls/1"
         self.found("ACME target", Level.OK, "answers validations")
@@ -304,14 +304,15 @@ class TargetTests(CheckCase):
 
 class RedirectTests(CheckCase):
     def test_sk_lookup(self) -> None:
-        """What the kernel refuses failed if it was asked for, and is a warning if not."""
+        """If the kernel refuses a redirect, that is a failure if it was asked for, otherwise a
+        warning."""
         self.refusals["sk-lookup"] = StartError("too old; run a newer one")
         self.found("sk-lookup", Level.WARNING, "too old; run")
         remedy = "too old; use --redirect iptables or --redirect nftables, or run a newer one$"
         self.found("sk-lookup", Level.FAILED, remedy, "--redirect", "sk-lookup")
 
     def test_nftables(self) -> None:
-        """So it is with nftables."""
+        """The same holds for nftables."""
         self.refusals["nftables"] = StartError("too old; run a newer one")
         self.found("nftables", Level.WARNING, "too old; run")
         self.refusals["sk-lookup"] = StartError("not permitted; run this as root")
@@ -319,14 +320,14 @@ class RedirectTests(CheckCase):
         self.found("nftables", Level.FAILED, remedy, "--redirect", "nftables")
 
     def test_table_of_the_instance_that_runs(self) -> None:
-        """The table of an instance that runs is no failure of another's."""
+        """The table of a running instance is no failure."""
         self.refusals["nftables"] = StartError("another one; stop it first", os.EX_TEMPFAIL)
         self.found("nftables", Level.FAILED, "another one; stop", "--redirect", "nftables")
         self.pidfile = OwnerFile(7)
         self.found("nftables", Level.OK, "the instance that runs has it", "--redirect", "nftables")
 
     def test_iptables(self) -> None:
-        """What iptables refuses failed if it was asked for, and is a warning if not."""
+        """If iptables refuses, that is a failure if iptables was asked for, otherwise a warning."""
         asked = ("--redirect", "iptables")
         self.commands.failures = {1: (4, "no lock"), 3: (3, "no table")}
         pattern = "'iptables .* status 4: no lock; .*another program holds"
@@ -344,14 +345,14 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.WARNING, "no match 'time': .*; load the kernel's module")
 
     def test_iptables_would_not_reach(self) -> None:
-        """So it is with what the redirect itself refuses before it does anything."""
+        """The same holds if the redirect itself refuses before it changes anything."""
         self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
         asked = ("--redirect", "iptables")
         self.found("iptables", Level.FAILED, "they would be dropped; .*use DNAT", *asked)
         self.found("iptables", Level.WARNING, "dropped; use", "--redirect", "sk-lookup")
 
     def test_iptables_remedies(self) -> None:
-        """It is to be installed, or run as root."""
+        """The remedy is to install it, or to run as root."""
         self.commands.failures = {1: (NOT_FOUND, "iptables: not found on PATH")}
         asked = ("--redirect", "iptables")
         self.found("iptables", Level.FAILED, "; .*, or install iptables, or put its folder", *asked)
@@ -362,8 +363,8 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, pattern, *asked)
 
     def test_list(self) -> None:
-        """What does not work of a list is a warning as long as another one does; those that are
-        not in the list do not count."""
+        """A way that does not work is a warning if another one of the list does; ways that are not
+        in the list do not count."""
         words = ("--redirect", "iptables,nftables")
         self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
         self.found("iptables", Level.WARNING, "dropped; use DNAT", *words)
@@ -379,7 +380,7 @@ class RedirectTests(CheckCase):
         self.found("sk-lookup", Level.WARNING, "not permitted; run", *words)
 
     def test_auto(self) -> None:
-        """What C{auto} would choose is what has to work."""
+        """The way that C{auto} would choose has to work."""
         self.commands.failures = {1: (4, "no lock")}
         words = ("--redirect", "auto")
         self.found("iptables", Level.WARNING, "no lock", *words)
@@ -394,18 +395,18 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, "no lock", *words)
 
     def test_redirect(self) -> None:
-        """A redirect to nobody failed: visitors are lost at this moment."""
+        """A redirect to a dead port is a failure: visitors are being lost."""
         self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
-        pattern = "1 rules of a killed instance are left, which send .*; remove them by: .* stop$"
+        pattern = "1 rules of a killed instance are left, which send .*; remove them with: .* stop$"
         self.found("leftovers", Level.FAILED, pattern)
 
     def test_keeper(self) -> None:
-        """A keeper alone harms nobody."""
+        """A keeper alone is harmless."""
         self.commands.chains["ip6tables", "mangle", "PREROUTING"].append(DEAD_KEEPER)
         self.found("leftovers", Level.WARNING, "1 rules of a killed instance are left; remove them")
 
     def test_instance_of_twistd(self) -> None:
-        """Rules of an instance without PID file are no leftovers: it is told of."""
+        """The rules of an instance without PID file are not leftovers; the instance is reported."""
         claim = self.successResultOf(claim_redirect(self.commands, 15))
         with claim:
             pattern = "another instance redirects :443 here.*; stop it first$"
@@ -424,7 +425,7 @@ class HostTests(SynchronousTestCase):
         self.assertEqual((folder / "log").read_text(), "a line\n")
 
     def test_not_writable(self) -> None:
-        """A folder, and what is in none or in another's, are not."""
+        """A folder is not writable, nor is a file in a missing or another user's folder."""
         folder = folder_for(self)
         self.assertEqual(check.why_not_writable(str(folder)), "Is a directory")
         missing = str(folder / "missing" / "log")
@@ -433,7 +434,7 @@ class HostTests(SynchronousTestCase):
         self.assertEqual(check.why_not_writable(str(folder / "log")), "Permission denied")
 
     def test_port(self) -> None:
-        """A port is taken by who listens, at any address of either family."""
+        """A port is taken if a program listens on any address of either family."""
         for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
             with socket.create_server((host, 0), family=family) as listener:
                 port = listener.getsockname()[1]
@@ -441,7 +442,7 @@ class HostTests(SynchronousTestCase):
             self.assertTrue(check.port_is_free(port))
 
     def test_port_without_ipv6(self) -> None:
-        """A kernel without IPv6 has nobody who listens there."""
+        """On a kernel without IPv6, no program listens on IPv6."""
         whole = socket.socket
 
         def only_ipv4(family: int, kind: int) -> socket.socket:
@@ -457,7 +458,7 @@ class HostTests(SynchronousTestCase):
 
 
 class FakeReactor:
-    """Runs what is to be called when it runs, and ends."""
+    """Calls its functions when it runs, and then ends."""
 
     running = True
 
@@ -516,7 +517,7 @@ class RunTests(SynchronousTestCase):
         )
 
     def test_findings(self) -> None:
-        """Each finding is told at once, and all are given in the end."""
+        """Each finding is reported at once, and all are returned at the end."""
         reactor = FakeReactor()
         with self.on(reactor):
             found = self.run_check()

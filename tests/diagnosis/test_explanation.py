@@ -1,4 +1,4 @@
-"""What C{explain} says of an order that failed."""
+"""What C{explain} says about an order that failed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def told(*seen: Seen, names: Sequence[str] = (NAME,), look_up: object = nobody) 
 
 
 def test_nobody_came() -> None:
-    """Where no CA has come, it says so, and what the name's records are."""
+    """If no CA came, it says so, and shows the records of the name."""
     assert told() == [
         f"failed  {NAME}: no CA has asked; see whether the name leads here, and whether port 443 is"
         " open from everywhere",
@@ -51,7 +51,7 @@ def test_nobody_came() -> None:
 
 
 def test_another_name() -> None:
-    """A CA that came for another name is told, and for which."""
+    """If a CA came for another name, it says so, with that name."""
     lines = told(Seen("192.0.2.7:1", "other.example", "answered"))
     assert f"failed  {NAME}: nobody has asked for it, but for other.example" in lines[0]
 
@@ -67,7 +67,7 @@ def test_another_name() -> None:
     ],
 )
 def test_result(result: str, words: str) -> None:
-    """Each way for a validation to end has its line, whatever name is asked about."""
+    """Each way for a validation to end has its line, for every name."""
     seen = [Seen("192.0.2.7:1", NAME.upper(), result), Seen("192.0.2.8:1", NAME, result)]
     for names in ((NAME,), ()):
         (line,) = told(*seen, names=names)

@@ -1,4 +1,4 @@
-"""What a check prints."""
+"""The output of a check."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_summary() -> None:
 
 
 def test_worst() -> None:
-    """The worst of all verdicts counts; no check at all is no fault."""
+    """The worst of all levels counts; without any check, all is well."""
     ok, warning = Finding("a", Level.OK), Finding("b", Level.WARNING)
     assert worst([ok, warning, ok]) is Level.WARNING
     assert worst([]) is Level.OK

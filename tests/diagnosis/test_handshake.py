@@ -33,7 +33,7 @@ class HandshakeTests(SynchronousTestCase):
         return client
 
     def serve(self, client: Handshake, *protocols: str) -> None:
-        """Play the server until nobody has anything more to say."""
+        """Play the server until neither side has anything more to send."""
         folder = folder_for(self)
         pair = Authority(folder).issue("site", "site.example")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -49,7 +49,8 @@ class HandshakeTests(SynchronousTestCase):
             client.dataReceived(outgoing.read())
 
     def test_done(self) -> None:
-        """It ends with the protocol agreed on, and hangs up; its end is then no matter."""
+        """It ends with the agreed protocol, and closes; how the other end closes does not
+        matter."""
         client = self.client("acme-tls/1")
         self.serve(client, "acme-tls/1")
         self.assertEqual(self.successResultOf(client.done), "acme-tls/1")
@@ -72,7 +73,7 @@ class HandshakeTests(SynchronousTestCase):
         self.failureResultOf(client.done, ssl.SSLError)
 
     def test_alert(self) -> None:
-        """An alert is told from what is no TLS."""
+        """An alert and bytes that are not TLS are different results."""
         client = self.client()
         client.dataReceived(b"\x15\x03\x03\x00\x02\x02\x70")
         self.failureResultOf(client.done, OnlyAlert)
@@ -84,7 +85,7 @@ class HandshakeTests(SynchronousTestCase):
         self.failureResultOf(client.done, ConnectionResetError)
 
     def test_silence(self) -> None:
-        """Who does not answer in time is hung up on."""
+        """If the target does not answer in time, the connection is closed."""
         clock = MemoryReactor()
         client = self.client()
         transport = self.transport

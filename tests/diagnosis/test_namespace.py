@@ -1,4 +1,4 @@
-"""The namespace that a probe dials from: its networks, and what hinders it."""
+"""The namespace that a probe dials from: its networks, and its failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from acme_alpn_proxy.errors import StartError
 
 class SubnetTests(SynchronousTestCase):
     def test_free(self) -> None:
-        """The network is within 169.254.192.0 to 169.254.253.255, whatever the number."""
+        """The network is within 169.254.192.0 to 169.254.253.255, for any number."""
         for number in (0, 1, 0x3DFF, 0x3E00, 1 << 20):
             subnet = free_subnet("", [number])
             self.assertEqual((subnet.family, subnet.length), (4, 30))
@@ -28,7 +28,7 @@ class SubnetTests(SynchronousTestCase):
             self.assertIn(ipaddress.IPv4Address(subnet.dialler), network)
 
     def test_in_use(self) -> None:
-        """What a route is about is not taken, but for routes to half the world."""
+        """A network with a route is not taken; routes to very large networks do not count."""
         listing = (
             "default via 192.0.2.1 dev eth0\n"
             "169.254.0.0/16 dev eth0 scope link\n"
@@ -41,7 +41,7 @@ class SubnetTests(SynchronousTestCase):
             free_subnet(listing, [0, 4])
 
     def test_unique_local(self) -> None:
-        """By IPv6 it is a network by chance of fd00::/8, never the same."""
+        """For IPv6 it is a random network of fd00::/8, each time another one."""
         one, other = unique_local_subnet(), unique_local_subnet()
         self.assertNotEqual(one.host, other.host)
         self.assertIn(ipaddress.IPv6Address(one.host), ipaddress.IPv6Network("fd00::/8"))
@@ -50,13 +50,13 @@ class SubnetTests(SynchronousTestCase):
 
 class NamespaceTests(SynchronousTestCase):
     def test_no_ip(self) -> None:
-        """Without iproute2 the remedy is to install it."""
+        """Without iproute2, the remedy is to install it."""
         self.patch(os, "environ", {"PATH": "/nowhere"})
         with self.assertRaisesRegex(StartError, "not found on PATH; install ip "):
             namespace.Namespace("aap-test", [4])
 
     def test_name_taken(self) -> None:
-        """A command that fails is shown with what it says; to be root helps who is not."""
+        """A failed command is shown with its output; without root, the remedy is to be root."""
         self.patch(namespace, "_unshare", lambda: os.getpid())
         for may, remedy in ((True, "see why that"), (False, "run this as root")):
             self.patch(namespace, "may_administer_network", lambda may=may: may)

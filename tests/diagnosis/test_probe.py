@@ -1,4 +1,4 @@
-"""What the probe makes of what it sees; tests/integration/test_check.py dials."""
+"""The findings of the probe in many situations; tests/integration/test_check.py really dials."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DialTests(SynchronousTestCase):
             self.assertEqual(self.dial(bound, b"hello"), Dial(problem="Connection refused"))
 
     def test_silence(self) -> None:
-        """Who does not answer is not waited for for ever."""
+        """A dial does not wait for ever for an answer."""
         self.patch(probe, "DIAL_DEADLINE", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             call = self.dial(listener, b"hel", b"lo")
@@ -65,7 +65,8 @@ class ResponderTests(SynchronousTestCase):
         self.assertTrue(transport.disconnecting)
 
     def test_who_came(self) -> None:
-        """The proxy of a probe remembers who came, by IPv4 to its dual-stack listener too."""
+        """The proxy of a probe remembers its visitors, also IPv4 ones at its dual-stack
+        listener."""
         routes = Route("acme", "a"), Route("fallback", "b")
         factory = probe._NotingFactory(Routing(*routes), {}, Clock())
         factory.buildProtocol(IPv6Address("TCP", "::ffff:192.0.2.1", 40_000))
@@ -95,7 +96,7 @@ class VerdictTests(SynchronousTestCase):
         self.assertRegex(f"{finding.cause}; {finding.remedy}", pattern)
 
     def test_well(self) -> None:
-        """A visitor has a TLS answer by the proxy, a validator the responder's answer."""
+        """A visitor gets a TLS answer through the proxy, a validator the responder's answer."""
         for answer in (SERVER_HELLO, ANSWER):
             finding = self.verdict(VISITOR, Dial(SOURCE, answer))
             self.assertEqual(finding, Finding("probe visitor IPv4", Level.OK))
@@ -111,14 +112,15 @@ class VerdictTests(SynchronousTestCase):
             self.assertIn(f"the web server saw it as {address}, {whose}", finding.cause)
 
     def test_not_steered(self) -> None:
-        """Who was answered, but not by the proxy, was not steered; the remedy is another way."""
+        """A visitor answered without the proxy was not steered; the remedy is another way."""
         call = Dial(SOURCE, SERVER_HELLO)
-        self.fails("not by the proxy; .*another --redirect$", VISITOR, call, steered=False)
-        pattern = "not by the proxy; .*another --redirect$"
+        self.fails("not through the proxy; .*another --redirect$", VISITOR, call, steered=False)
+        pattern = "not through the proxy; .*another --redirect$"
         self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
 
     def test_dropped(self) -> None:
-        """Who cannot connect meets a firewall: the remedy names the port that it sees."""
+        """If it cannot connect, a firewall is in the way: the remedy names the port that it
+        sees."""
         call = Dial(problem="no answer within 3 s")
         pattern = "no answer within 3 s; .* port 21443, .*another --redirect$"
         self.fails(pattern, VISITOR, call, steered=False)
@@ -126,18 +128,18 @@ class VerdictTests(SynchronousTestCase):
         self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
 
     def test_not_through(self) -> None:
-        """Who was steered, and reached nobody, is told of with what came instead."""
+        """If it was steered but reached no target, the finding says what came instead."""
         self.fails("through to the web server: an end of file; ", VISITOR, Dial(SOURCE))
         self.fails("server: another answer than TLS; ", VISITOR, Dial(SOURCE, b"HTTP/1.1 400"))
         self.fails("to the responder: reset; ", VALIDATOR, Dial(SOURCE, problem="reset"))
 
     def test_answer_lost(self) -> None:
-        """A validator whose answer does not come back failed."""
+        """If the answer to a validator does not come back, that is a failure."""
         for call in (Dial(SOURCE, problem="no answer within 3 s"), Dial(SOURCE, SERVER_HELLO)):
             self.fails("answer did not come back: ", VALIDATOR, call, seen=True)
 
     def test_softened(self) -> None:
-        """Where the firewall names interfaces it is a warning, with the same cause."""
+        """If the firewall names interfaces, it is a warning, with the same cause."""
         finding = probe.softened(Finding("probe", Level.FAILED, "dropped", "let it in"))
         self.assertIs(finding.level, Level.WARNING)
         self.assertRegex(finding.cause, "^dropped .*another one")
@@ -201,7 +203,7 @@ class ProbeTests(SynchronousTestCase):
         self.assertEqual(stopped, ["proxy", "responder", "namespace"])
 
     def test_log(self) -> None:
-        """Warnings of the proxy are findings, and so is what it says to the operator."""
+        """The proxy's warnings are findings, and so are its messages to the operator."""
         log = Logger()
 
         def steer(*arguments: object) -> Any:

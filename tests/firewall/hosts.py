@@ -1,4 +1,4 @@
-"""Hosts for the tests of this folder: their firewalls, the ways in, and what commands print."""
+"""Hosts for the tests of this folder: their firewalls, the ways in, and the output of commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Answers: TypeAlias = Mapping[str, str | tuple[int, str]]
 
 @implementer(ICommands)
 class Recorded:
-    """Answers with what commands once printed; there are no other programs."""
+    """Answers with the recorded output of commands; there are no other programs."""
 
     def __init__(self, answers: Answers) -> None:
         self.answers = dict(answers)
@@ -52,7 +52,7 @@ def recorded(name: str) -> Recorded:
 
 
 def accept_the_program(case: SynchronousTestCase) -> None:
-    """The kernel takes the program of sk-lookup."""
+    """The kernel accepts the program of sk-lookup."""
     case.patch(bpf, "make_socket_map", lambda slots: os.dup(0))
     case.patch(bpf, "load_sk_lookup", lambda code, name: os.dup(0))
 

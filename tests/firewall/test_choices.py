@@ -1,4 +1,4 @@
-"""What becomes of a packet, depending on questions."""
+"""What happens to a packet, depending on questions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def meaning(formula: object, answers: tuple[bool, ...]) -> bool:
 
 @given(formulas, formulas)
 def test_all_answers(one: bool, other: bool) -> None:
-    """For whatever answers the outcome is the one that was put together; equal ones are one
-    object; and one is lost to another just where it passes and the other does not."""
+    """For all answers, the outcome is the one that was composed; equal outcomes are one object; and
+    one is lost to another exactly where it passes and the other does not."""
     choices = Choices()
     for question in range(QUESTIONS):
         choices.question(question, None)

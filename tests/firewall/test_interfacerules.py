@@ -16,7 +16,7 @@ from acme_alpn_proxy.interfaces import ICommands, Result
 
 @implementer(ICommands)
 class Listings:
-    """Commands that print as told, by iptables' table and of nft."""
+    """Commands with given output, by table of iptables and for nft."""
 
     def __init__(self, tables: Mapping[str, str], nft: str = "") -> None:
         self._tables = tables
@@ -33,7 +33,7 @@ class Listings:
 
 
 def answer(listings: Listings, family: int = 4) -> bool:
-    """What is said of these."""
+    """The result for these rules."""
     told: list[bool] = []
     names_interfaces(listings, family).addCallback(told.append)
     return told[0]
@@ -114,7 +114,7 @@ def test_nftables(objects: list[Mapping[str, Any]], names: bool) -> None:
 
 @pytest.mark.parametrize("output", ["nft: not found on PATH", "[]", "{}"])
 def test_nftables_not_there(output: str) -> None:
-    """What nft does not show names no interface."""
+    """Rules that nft does not show name no interface."""
     assert answer(Listings({}, output)) is False
 
 

@@ -80,7 +80,7 @@ class SameForBothTests(SynchronousTestCase):
         self.assertEqual(lost(USUAL), "")
 
     def test_harmless(self) -> None:
-        """A rule before that which lets in both ports treats both alike, whatever it asks for."""
+        """An earlier rule that accepts both ports treats both alike, whatever its conditions."""
         for rule in (
             "-p tcp -m tcp --tcp-flags SYN SYN -m tcpmss --mss 1:500 -j DROP",
             "-p tcp -m conntrack --ctstate NEW -m tcpmss ! --mss 536:65535 -j DROP",
@@ -127,14 +127,15 @@ class SameForBothTests(SynchronousTestCase):
             self.assertEqual(lost(f"-A INPUT {rule}\n{BOTH}", "DROP"), "", rule)
 
     def test_dropped_as_before(self) -> None:
-        """A drop of both packets is no difference; that nobody gets through at all is a reason."""
+        """A rule that drops both packets makes no difference; but a reason is that all visitors are
+        dropped."""
         rules = f"{BOTH}-A INPUT -j DROP\n"
         two = [*NET0[4], arrival("net1", "192.0.2.2")]
         self.assertEqual(lost(f"-A INPUT -i net1 -j DROP\n{rules}", ways_in=two), "")
         self.assertIn("-j DROP", lost(f"-A INPUT -j DROP\n{rules}", ways_in=two))
 
     def test_let_in_alike(self) -> None:
-        """Port 21443 may be let in as 443 is, by a rule of its own with the same conditions."""
+        """Port 21443 may be accepted by a rule of its own, with the same conditions as for 443."""
         for match in (
             "-s 10.0.0.0/8",
             "-m set --match-set friends src",
@@ -168,7 +169,7 @@ class ToldApartTests(SynchronousTestCase):
         self.assertFalse(closed(f"{USUAL}-A INPUT -p tcp -m tcp --dport {PORT} -j ACCEPT\n"))
 
     def test_named(self) -> None:
-        """What would drop is named as the command that would make it."""
+        """The reason names the dropping rule as the command that would make it."""
         self.assertEqual(
             lost(WEB, "DROP"),
             f"visitors by IPv4 would be redirected to port {PORT}, where the firewall drops them:"
@@ -248,20 +249,21 @@ class ToldApartTests(SynchronousTestCase):
             self.assertNotEqual(lost(f"-A INPUT {rule}"), "", rule)
 
     def test_ban_after_the_web_server(self) -> None:
-        """A ban between the rules for the two ports hits only those who are redirected."""
+        """A ban between the rules for the two ports hits only redirected visitors."""
         rules = f"{WEB}-A INPUT -s 203.0.113.7/32 -j DROP\n{BOTH}"
         self.assertIn("203.0.113.7", lost(rules))
         self.assertEqual(lost(f"{WEB}-A INPUT -m ttl --ttl-lt 5 -j DROP\n{BOTH}"), "")
 
     def test_marks(self) -> None:
-        """What one packet is marked with and the other is not is a difference, too."""
+        """If only one of the packets is marked, that is a difference, too."""
         mark = "-A INPUT -p tcp --dport {} -j MARK --set-xmark 0x1/0xffffffff\n"
         check = "-A INPUT -m mark ! --mark 0x1 -j DROP\n"
         self.assertIn("-m mark", lost(mark.format(443) + check))
         self.assertEqual(lost(mark.format("1:65535") + check), "")
 
     def test_address(self) -> None:
-        """REDIRECT leads to the incoming interface's address, which need not be the dialled one."""
+        """REDIRECT leads to the incoming interface's address, which may differ from the dialled
+        one."""
         ways_in = [arrival("net0", "203.0.113.5", "198.51.100.2")]
         rule = "-A INPUT ! -d 203.0.113.5/32 -j DROP\n"
         for way, reason in ((REDIRECT, "203.0.113.5"), (DNAT, ""), (SK_LOOKUP, "")):
@@ -305,7 +307,7 @@ class ToldApartTests(SynchronousTestCase):
 
 
 class SparedTests(SynchronousTestCase):
-    """Who is kept out today must not be let in."""
+    """Visitors that are kept out today must not be let in."""
 
     def spared(self, rules: str, policy: str = "ACCEPT", way: judgement.Way = REDIRECT) -> str:
         firewall = tables(("filter", f"-P INPUT {policy}\n{rules}"))
@@ -313,7 +315,8 @@ class SparedTests(SynchronousTestCase):
         return self.successResultOf(host.why_spared(way, Recorded({}))) or ""
 
     def test_ban(self) -> None:
-        """A ban from port 443 alone would not hold; it does by a way that keeps the port."""
+        """A ban from port 443 alone would not hold after a redirect; it holds for ways that keep
+        the port."""
         for rule in (
             "-A INPUT -s 192.0.2.66/32 -p tcp -m tcp --dport 443 -j DROP",
             "-A INPUT -p tcp -m multiport --dports 80,443 -m set --match-set f2b src -j REJECT",
@@ -324,7 +327,8 @@ class SparedTests(SynchronousTestCase):
             self.assertEqual(self.spared(rule, way=NFTABLES), "")
 
     def test_same_for_both(self) -> None:
-        """Who is banned from all ports stays banned, and who may come in is no matter."""
+        """A visitor banned from all ports stays banned, and rules that accept visitors do not
+        matter."""
         for rules in (
             "-A INPUT -s 192.0.2.66/32 -j DROP",
             f"-A INPUT -s 192.0.2.66/32 -p tcp -m multiport --dports 443,{PORT} -j DROP",
@@ -335,7 +339,7 @@ class SparedTests(SynchronousTestCase):
         self.assertEqual(self.spared(BOTH, "DROP"), "")
 
     def test_redirect_alone(self) -> None:
-        """Where nobody comes in today but by a redirect, nobody is banned."""
+        """If visitors can get in only through a redirect today, none of them is banned."""
         rule = "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT"
         self.assertEqual(self.spared(rule, "DROP"), "")
 
@@ -347,7 +351,7 @@ class AnswerTests(SynchronousTestCase):
         return why_not(tables((table, f"-P OUTPUT DROP\n-P POSTROUTING ACCEPT\n{rules}")), **how)
 
     def test_output(self) -> None:
-        """Where OUTPUT lets out port 443 alone answers are lost, by a redirect alone."""
+        """If OUTPUT accepts only port 443, answers are lost, but only with a redirect."""
         rules = "-A OUTPUT -p tcp --sport 443 -m conntrack --ctstate ESTABLISHED -j ACCEPT\n"
         reason = self.answers_lost(rules)
         self.assertIn(f"would be answered from port {PORT}; the firewall drops that", reason)
@@ -358,7 +362,7 @@ class AnswerTests(SynchronousTestCase):
         self.assertEqual(self.answers_lost(both), "")
 
     def test_usual(self) -> None:
-        """What is established may leave; who is blocked by address is so in any case."""
+        """Established connections may leave; an address that is blocked is blocked in any case."""
         rules = (
             "-A OUTPUT -d 203.0.113.0/24 -j DROP\n-A OUTPUT -m state --state ESTABLISHED -j ACCEPT"
         )
@@ -416,7 +420,7 @@ class AnswerTests(SynchronousTestCase):
             self.assertEqual(bool(reason), bool(words))
 
     def test_no_route_today(self) -> None:
-        """A visitor who gets no answer today is no reason."""
+        """It is no reason if a visitor gets no answer today."""
         ways_in = [arrival("net0", "198.51.100.2", "198.51.100.2", "192.0.2.77")]
         reason = why_not(Firewall(), ways_in=ways_in, route=lambda *packet: None)
         self.assertEqual(reason, "")
@@ -430,7 +434,7 @@ class NftTests(SynchronousTestCase):
         return why_not(Firewall(ruleset(base, *exprs, **more)), way, commands=commands)
 
     def test_where(self) -> None:
-        """Input counts, and PREROUTING after the redirect; what comes before it does not."""
+        """INPUT counts, and PREROUTING after the redirect; chains before the redirect do not."""
         drop = [dport(PORT), DROP]
         for chain, expected in (
             ({"hook": "input", "prio": -300}, True),
@@ -450,14 +454,14 @@ class NftTests(SynchronousTestCase):
         self.assertEqual(self.lost({}, web), "")
 
     def test_other_family(self) -> None:
-        """Rules of the other family are no matter."""
+        """Rules of the other family do not matter."""
         drop = [dport(PORT), DROP]
         self.assertNotEqual(self.lost({"family": "ip"}, drop), "")
         self.assertEqual(self.lost({"family": "ip6"}, drop), "")
         self.assertEqual(self.lost({"family": "bridge"}, drop), "")
 
     def test_ports_in_every_form(self) -> None:
-        """Ports in ranges, sets, maps and concatenations are told apart."""
+        """Ports in ranges, sets, maps and concatenations are compared correctly."""
         address = {"payload": {"protocol": "ip", "field": "saddr"}}
         port = {"payload": {"protocol": "tcp", "field": "dport"}}
         pair = {"concat": [address, port]}
@@ -488,7 +492,7 @@ class NftTests(SynchronousTestCase):
             self.assertEqual(bool(self.lost({}, *rules)), expected, rules)
 
     def test_named_set(self) -> None:
-        """A set of ports is read, alone, where it decides; one of addresses is not."""
+        """A set of ports is read only where it decides; a set of addresses is not read."""
         rule = [dport("@ports"), ACCEPT]
         command = "nft -j list set inet t ports"
         for elements, expected in (([22, 443, PORT], False), ([22, 443], True), (None, True)):
@@ -520,7 +524,7 @@ class NftTests(SynchronousTestCase):
         self.assertNotEqual(self.lost({}, rule, **terse), "")
 
     def test_harmless(self) -> None:
-        """What both packets have in common, and named objects, are no difference."""
+        """Common properties of both packets, and named objects, make no difference."""
         web = [dport({"set": [443, PORT]}), ACCEPT]
         flags = {"payload": {"protocol": "tcp", "field": "flags"}}
         for match in (
@@ -545,7 +549,8 @@ class NftTests(SynchronousTestCase):
         self.assertEqual(self.lost({}, [{"unheard of": 1}, ACCEPT]), "")
 
     def test_not_understood(self) -> None:
-        """What is not understood may look at the port: before a drop that is a reason."""
+        """A condition that is not understood may depend on the port: before a drop, that is a
+        reason."""
         for statement in (
             {"unheard of": 1},
             {"xt": None},
@@ -560,7 +565,7 @@ class NftTests(SynchronousTestCase):
         self.assertEqual(self.lost({}, [{"xt": {"type": "match", "name": "u32"}}, ACCEPT]), "")
 
     def test_connection_tracking(self) -> None:
-        """That a packet is translated tells it apart, its original port does not."""
+        """The translation of a packet makes a difference, its original port does not."""
         status = {"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}}
         negated = {"match": {"op": "!", "left": {"ct": {"key": "status"}}, "right": "dnat"}}
         original = {"ct": {"key": "proto-dst", "dir": "original"}}
@@ -580,8 +585,8 @@ class NftTests(SynchronousTestCase):
 
 class RuleTests(SynchronousTestCase):
     def test_corpus(self) -> None:
-        """Each kind of rule is read as the visitors that it matches, what it does to them, and
-        whether it can tell those who are redirected from the others."""
+        """For each kind of rule, it is known which visitors match, what happens to them, and
+        whether the rule can tell redirected visitors from others."""
         sets: dict[str, Any] = {}
         for text in (DATA / "nft-rules.jsonl").read_text().splitlines():
             line = json.loads(text)
@@ -618,7 +623,7 @@ class TrackingTests(SynchronousTestCase):
         return why_not(tables(("raw", listing)))
 
     def test_iptables(self) -> None:
-        """Where :443 is exempt from tracking nobody is redirected."""
+        """If :443 is exempt from tracking, no visitor is redirected."""
         https = "-p tcp -m tcp --dport 443"
         self.assertTrue(self.exempt(f"{https} -j NOTRACK"))
         self.assertTrue(self.exempt(f"{https} -j CT --notrack"))
@@ -633,7 +638,7 @@ class TrackingTests(SynchronousTestCase):
         self.assertFalse(self.exempt("-p tcp --sport 443 -j NOTRACK", hook="OUTPUT"))
 
     def test_nft(self) -> None:
-        """So it is by nft, in a chain that comes before connection tracking."""
+        """The same holds with nft, in a chain before connection tracking."""
         for priority, expected in ((-300, True), (-150, False)):
             chain = {"hook": "prerouting", "prio": priority}
             firewall = Firewall(ruleset(chain, [{"notrack": None}]))
@@ -682,7 +687,7 @@ class FirstTests(SynchronousTestCase):
             self.assertEqual(bool(why_not(firewall)), expected, handle)
 
     def test_legacy(self) -> None:
-        """Between the two variants of iptables nobody knows, once both are there."""
+        """If both variants of iptables have rules, the order between them is unknown."""
         rule = "-A PREROUTING -p tcp --dport 443 -j DNAT --to-destination 172.17.0.2:443"
         legacy = tables(("nat", f"-P PREROUTING ACCEPT\n{rule}\n"), legacy=True)
         self.assertEqual(why_not(legacy), "")
@@ -693,11 +698,11 @@ class FirstTests(SynchronousTestCase):
         self.assertIn("'inet t c'", why_not(foreign, legacy=True))
 
     def test_own_chain(self) -> None:
-        """What is in the chain that ours is put in front of does not come first."""
+        """Rules in the chain that gets our rule as its first one do not come first."""
         self.assertEqual(why_not(Firewall(self.own(4, list(self.TAKES)))), "")
 
     def test_harmless(self) -> None:
-        """Other ports, visitors of one network, and no translation at all are no matter."""
+        """Other ports, visitors of one network, and the absence of translation do not matter."""
         source = {"payload": {"protocol": "ip", "field": "saddr"}}
         some = {"match": {"op": "==", "left": source, "right": "10.0.0.9"}}
         for rule in (
@@ -709,7 +714,7 @@ class FirstTests(SynchronousTestCase):
             self.assertEqual(why_not(Firewall(self.chain(-110, 5, *rule))), "", rule)
 
     def test_sk_lookup(self) -> None:
-        """Any translation takes visitors away from sk-lookup, wherever it is."""
+        """Any translation takes visitors away from sk-lookup, in whichever chain."""
         for priority in (-110, -100, 50):
             self.assertIn("sent elsewhere: ", why_not(Firewall(self.chain(priority)), SK_LOOKUP))
 
@@ -720,7 +725,8 @@ class FirstTests(SynchronousTestCase):
             self.assertEqual(bool(reason), expected, priority)
 
     def test_own_table(self) -> None:
-        """The table that this program itself makes sends nobody elsewhere; another's does."""
+        """The table that this program itself makes does not count; a table of another program
+        does."""
         pinned = [dport(443), {"dnat": {"port": 443}}]
         for table, expected in (("acme_alpn_proxy", False), ("another", True)):
             base = {"table": table, "hook": "prerouting", "prio": -101, "type": "nat"}
@@ -757,7 +763,8 @@ class ElsewhereTests(SynchronousTestCase):
         return why_not(tables(("nat", listing)), SK_LOOKUP)
 
     def test_published(self) -> None:
-        """A port published in Docker's manner is named, one of the host's addresses alone too."""
+        """A port published as Docker does it is named, also if only for one of the host's
+        addresses."""
         jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
         to = "-j DNAT --to-destination 172.17.0.2:443"
         for rule in (
@@ -768,7 +775,7 @@ class ElsewhereTests(SynchronousTestCase):
             self.assertTrue(self.verdict(jump, rule).endswith(named))
 
     def test_not_published(self) -> None:
-        """Other ports, addresses that are not here, and other interfaces are no matter."""
+        """Other ports, addresses that are not here, and other interfaces do not matter."""
         jump = "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER"
         to = "-j DNAT --to-destination 172.17.0.2:443"
         for rule in (
@@ -781,7 +788,7 @@ class ElsewhereTests(SynchronousTestCase):
 
 
 class HostCase(SynchronousTestCase):
-    """A host of which nothing is known but what its commands print."""
+    """A host of which only the output of its commands is known."""
 
     def setUp(self) -> None:
         self.legacy: list[str] = []
@@ -825,7 +832,7 @@ class LookTests(HostCase):
             self.assertEqual(bool(self.reason(commands)), bool(policy))
 
     def test_firewalld(self) -> None:
-        """Under firewalld visitors get through: it lets in what was redirected before it."""
+        """With firewalld, visitors get through: it accepts what was redirected before."""
         for family in (4, 6):
             self.assertEqual(self.reason(recorded("firewalld"), family), "")
 
@@ -840,7 +847,7 @@ class LookTests(HostCase):
             self.assertEqual(self.reason(commands) == "", open_, name)
 
     def test_docker(self) -> None:
-        """Docker's rules are in nobody's way."""
+        """Docker's rules do no harm."""
         self.assertEqual(self.reason(recorded("docker")), "")
 
     def test_not_translated(self) -> None:
@@ -866,7 +873,7 @@ class LookTests(HostCase):
         self.assertIn("iptables-legacy is missing", self.reason(commands))
 
     def test_untracked(self) -> None:
-        """That visitors are exempt from tracking is told as such."""
+        """If visitors are exempt from tracking, the reason says so."""
         self.legacy = ["raw"]
         listing = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 443 -j NOTRACK\n"
         reason = self.reason(Recorded({"iptables-legacy -w 5 -t raw -S": listing}))
@@ -923,14 +930,14 @@ class ReadingTests(HostCase):
         return self.successResultOf(host.why_not(way, self.commands)) or ""
 
     def test_old_nft(self) -> None:
-        """An nft that knows no terse listing is asked for all."""
+        """An nft without the terse listing is asked for the full one."""
         rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
         answers = {NFT: (1, "invalid option -- 't'"), "nft -j list ruleset": printed(*rules)}
         self.assertIn("'inet t c'", self.look(answers))
 
     def test_no_nft(self) -> None:
-        """Rules of nftables that no program shows are there: what they may tell apart is a reason,
-        and no way for which they cannot matter is refused."""
+        """If no program shows some rules of nftables, what they may depend on is a reason, and ways
+        for which that cannot matter are not refused."""
         self.chains = [self.AGENT]
         reason = self.look({})
         self.assertIn("the chain 'inet agent input', whose rules cannot be read: ", reason)
@@ -942,7 +949,7 @@ class ReadingTests(HostCase):
         self.assertEqual(self.look({}), "")
 
     def test_table_that_cannot_be_read(self) -> None:
-        """A table whose listing is broken is named; the others are read one by one."""
+        """A table with a broken listing is named; the others are read one by one."""
         other = BaseChain("inet", "t", "c", "filter", "input", 0)
         self.chains = [self.AGENT, other]
         rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
@@ -984,7 +991,7 @@ class ReadingTests(HostCase):
             self.assertEqual(self.commands.asked[0], asked)
 
     def test_not_permitted(self) -> None:
-        """If neither nft nor the kernel may be asked, that is told."""
+        """If neither nft nor the kernel may be asked, the error says so."""
 
         def refuse() -> list[BaseChain]:
             raise PermissionError
@@ -996,7 +1003,7 @@ class ReadingTests(HostCase):
         self.assertEqual(self.look({}), "")
 
     def test_no_netlink(self) -> None:
-        """Where the kernel does not tell the ways in, that is told."""
+        """If the kernel does not report the ways in, the error says so."""
 
         def refuse(family: int) -> None:
             raise OSError(97, "Address family not supported by protocol")
@@ -1006,7 +1013,7 @@ class ReadingTests(HostCase):
         self.assertIn("addresses and routes: Address family not supported", str(problem))
 
     def test_comment_in_latin_1(self) -> None:
-        """Bytes that are no UTF-8 break nothing, and are escaped where they are shown."""
+        """Bytes that are not UTF-8 break nothing, and are escaped in the output."""
         comment = b"B\xfcro".decode("utf-8", "surrogateescape")
         rule = f'-A INPUT -p tcp --dport {PORT} -m comment --comment "{comment}" -j DROP\n'
         self.assertIn("B\\xfcro", lost(rule))
@@ -1018,7 +1025,7 @@ class ReadingTests(HostCase):
         self.assertEqual(self.look({NFT: text}), "")
 
     def test_iptables_that_fails(self) -> None:
-        """A table of iptables that cannot be listed is one whose rules are not known."""
+        """If a table of iptables cannot be listed, its rules count as unknown."""
         self.legacy = ["filter"]
         locked = {"iptables-legacy -w 5 -t filter -S": (4, "the lock\nis held")}
         reason = self.look(locked)
@@ -1031,7 +1038,8 @@ class ReadingTests(HostCase):
 
 class RefusalTests(HostCase):
     def test_refused(self) -> None:
-        """A start is refused by name of what would drop, with the remedy, and changes nothing."""
+        """A refused start names the rule that would drop visitors and the remedy, and changes
+        nothing."""
         for may, remedy, status in (
             (True, "steer all the same with --force$", os.EX_CONFIG),
             (False, "run this as root, with CAP_NET_ADMIN", os.EX_NOPERM),
@@ -1043,7 +1051,7 @@ class RefusalTests(HostCase):
             self.assertEqual(problem.status, status)
 
     def test_either_family(self) -> None:
-        """One family whose visitors would not get there is enough, with either redirect."""
+        """Lost visitors of one family are enough for a refusal, with either redirect."""
         self.patch(facts, "has_ipv6", lambda: True)
         accept_the_program(self)
         elsewhere = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp -j DNAT --to-destination :80\n"
@@ -1060,7 +1068,7 @@ class RefusalTests(HostCase):
                 self.assertIn(f"visitors by IPv{family} ", str(problem))
 
     def test_forced(self) -> None:
-        """With --force nobody looks."""
+        """With --force, nothing is read."""
         options = ProxyOptions()
         options.environment = {"ACME_ALPN_PROXY_DISABLEV6": "y"}
         options.parseOptions(["--force"])
@@ -1080,7 +1088,7 @@ class RefusalTests(HostCase):
         self.assertEqual(self.successResultOf(forced.prepare(commands)), ("127.0.0.1:0",))
 
     def test_keeping_the_address(self) -> None:
-        """Where only the address of the answers is wrong, the rule that keeps it is advised."""
+        """If only the address of the answers is wrong, the remedy is the rule that keeps it."""
         ways_in = [arrival("tun0", "203.0.113.5", "10.9.0.2", "192.0.2.77")]
 
         def by_source(source: Address, port: int, destination: Address) -> Route:

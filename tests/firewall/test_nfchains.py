@@ -1,4 +1,4 @@
-"""The base chains of nftables, from a kernel that answers as told."""
+"""The base chains of nftables, from a kernel with given answers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ SOURCE, SOURCE_V6, PORT = loads(1, 12, 4), loads(1, 8, 16), loads(2, 2, 2)
 def test_may_tell_apart(
     monkeypatch: pytest.MonkeyPatch, expressions: list[bytes], apart: bool
 ) -> None:
-    """Bans of sources tell no two packets of one visitor apart; all else may."""
+    """Bans of source addresses treat all packets of one visitor alike; any other rule may not."""
     head = struct.pack("!BBH", IPV4, 0, 0) + attribute(TABLE, b"t\0") + attribute(2, b"c\0")
     rule = head + attribute(4, b"".join(expressions))
     monkeypatch.setattr(nfchains, "Netlink", Kernel(rule))

@@ -23,12 +23,12 @@ CORPUS = Path(__file__).with_name("corpus")
 
 
 class Target(Protocol):
-    """What a module in C{targets} has."""
+    """The contents of a module in C{targets}."""
 
     SEEDS: Sequence[bytes]
 
     def check(self, data: bytes) -> None:
-        """Raise if C{data} does what must not be."""
+        """Raise if C{data} has an effect that is not allowed."""
 
 
 def names() -> list[str]:

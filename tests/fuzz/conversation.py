@@ -1,4 +1,4 @@
-"""A conversation as one input: what is sent at a time, with L{TURN} between."""
+"""A conversation as one input: the pieces that are sent, with L{TURN} between them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ MOST_TURNS: Final = 64
 
 
 def pieces(data: bytes) -> list[bytes]:
-    """What is sent, piece by piece."""
+    """The pieces to send, one by one."""
     return data.split(TURN, MOST_TURNS)

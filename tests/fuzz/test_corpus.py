@@ -9,6 +9,7 @@ from . import kept, names, target
 
 @pytest.mark.parametrize("name", names())
 def test_corpus(name: str) -> None:
-    """What fuzzing has found, and what it begins with, does nothing that must not be."""
+    """The inputs that fuzzing has found, and those that it begins with, have no forbidden
+    effect."""
     for data in [b"", *target(name).SEEDS, *kept(name)]:
         target(name).check(data)

@@ -1,4 +1,4 @@
-"""Bridges whose packets pass the firewall as the bridge's; tests/integration has real ones."""
+"""Bridges that pass packets to the firewall; tests/integration has real ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..diagnosis.folders import folder_for
 
 
 def link(name: str, kind: str = "", own: tuple[int, int] = (0, 0)) -> bytes:
-    """What the kernel tells of an interface: its name, its kind and the switches of a bridge."""
+    """The kernel's answer about an interface: its name, its kind and the switches of a bridge."""
     told = attribute(3, name.encode() + b"\0")
     if kind:
         switches = attribute(36, bytes([own[0]])) + attribute(37, bytes([own[1]]))

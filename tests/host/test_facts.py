@@ -1,4 +1,4 @@
-"""What is read of the host, from a proc folder of the test's own."""
+"""Facts about the host, from a proc folder that the test makes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class IPv6Tests(HostCase):
         self.assertFalse(facts.has_ipv6(self.proc))
 
     def test_not_in_the_kernel(self) -> None:
-        """Nor has one whose kernel was built without it."""
+        """A host whose kernel was built without IPv6 has none either."""
         self.assertFalse(facts.has_ipv6(self.proc))
         self.assertFalse(facts.new_interfaces_have_ipv6(self.proc))
 
@@ -80,7 +80,7 @@ class ListeningAddressTests(HostCase):
         return facts.ipv6_to_listen_on(self.proc)
 
     def test_loopback(self) -> None:
-        """The loopback's address is taken where it is there, or where nothing else is."""
+        """The loopback's address is taken if it exists, or if there is no other."""
         loopback = f"{'1'.rjust(32, '0')} 01 80 10 80       lo\n"
         self.assertEqual(self.address(address_v6("net0", GLOBAL), loopback), "::1")
         self.assertEqual(self.address(address_v6("net0", LINK_LOCAL)), "::1")
@@ -112,7 +112,7 @@ class UnnumberedInterfacesTests(HostCase):
         self.assertEqual(self.ipv6([home, route_v6("bare0", "", "00")], []), ["bare0"])
 
     def test_ipv4_default_route(self) -> None:
-        """Visitors come in where the default routes are; other interfaces are no matter."""
+        """Visitors come in where the default routes are; other interfaces do not matter."""
         named = self.ipv4(
             route_v4("bare1", "00000000", "00000000"),
             route_v4("bare0", "00000000", "00000000"),
@@ -139,7 +139,7 @@ class UnnumberedInterfacesTests(HostCase):
         self.assertEqual(named, [])
 
     def test_ipv4_unusable_routes(self) -> None:
-        """Nobody comes in by a route that is down or refuses."""
+        """No visitor comes in by a route that is down or refuses."""
         named = self.ipv4(
             route_v4("bare0", "00000000", "00000000", "0000"),
             route_v4("*", "00000000", "00000000", UP_AND_REJECT),
@@ -164,7 +164,7 @@ class UnnumberedInterfacesTests(HostCase):
         self.assertEqual(named, ["bare0"])
 
     def test_ipv6_link_local(self) -> None:
-        """An interface whose only address is link-local serves no visitor from afar."""
+        """An interface with only a link-local address is no use for visitors from elsewhere."""
         named = self.ipv6([route_v6("net0", "", "00")], [address_v6("net0", LINK_LOCAL)])
         self.assertEqual(named, ["net0"])
 
@@ -186,7 +186,7 @@ class LegacyTablesTests(HostCase):
 
 class ConnectionTests(HostCase):
     def test_tracking_not_loaded(self) -> None:
-        """Where nothing tracks connections there are no entries, and there is no limit."""
+        """Without connection tracking, there are no entries and there is no limit."""
         self.assertEqual(facts.tracked_connections(self.proc), 0)
         self.assertIsNone(facts.max_tracked_connections(self.proc))
 
@@ -214,7 +214,7 @@ class ConnectionTests(HostCase):
 
 class CapabilityTests(HostCase):
     def test_effective(self) -> None:
-        """What is in effect counts, whatever else may be had; all that are asked for are needed."""
+        """Only effective capabilities count; all of those asked for are needed."""
         (self.proc / "self").mkdir()
         own = "CapPrm:\tffffffffffffffff\nCapEff:\t0000000000001080\nCapBnd:\tffffffffffffffff\n"
         (self.proc / "self" / "status").write_text(f"Name:\tproxy\n{own}")
@@ -222,7 +222,7 @@ class CapabilityTests(HostCase):
         self.assertFalse(facts.has_capabilities(6, 7, proc=self.proc))
 
     def test_own(self) -> None:
-        """It is there to be read."""
+        """The information can be read."""
         self.assertIs(facts.may_administer_network(), facts.has_capabilities(12))
 
 
@@ -232,7 +232,7 @@ class ProcessStartTimeTests(HostCase):
         self.write("7/stat", f"7 ({name}) {state} {numbers}\n")
 
     def test_any_name(self) -> None:
-        """A program may have any name: its start is found behind it."""
+        """A program may have any name: the start time is found after it."""
         for name in ("sshd", "a b", "a) R 1 (b", ")"):
             self.stat(name, "S")
             self.assertEqual(facts.process_start_time(7, self.proc), "22", name)
@@ -244,7 +244,7 @@ class ProcessStartTimeTests(HostCase):
         self.assertIsNone(facts.process_start_time(7, self.proc))
 
     def test_real(self) -> None:
-        """On the real kernel: one's own start stays what it is, a killed child's is no more."""
+        """On the real kernel: this process's start time stays the same, a killed child has none."""
         own = facts.process_start_time(os.getpid())
         self.assertIsNotNone(own)
         self.assertEqual(facts.process_start_time(str(os.getpid())), own)

@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_process(way: str) -> None:
-    """It is seen to live and to end, and a signal reaches it."""
+    """It sees the process live and end, and a signal reaches it."""
     with subprocess.Popen(["sleep", "60"]) as process, ProcessHandle(process.pid) as other:
         assert other.pid == process.pid
         assert not other.ended(0)
@@ -42,7 +42,7 @@ def test_process(way: str) -> None:
 
 
 def test_no_process(way: str) -> None:
-    """One that has ended is told as such."""
+    """For a process that has ended, the error says so."""
     with subprocess.Popen(["true"]) as process:
         process.wait()
     with pytest.raises(ProcessLookupError):

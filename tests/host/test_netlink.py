@@ -1,4 +1,4 @@
-"""Several messages in one packet, and what the kernel answers."""
+"""Several messages in one packet, and the kernel's answers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SendTests(SynchronousTestCase):
         self.assertEqual(packet, expected)
 
     def test_again(self) -> None:
-        """Numbers go on, so that a late answer to an earlier message is passed over."""
+        """Sequence numbers grow, so a late answer to an earlier message is ignored."""
         self.answers = [answer(1, 0)]
         self.kernel.send([ONE])
         self.answers = [answer(1, errno.EPERM), answer(2, 0)]
@@ -99,7 +99,7 @@ class SendTests(SynchronousTestCase):
             self.kernel.send([BEGIN, ONE, TWO])
 
     def test_close(self) -> None:
-        """It is closed by hand, or at the end of a block."""
+        """It is closed explicitly, or at the end of a block."""
         self.kernel.close()
         with self.kernel:
             pass
@@ -107,10 +107,10 @@ class SendTests(SynchronousTestCase):
 
 
 class KernelTests(SynchronousTestCase):
-    """What this kernel says; needs root."""
+    """The answers of this kernel; needs root."""
 
     def test_unknown(self) -> None:
-        """A message that nobody knows is refused, and the socket can be used on."""
+        """An unknown message is refused, and the socket can still be used."""
         with Netlink(netlink.ROUTE) as kernel:
             for _ in range(2):
                 with self.assertRaises(Refused) as caught:

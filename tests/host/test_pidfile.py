@@ -1,4 +1,4 @@
-"""The PID file: who runs, on real files, between real processes."""
+"""The PID file shows which instance runs; with real files and real processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ sys.stdin.readline()
 
 
 class Instance:
-    """Another process, which claims the file when told to and then waits for its end."""
+    """Another process, which claims the file on request and then waits for its end."""
 
     def __init__(self, path: str) -> None:
         self._process = subprocess.Popen(
@@ -98,7 +98,7 @@ class PIDFileCase(SynchronousTestCase):
         return instance
 
     def assert_refused(self, call: Any, why: str) -> None:
-        """It is refused for that reason, with what to do, and nothing is held after."""
+        """It is refused for that reason, with a remedy, and nothing is held afterwards."""
         before = os.listdir("/proc/self/fd")
         problem = self.assertRaises(StartError, call)
         remedy, status = "to a plain file in a folder that exists", os.EX_CANTCREAT
@@ -127,8 +127,8 @@ class ClaimTests(PIDFileCase):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_claim_and_release(self) -> None:
-        """While it is claimed the file tells the PID, to its owner alone: whoever can open it could
-        lock it and pass for the instance. Released it is gone."""
+        """While it is claimed, the file shows the PID, and only its owner can open it: any user who
+        can open it could lock it and look like the instance. After a release it is gone."""
         self.assertIsNone(self.file.owner())
         self.file.claim()
         self.assert_claimed()
@@ -139,7 +139,7 @@ class ClaimTests(PIDFileCase):
         self.file.release()
 
     def test_strange_file(self) -> None:
-        """A file that other users could have opened is replaced, whoever has locked it, and its PID
+        """A file that other users could have opened is replaced, even if it is locked, and its PID
         is not taken for an instance's."""
         self.path.write_text("1\n")
         self.path.chmod(0o644)
@@ -159,13 +159,14 @@ class ClaimTests(PIDFileCase):
         self.assert_claimed()
 
     def test_again(self) -> None:
-        """Claimed once more by its owner it stays the owner's."""
+        """After a second claim by its owner, it is still the owner's."""
         self.file.claim()
         self.file.claim()
         self.assert_claimed()
 
     def test_left_behind(self) -> None:
-        """Stale, empty or full of garbage: a file that nobody has locked is nobody's, and taken."""
+        """Stale, empty or full of garbage: a file without a lock belongs to no instance, and is
+        taken."""
         for text in ("4194304\n", "", "garbage\n", "-1\n", "0\n", "9" * 100):
             self.path.write_text(text)
             self.assertIsNone(self.file.owner())
@@ -174,7 +175,7 @@ class ClaimTests(PIDFileCase):
             self.file.release()
 
     def test_killed(self) -> None:
-        """The file of an instance that was killed is nobody's."""
+        """The file of a killed instance belongs to no instance."""
         instance = self.running_instance()
         self.assertEqual(self.file.owner(), instance.pid)
         instance.kill()
@@ -218,7 +219,7 @@ class RefusalTests(PIDFileCase):
     """Where no PID file can be."""
 
     def test_missing_folder(self) -> None:
-        """In a folder that is not there nobody runs, and a claim is refused."""
+        """In a missing folder no instance runs, and a claim is refused."""
         file = self.make(self.folder / "missing" / "pid")
         self.assertIsNone(file.owner())
         self.assert_refused(
@@ -226,7 +227,7 @@ class RefusalTests(PIDFileCase):
         )
 
     def test_no_permission(self) -> None:
-        """A file that may not be read or written is refused, and left as it is."""
+        """A file that may not be read or written is refused, and stays unchanged."""
         self.path.write_text("7\n")
         self.path.chmod(0)
         self.folder.chmod(0o755)
@@ -248,7 +249,7 @@ class RefusalTests(PIDFileCase):
         self.assertEqual(victim.read_text(), "precious")
 
     def test_fifo(self) -> None:
-        """A FIFO keeps nobody waiting; it is refused, and left where it is."""
+        """A FIFO does not block; it is refused, and stays where it is."""
         os.mkfifo(self.path)
         self.assertIsNone(self.file.owner())
         self.assert_refused(self.file.claim, f"write the PID file {self.path}: Invalid argument")
@@ -256,17 +257,17 @@ class RefusalTests(PIDFileCase):
         self.assertTrue(self.path.is_fifo())
 
     def test_folder(self) -> None:
-        """A folder is no PID file."""
+        """A folder is not a PID file."""
         self.path.mkdir()
         self.assert_refused(self.file.claim, f"write the PID file {self.path}: Is a directory")
 
 
 class MeanwhileTests(PIDFileCase):
-    """What other processes may do between two steps of this one."""
+    """Changes by other processes between two steps of this one."""
 
     def test_owner_about_to_write(self) -> None:
-        """A PID left behind is not told while a new owner, who has the lock, is about to write its
-        own; that one is waited for."""
+        """While a new owner, who has the lock, is going to write its PID, an old PID in the file is
+        not reported; the new one is waited for."""
         self.path.write_text("7\n")
         steps: list[Any] = []
         self.patch(time, "sleep", lambda seconds: steps.pop()())
@@ -288,7 +289,8 @@ class MeanwhileTests(PIDFileCase):
         self.assertEqual(owners, [os.getpid()])
 
     def test_owner_that_never_writes(self) -> None:
-        """A lock by some other program, which writes no PID, is told after about a second."""
+        """If another program holds the lock and writes no PID, the error comes after about a
+        second."""
         owner = self.make()
         owner.claim()
         self.path.write_text("not a PID")
@@ -323,13 +325,13 @@ class MeanwhileTests(PIDFileCase):
         self.patch(pidfile, "_lock", late_lock)
 
     def test_file_removed(self) -> None:
-        """A file that its owner removes between open and lock is made anew."""
+        """If its owner removes the file between open and lock, a new one is made."""
         self.before_the_lock(self.path.unlink)
         self.file.claim()
         self.assert_claimed()
 
     def test_file_replaced(self) -> None:
-        """If a third instance has a new file there by then, it is the one that runs."""
+        """If a third instance has made a new file by then, that is the running instance."""
         third = self.make()
 
         def replace() -> None:
@@ -341,7 +343,7 @@ class MeanwhileTests(PIDFileCase):
         self.assert_claimed()
 
     def test_successor(self) -> None:
-        """A release leaves the file of a successor alone."""
+        """A release does not remove the file of a successor."""
         self.file.claim()
         self.path.unlink()
         successor = self.make()
@@ -350,7 +352,7 @@ class MeanwhileTests(PIDFileCase):
         self.assert_claimed()
 
     def test_release_without_the_folder(self) -> None:
-        """A release does not raise, wherever the file has gone, and gives its descriptor back."""
+        """A release does not raise if the file has gone, and it closes its descriptor."""
         before = os.listdir("/proc/self/fd")
         file = self.make(self.folder / "run" / "pid")
         (self.folder / "run").mkdir()
@@ -363,7 +365,7 @@ class MeanwhileTests(PIDFileCase):
 
 
 class RemoveTests(PIDFileCase):
-    """Removing what an instance left that could not itself."""
+    """Removing the file of an instance that could not remove it itself."""
 
     def test_left_behind(self) -> None:
         """The file of that instance goes; there may be none."""
@@ -373,7 +375,7 @@ class RemoveTests(PIDFileCase):
         self.file.remove_of(123)
 
     def test_of_somebody_else(self) -> None:
-        """A file with another PID, with garbage, or one that is held, is left alone."""
+        """A file with another PID, with garbage, or with a lock, is not removed."""
         for text in ("124\n", "root:x:0\n"):
             self.path.write_text(text)
             self.file.remove_of(123)

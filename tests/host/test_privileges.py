@@ -1,4 +1,4 @@
-"""What a process that has dropped its privileges can still do."""
+"""What a process can still do after it has dropped its privileges."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dropped(uid: int, gid: int, *wrapper: str) -> dict[str, list[str]]:
 
 
 class DropPrivilegesTests(SynchronousTestCase):
-    """As the user who runs the tests, since others can be had by root alone."""
+    """It becomes the user of the tests, since only root may become another one."""
 
     def test_nothing_is_left(self) -> None:
         """It has no capability, gets none by running a program, and cannot be looked into."""
@@ -44,7 +44,7 @@ class DropPrivilegesTests(SynchronousTestCase):
         self.assertEqual(status["Uid"], [str(os.geteuid())] * 4)
 
     def test_bounding_set_cannot_be_emptied(self) -> None:
-        """Without CAP_SETPCAP the bounding set stays, and all else goes."""
+        """Without CAP_SETPCAP, the bounding set stays, and everything else is dropped."""
         wrapper = ("setpriv", "--bounding-set=-setpcap") if os.geteuid() == 0 else ()
         status = dropped(os.geteuid(), os.getegid(), *wrapper)
         self.assertNotEqual(int(status["CapBnd"][0], 16), 0)
@@ -52,7 +52,7 @@ class DropPrivilegesTests(SynchronousTestCase):
         self.assertEqual(status["NoNewPrivs"], ["1"])
 
     def test_other_user_is_refused(self) -> None:
-        """A user who may not become another one gets the kernel's answer."""
+        """If the user may not become another one, the kernel's error is raised."""
         code = (
             "import os; from acme_alpn_proxy.host.privileges import drop_privileges\n"
             "if os.geteuid() == 0: os.setresuid(1, 1, 1)\n"

@@ -34,7 +34,7 @@ class ResultTests(SynchronousTestCase):
         self.assertEqual(Result.of(["x"], 1, b" \n").one_line, "it printed nothing")
 
     def test_failure(self) -> None:
-        """A failure is told on one line, with the command as a shell would take it."""
+        """A failure is one line, with the command as a shell would take it."""
         result = Result.of(["x", "a b"], 4, b"no\nlock\n")
         self.assertEqual(result.failure, "'x 'a b'' failed with status 4: no lock")
 
@@ -47,7 +47,7 @@ class BlockingCommandsTests(SynchronousTestCase):
         return self.successResultOf(self.commands.run(argv))
 
     def test_interface(self) -> None:
-        """They are commands, and what is used before the reactor runs."""
+        """It implements the interface, and is used before the reactor runs."""
         verifyObject(ICommands, self.commands)
         self.assertIsInstance(commands_for(reactor), BlockingCommands)
 
@@ -56,7 +56,8 @@ class BlockingCommandsTests(SynchronousTestCase):
         self.assertEqual(self.run_now(["cat"]), Result(("cat",), 0, ""))
 
     def test_failure(self) -> None:
-        """Exit status and both outputs are told, bytes that are no text escaped in a message."""
+        """The exit status and both outputs are returned; in a message, bytes that are not text are
+        escaped."""
         result = self.run_now(BOTH_OUTPUTS)
         self.assertEqual((result.code, result.errors), (4, "err\n"))
         self.assertEqual(result.output.encode("utf-8", "surrogateescape"), b"out\n\xff")
@@ -79,7 +80,7 @@ class BlockingCommandsTests(SynchronousTestCase):
         self.assertIn("Exec format error", result.errors)
 
     def test_killed(self) -> None:
-        """Killed by a signal it counts as such, and what it had written is told."""
+        """A command that a signal killed counts as killed, and its output so far is returned."""
         result = self.run_now(KILLED)
         self.assertEqual((result.code, result.output), (137, "words\n"))
 
@@ -90,7 +91,7 @@ class BlockingCommandsTests(SynchronousTestCase):
         self.assertEqual((result.code, result.errors), (137, "not finished after 0.1 s"))
 
     def test_pause(self) -> None:
-        """A pause blocks for the seconds it is given."""
+        """A pause blocks for that number of seconds."""
         slept: list[float] = []
         self.patch(time, "sleep", slept.append)
         self.successResultOf(self.commands.pause(0.05))
@@ -98,7 +99,7 @@ class BlockingCommandsTests(SynchronousTestCase):
 
 
 class ClockedReactor:
-    """Spawns on the real reactor, and takes the time from a clock of the test's own."""
+    """Spawns on the real reactor; the test's own clock gives the time."""
 
     running = True
 
@@ -120,7 +121,7 @@ class SpawningCommandsTests(TestCase):
         self.commands = SpawningCommands(self.reactor)
 
     def test_interface(self) -> None:
-        """They are commands, and what is used once the reactor runs."""
+        """It implements the interface, and is used once the reactor runs."""
         verifyObject(ICommands, self.commands)
         self.assertIsInstance(commands_for(self.reactor), SpawningCommands)
 
@@ -134,7 +135,8 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_failure(self) -> Any:
-        """Exit status and both outputs are told, bytes that are no text escaped in a message."""
+        """The exit status and both outputs are returned; in a message, bytes that are not text are
+        escaped."""
         result = yield self.commands.run(BOTH_OUTPUTS)
         self.assertEqual((result.code, result.errors), (4, "err\n"))
         self.assertEqual(result.one_line, "out \\xff err")
@@ -146,7 +148,8 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_inheritance(self) -> Any:
-        """A command holds what is inheritable, and nothing else: a guard waits for its end."""
+        """A command inherits only inheritable descriptors: so a guard can wait for the command's
+        end."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.set_inheritable(True)
@@ -156,7 +159,7 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_killed(self) -> Any:
-        """Killed by a signal it counts as such, and what it had written is told."""
+        """A command that a signal killed counts as killed, and its output so far is returned."""
         result = yield self.commands.run(KILLED)
         self.assertEqual((result.code, result.output), (137, "words\n"))
 
@@ -170,7 +173,7 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_deadline_with_an_heir(self) -> Any:
-        """One that ends but leaves a process that holds its outputs is given up at the deadline."""
+        """If a command ends but its child holds its outputs open, the wait ends at the deadline."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pid")
             running = self.commands.run(["sh", "-c", f"sleep 60 & echo $! > {file}"])
@@ -184,7 +187,7 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_pause(self) -> Any:
-        """A pause takes its seconds without blocking."""
+        """A pause takes that number of seconds and does not block."""
         pause = self.commands.pause(2)
         self.reactor.clock.advance(1.9)
         self.assertNoResult(pause)

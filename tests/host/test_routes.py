@@ -1,4 +1,4 @@
-"""Addresses and routes, from the kernel of this host and from one that answers as told."""
+"""Addresses and routes, from this host's kernel and from one with given answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ UNIVERSE, LINK = 0, 253
 
 class NetlinkTests(SynchronousTestCase):
     def test_attributes(self) -> None:
-        """Attributes are padded, and are read without their flags; what is cut off is not read."""
+        """Attributes are padded, and their flags are removed when read; a truncated one is not
+        read."""
         data = attribute(1, b"abc") + attribute(0x8002, b"") + attribute(3, b"four")
         self.assertEqual(len(data), 8 + 4 + 8)
         self.assertEqual(attributes(data), {1: b"abc", 2: b"", 3: b"four"})
@@ -28,7 +29,7 @@ class NetlinkTests(SynchronousTestCase):
         self.assertEqual(attributes(b"\0\0\1\0"), {})
 
     def test_error(self) -> None:
-        """What the kernel refuses is an error by its number."""
+        """If the kernel refuses, the error has its number."""
         with Netlink(netlink.ROUTE) as kernel:
             self.assertRaises(OSError, kernel.ask, GET_ROUTE, b"")
 
@@ -43,7 +44,7 @@ class NetlinkTests(SynchronousTestCase):
 
 
 class Kernel:
-    """Answers dumps as told: links, then addresses."""
+    """Answers dumps with given messages: links, then addresses."""
 
     def __init__(self) -> None:
         self.answers: dict[int, list[bytes]] = {}
@@ -114,7 +115,7 @@ class InterfacesTests(SynchronousTestCase):
             )
 
     def test_ipv6(self) -> None:
-        """So it is by IPv6."""
+        """The same holds for IPv6."""
         self.kernel.link(2, "eth0")
         self.kernel.address(2, "2001:db8:1::2", 64)
         self.kernel.address(2, "fe80::2", 64, LINK)
@@ -123,9 +124,9 @@ class InterfacesTests(SynchronousTestCase):
         self.assertIn(interface.neighbours[0], ip_network("2001:db8:1::/64"))
 
     def test_only_go_out(self) -> None:
-        """Nobody comes in by a VPN without an address where another interface has address and
-        default route; where an address is on the loopback, or the only route is the VPN's, they
-        may."""
+        """No visitor comes in by a VPN without an address if another interface has an address and a
+        default route. Visitors may come in by it if an address is on the loopback, or if the only
+        route is the VPN's."""
         self.assertTrue(routes.only_go_out(6, ["wg0"]))
         self.kernel.link(1, "lo", LOOPBACK)
         self.kernel.link(2, "eth0")

@@ -1,4 +1,4 @@
-"""C{check} as an operator sees it: what it finds, its exit status, and that nothing is left."""
+"""C{check} as an operator sees it: its findings, its exit status, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check(proxy: Proxy, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def levels(output: str) -> dict[str, str]:
-    """The verdict of each check, by its name, from lines for the operator."""
+    """The level of each check, by its name, from the output lines."""
     found = {}
     *lines, verdict = output.splitlines()
     assert re.match("It would( not)? work here", verdict), output
@@ -70,7 +70,7 @@ def _nothing_is_left(host: Namespace) -> None:
 
 
 def _no_process_is_left(host: Namespace, *others: int) -> None:
-    """Nobody but the web server and these runs."""
+    """Only the web server and these runs exist."""
 
     def strangers() -> set[int]:
         return {
@@ -123,7 +123,7 @@ def test_visitors_do_not_notice_a_probe(
 
 
 def test_ipv6_left_alone(site: Website, proxy: Proxy) -> None:
-    """With ACME_ALPN_PROXY_DISABLEV6=y it says so, and dials by IPv4 alone."""
+    """With ACME_ALPN_PROXY_DISABLEV6=y it says so, and dials over IPv4 only."""
     proxy.env["ACME_ALPN_PROXY_DISABLEV6"] = "y"
     done = check(proxy, "--probe")
     assert done.returncode == 0, done.stdout
@@ -173,7 +173,7 @@ def test_port_taken(host: Namespace, site: Website, proxy: Proxy) -> None:
 
 
 def test_web_server_down(host: Namespace, proxy: Proxy) -> None:
-    """Nobody answers TLS at the fallback: that failed, with the remedy; JSON says the same."""
+    """If the fallback does not answer TLS, that is a failure, with a remedy; JSON has the same."""
     done = check(proxy, "--probe", "--fallback", "127.0.0.1:444")
     assert done.returncode == 1
     assert re.fullmatch(
@@ -187,7 +187,7 @@ def test_web_server_down(host: Namespace, proxy: Proxy) -> None:
 
 
 def test_fallback_without_tls(host: Namespace, proxy: Proxy) -> None:
-    """Something listens where the web server should, and closes: it is not taken for TLS."""
+    """A program listens in place of the web server, and closes: that does not count as TLS."""
     words = ("check", "--fallback", "127.0.0.1:444", "--logfile", proxy.log_file)
     with host.listen("127.0.0.1", 444) as listener:
         process = host.popen(proxy.program, *words, log=proxy.log_file.with_name("out"))
@@ -226,7 +226,8 @@ def test_firewall_that_drops(
 
 
 def test_firewall_bound_to_interfaces(host: Namespace, site: Website, proxy: Proxy) -> None:
-    """Port 443 is let in by the interface of visitors alone: that the probe fails is a warning."""
+    """Port 443 is accepted only from the visitors' interface: then the probe's failure is a
+    warning."""
     for family in ("iptables", "ip6tables"):
         host.run(family, "-A", "INPUT", "-i", "net0", "-p", "tcp", "-j", "ACCEPT")
         host.run(family, "-A", "INPUT", "-p", "tcp", "!", "-i", "lo", "-j", "DROP")
@@ -238,7 +239,8 @@ def test_firewall_bound_to_interfaces(host: Namespace, site: Website, proxy: Pro
 
 
 def test_port_443_sent_elsewhere(host: Namespace, site: Website, proxy: Proxy) -> None:
-    """A rule as a container engine's takes :443 away: sk-lookup's probe failed, iptables' not."""
+    """A rule like a container engine's takes :443 away: sk-lookup's probe fails, iptables' does
+    not."""
     host.run("iptables", "-t", "nat", "-N", "ENGINE")
     host.run("iptables", "-t", "nat", "-A", "PREROUTING", "-j", "ENGINE")
     match = ["-p", "tcp", "--dport", "443", "-j", "REDIRECT", "--to-ports", "8443"]
@@ -260,7 +262,7 @@ def test_leftovers(host: Namespace, site: Website, proxy: Proxy) -> None:
     done = check(proxy, "--probe")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"failed +leftovers: 4 rules of a killed .*; remove them by: acme-alpn-proxy stop",
+        r"failed +leftovers: 4 rules of a killed .*; remove them with: acme-alpn-proxy stop",
         line_of(done.stdout, "leftovers"),
     )
     assert host.rules() == rules, "it changed something"
@@ -295,7 +297,7 @@ def test_files_not_writable(site: Website, proxy: Proxy, tmp_path: Path) -> None
 
 
 def test_not_root(site: Website, proxy: Proxy) -> None:
-    """Run by nobody, what needs root says so."""
+    """Without root, the findings that need root say so."""
     proxy.wrapper = NOBODY_WHO_MAY_WRITE
     done = check(proxy, "--probe", "--redirect", "iptables")
     assert done.returncode == 1
@@ -314,7 +316,7 @@ def test_usage(proxy: Proxy) -> None:
 def test_interrupted_while_it_steers(
     host: Namespace, site: Website, proxy: Proxy, tmp_path: Path, number: int
 ) -> None:
-    """Told to end while it lingers for visitors, it ends in order, says so and exits 1."""
+    """A signal during the linger for visitors: it ends in order, says so, and exits 1."""
     output = tmp_path / "output"
     words = ("check", "--probe", "--linger", "2", "--logfile", str(proxy.log_file))
     process = host.popen(proxy.program, *words, log=output, env=proxy.env)
@@ -333,7 +335,7 @@ def test_interrupted_while_it_steers(
 def test_interrupted_at_any_moment(
     host: Namespace, site: Website, proxy: Proxy, warm: WarmProxy, redirect: str, number: int
 ) -> None:
-    """Whatever signal ends it, and when: nothing is left."""
+    """Nothing is left after any signal, at any time."""
     words = ["check", "--probe", "--redirect", redirect, "--logfile", str(proxy.log_file)]
     words += AT_ONCE
     for moment in warm.moments(MOMENTS, *words, hit="start"):

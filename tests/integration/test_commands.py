@@ -88,7 +88,7 @@ def _steers(road: Street, site: Website) -> None:
 
 
 def _was_reset(visit: Visit) -> None:
-    """Seen below TLS: Python's tells a reset like an end."""
+    """Read below TLS: Python's TLS cannot tell a reset from an end."""
     with socket.socket(fileno=os.dup(visit.sock.fileno())) as connection:
         connection.settimeout(5)
         with pytest.raises(ConnectionResetError):
@@ -169,7 +169,8 @@ def test_stop_wait_returns_when_drained(road: Street, site: Website, proxy: Prox
 def test_pid_file_that_means_nothing(
     host: Namespace, proxy: Proxy, warm: WarmProxy, tmp_path: Path, content: str
 ) -> None:
-    """A PID file empty, with garbage, stale, or with another program's PID harms nobody."""
+    """A PID file that is empty, stale, full of garbage, or has another program's PID does no
+    harm."""
     other = host.popen("sleep", "60", log=tmp_path / "other.log")
     try:
         proxy.pid_file.write_text(content.format(other=other.pid))
@@ -185,7 +186,8 @@ def test_pid_file_that_means_nothing(
 
 
 def test_stop_after_a_kill(proxy: Proxy) -> None:
-    """After SIGKILL, of the guard too, C{stop} removes what was left; the PID file is no matter."""
+    """After SIGKILL, also of the guard, C{stop} removes what was left, with and without a PID
+    file."""
     proxy.start(*AT_ONCE)
     proxy.kill_with_guard()
     _said(proxy.run("stop"), "not running; removed 4 rules of a killed instance")
@@ -292,7 +294,7 @@ def test_log_file_moved_aside(proxy: Proxy) -> None:
 
 
 def test_second_signal_ends_the_wait(road: Street, site: Website, proxy: Proxy) -> None:
-    """A second SIGTERM resets who is still there, and it ends, rules and all."""
+    """A second SIGTERM resets the remaining visitors, and it ends, with its rules removed."""
     proxy.start()
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
@@ -306,7 +308,7 @@ def test_second_signal_ends_the_wait(road: Street, site: Website, proxy: Proxy) 
 
 
 def test_drain_timeout(road: Street, site: Website, proxy: Proxy) -> None:
-    """Who is still there after --drain-timeout is reset, and it ends."""
+    """Visitors that are still there after --drain-timeout are reset, and it ends."""
     proxy.start(*AT_ONCE, "--drain-timeout", "0.3")
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
@@ -320,7 +322,7 @@ def test_drain_timeout(road: Street, site: Website, proxy: Proxy) -> None:
 def test_signal_at_any_moment_of_the_start(
     host: Namespace, proxy: Proxy, warm: WarmProxy, hit: str, number: int
 ) -> None:
-    """Whoever of the two is hit, and when: C{start} ends, and after C{stop} nothing is left."""
+    """Whichever process is hit, and when: C{start} ends, and after C{stop} nothing is left."""
     start = proxy.start_words(*AT_ONCE)
     moments = warm.moments(MOMENTS, *start, hit=hit)
     warm.run("stop", "--wait")
@@ -341,7 +343,7 @@ def test_signal_at_any_moment_of_the_start(
 
 
 def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None:
-    """Guard killed while a rule is on its way into the kernel: another one takes it over."""
+    """If the guard is killed while the kernel inserts a rule, another guard takes that over."""
     fake.instead("kill -KILL $PPID; sleep 0.2")  # and then what was asked for
     with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
         for call in range(CALLS_BEFORE_THE_FIRST_RULE + 1, CALLS_UNTIL_THE_LAST_RULE + 1):
@@ -394,7 +396,7 @@ def test_log_file_not_writable(proxy: Proxy, tmp_path: Path) -> None:
 
 
 def test_log_file_that_nobody_reads(proxy: Proxy, tmp_path: Path) -> None:
-    """C{start} does not wait for somebody to read the FIFO that is to be the log."""
+    """C{start} does not wait for a reader of a FIFO in place of the log."""
     proxy.log_file = tmp_path / "fifo"
     os.mkfifo(proxy.log_file)
     _refused(proxy.start(*AT_ONCE, check=False), "cannot write the log file", os.EX_CANTCREAT)
@@ -402,7 +404,7 @@ def test_log_file_that_nobody_reads(proxy: Proxy, tmp_path: Path) -> None:
 
 
 def test_not_root(host: Namespace, proxy: Proxy) -> None:
-    """Who is not root is told so by C{start} and by C{stop}."""
+    """Without root, C{start} and C{stop} say so."""
     command = (*NOBODY_WHO_MAY_WRITE, proxy.program)
     start = host.run(*command, *proxy.start_words(*AT_ONCE), check=False, env=proxy.env)
     why = "failed with status 1: Operation not permitted .*; run this as root"
@@ -430,7 +432,7 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
 def test_root_who_may_not(
     proxy: Proxy, missing: str, words: list[str], pattern: str, foreground: list[str]
 ) -> None:
-    """Root in a container, who lacks a capability, is told which; nobody has been steered."""
+    """In a container, a root without a capability is told which one; no visitor was steered."""
     proxy.wrapper = ("setpriv", f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
     done = proxy.start(*AT_ONCE, *words, *foreground, check=False)
     _refused(done, pattern, os.EX_NOPERM)
@@ -458,7 +460,7 @@ def test_user_of_another_namespace(proxy: Proxy, foreground: list[str]) -> None:
 
 @pytest.mark.parametrize("foreground", [[], ["-n"]])
 def test_few_descriptors(proxy: Proxy, foreground: list[str]) -> None:
-    """With next to no files to open it is said where to look, and no process stays behind."""
+    """With almost no open files allowed, the error says where to look, and no process is left."""
     line = f"ulimit -n 10; exec {proxy.start_line(*AT_ONCE, *foreground)}"
     for redirect in ("none", "sk-lookup"):
         command = f"{line} --redirect {redirect} --force"
@@ -471,7 +473,8 @@ def test_few_descriptors(proxy: Proxy, foreground: list[str]) -> None:
 
 
 def test_standard_descriptors_are_closed(proxy: Proxy) -> None:
-    """Called with the three of them closed, by a daemon say, C{start} and C{stop} work."""
+    """C{start} and C{stop} work with all three standard descriptors closed, as some daemons call
+    them."""
     closed = "0<&- 1>&- 2>&-"
     for line in (proxy.start_line(*AT_ONCE), f"{proxy.program} stop --wait --linger 0"):
         proxy.namespace.run("sh", "-c", f"{line} {closed}", env=proxy.env)
@@ -495,7 +498,7 @@ def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
 
 
 def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
-    """Whichever command of a start fails: one line tells, and what was done before is undone."""
+    """Whichever command of a start fails: one line reports it, and earlier steps are undone."""
     with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
         for call in range(2, CALLS_UNTIL_THE_LAST_RULE + 1):
             fake.reset(failing=call)
@@ -513,7 +516,7 @@ def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
 
 
 def test_ipv6_rule_fails(proxy: Proxy, fake: FakeIptables) -> None:
-    """IPv6 is there but its rules cannot be set: nobody is steered, and the remedy is named."""
+    """If the IPv6 rules cannot be made, no visitor is steered, and the remedy is named."""
     (fake.directory / "iptables").unlink()
     fake.reset(failing=4)
     done = proxy.start(*AT_ONCE, check=False)
@@ -570,7 +573,7 @@ def test_wrong_usage(proxy: Proxy, warm: WarmProxy, words: list[str], pattern: s
 
 
 def test_ipv6_disabled(road: Street, site: Website, proxy: Proxy) -> None:
-    """With ACME_ALPN_PROXY_DISABLEV6=y there is no rule for IPv6, and its visitors pass by."""
+    """With ACME_ALPN_PROXY_DISABLEV6=y there is no IPv6 rule, and IPv6 visitors are not steered."""
     proxy.env["ACME_ALPN_PROXY_DISABLEV6"] = "y"
     proxy.start(*AT_ONCE)
     assert [rule.split()[0] for rule in proxy.namespace.rules()] == ["ip", "ip"]
@@ -582,7 +585,7 @@ def test_ipv6_disabled(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_host_without_ipv6(road: Street, site: Website, proxy: Proxy) -> None:
-    """A host without any IPv6 is steered by IPv4 alone, and one line of the log says so."""
+    """On a host without any IPv6, only IPv4 is steered, and one line of the log says so."""
     proxy.namespace.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
     _said(proxy.start(*AT_ONCE))
     assert [rule.split()[0] for rule in proxy.namespace.rules()] == ["ip", "ip"]
@@ -611,8 +614,8 @@ def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: P
 
 
 def test_web_server_down(road: Street, proxy: Proxy) -> None:
-    """Without a web server C{start} refuses. If it goes down later a visitor is reset, as by a
-    closed port, and one line tells why."""
+    """Without a web server, C{start} refuses. If it goes down later, visitors are reset, as by a
+    closed port, and one line says why."""
     start = proxy.start(*AT_ONCE, "--fallback", "127.0.0.1:444", check=False)
     _refused(start, "nobody answers at 127.0.0.1:444, .*; start the web server", os.EX_CONFIG)
     with road.host.namespace.listen("127.0.0.1", 444):

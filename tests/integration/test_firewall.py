@@ -1,4 +1,4 @@
-"""Firewalls that know nothing of port 21443, and what the kernel really does under them."""
+"""Firewalls without a rule for port 21443, and what the kernel really does with them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _refused(road: Street, site: Website, proxy: Proxy, *words: str) -> None:
 
 
 def _steered_in_another_way(road: Street, site: Website, proxy: Proxy) -> None:
-    """By default another way is taken, which start tells with the reason."""
+    """By default another way is taken, and start gives the reason."""
     done = proxy.start(*QUICK)
     assert "Steering by nftables: not iptables, since visitors by IPv" in done.stderr
     assert _steered(road, site)
@@ -121,7 +121,7 @@ def _steered_in_another_way(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def _steered(road: Street, site: Website) -> bool:
-    """Whether visitors of both families, who all get the page, go through the proxy."""
+    """Whether visitors of both families, who all get the page, come through the proxy."""
     steered = set()
     for family in ("IPv4", "IPv6"):
         with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
@@ -147,8 +147,8 @@ def _lost(road: Street) -> bool:
 def test_iptables_dropping_by_default(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, suffix: str
 ) -> None:
-    """INPUT lets 443 in alone: start refuses, and rightly so, as a forced one shows, which lets go
-    by itself; with 21443 let in visitors are steered."""
+    """If INPUT accepts only 443, start refuses. A forced start shows that it must: it stops by
+    itself. With 21443 accepted, visitors are steered."""
     host = road.host.namespace
     _load_iptables(host, DEFAULT_DROP, tmp_path, suffix)
     _refused(road, site, proxy, "INPUT", "sk-lookup")
@@ -168,7 +168,7 @@ def test_iptables_dropping_by_default(
 def test_nftables_dropping(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, name: str
 ) -> None:
-    """Rules of nftables that drop what is redirected: start refuses, and rightly so."""
+    """If rules of nftables drop redirected packets, start refuses, and must."""
     _load_nft(road.host.namespace, DROPPING[name], tmp_path)
     _refused(road, site, proxy, "inet firewall")
     proxy.start("--force", *IPTABLES, *QUICK)
@@ -188,7 +188,7 @@ def test_nftables_passing(
 
 
 def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """Where :443 is exempt from tracking start refuses: forced, it would steer nobody."""
+    """If :443 is exempt from tracking, start refuses: if forced, it would steer no visitor."""
     _load_iptables(road.host.namespace, UNTRACKED, tmp_path)
     _refused(road, site, proxy, "exempt from connection tracking")
     proxy.start("--force", *IPTABLES, *QUICK)
@@ -212,8 +212,8 @@ def test_ufw(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
 
 
 def test_firewalld(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """Under firewalld that has https alone in its zone visitors are served, since it accepts what
-    was redirected; that 21443 itself is closed is no matter."""
+    """With firewalld and only https in its zone, visitors are served, since it accepts what was
+    redirected; that 21443 itself is closed does not matter."""
     firewalld = Firewalld(road.host.namespace, tmp_path)
     with firewalld.running():
         firewalld.run("--add-service", "https")

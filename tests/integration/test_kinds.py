@@ -1,6 +1,6 @@
-"""Every way to steer on every kind of host; and C{start} as nobody chooses, under load.
+"""Every way to steer on every kind of host; and C{start} with default options, under load.
 
-C{CYCLES=20} in the environment has it start and stop so often on each, instead of three times.
+With C{CYCLES=20} in the environment, it starts and stops so often on each, instead of three times.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_way(host: Host, kind: Kind, proxy: Proxy, way: str) -> None:
 
 
 def start_by_default(host: Host, kind: Kind, proxy: Proxy) -> None:
-    """Start without any option of steering; it says which way it takes if that is not the first."""
+    """Start without an option for steering; it says which way it takes if that is not the first."""
     done = proxy.start(*host.options)
     if kind.default == WAYS[0]:
         assert done.stderr == ""
@@ -99,7 +99,7 @@ def start_by_default(host: Host, kind: Kind, proxy: Proxy) -> None:
 def test_cycles_under_load(
     host: Host, kind: Kind, proxy: Proxy, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Start and stop, again and again: not one of the visitors who come all along fails."""
+    """Start and stop, again and again: no visitor fails."""
     with host.crowd() as crowd:
         for cycle in range(CYCLES):
             if way == BY_DEFAULT:
@@ -121,8 +121,8 @@ def test_cycles_under_load(
 
 @every_kind
 def test_killed(host: Host, kind: Kind, proxy: Proxy) -> None:
-    """SIGKILL of the proxy: visitors are served again within a second, and nothing is left. SIGKILL
-    of its guard, too: what is left ends by itself within 90 s, and stop removes it at once."""
+    """After SIGKILL of the proxy, visitors are served again within a second, and nothing is left.
+    If the guard is killed, too, what is left expires within 90 s, and stop removes it at once."""
     start_by_default(host, kind, proxy)
     assert host.steered()
     proxy.kill()

@@ -1,4 +1,4 @@
-"""The example of a way to steer of one's own, in an application that twistd runs."""
+"""The example of an operator's own way to steer, in an application that twistd runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ echo "$1" >>"$0.log"
 
 
 def test_own_redirect(road: Street, site: Website, tmp_path: Path) -> None:
-    """Visitors are steered by the application's own command, and no more when it has ended."""
+    """Visitors are steered by the application's own command, until the application has ended."""
     host = road.host.namespace
     log, command = tmp_path / "log", tmp_path / "steer"
     command.write_text(STEER)
@@ -47,7 +47,7 @@ def test_own_redirect(road: Street, site: Website, tmp_path: Path) -> None:
 
 
 def test_command_that_is_missing(road: Street, site: Website, tmp_path: Path) -> None:
-    """What the redirect refuses beforehand is one line, and nothing is steered."""
+    """A refusal of the redirect is one line, and no visitor is steered."""
     words = ("env", "STEER=/nowhere", TWISTD, "-ny", EXAMPLE, "--pidfile=")
     process = road.host.namespace.popen(*words, log=tmp_path / "log")
     try:

@@ -29,7 +29,7 @@ input()
 
 
 def test_stalled_downloads(road: Street, site: Website, proxy: Proxy) -> None:
-    """Visitors who stop reading hold little of the kernel's memory, which is the whole host's."""
+    """Visitors who stop reading hold little of the kernel's memory, which the whole host shares."""
     proxy.start(*AT_ONCE)
     with ExitStack() as stack:
         for _ in range(STALLED):

@@ -66,7 +66,7 @@ def refusal(proxy: Proxy, *options: str) -> tuple[int, str]:
 
 
 def test_table(road: Street, site: Website, proxy: Proxy) -> None:
-    """While it steers one table shows what it does; after the stop there is none."""
+    """While it steers, a table shows what it does; after the stop there is none."""
     start(proxy)
     shown = road.host.namespace.run("nft", "list", "ruleset").stdout
     assert "flags owner" in shown
@@ -81,7 +81,7 @@ def test_table(road: Street, site: Website, proxy: Proxy) -> None:
 def test_download_older_than_the_table(
     road: Street, site: Website, proxy: Proxy, family: str
 ) -> None:
-    """A download that began before the start arrives whole, by the web server alone."""
+    """A download that began before the start arrives whole, from the web server directly."""
     with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
         response = visit.ask("/slow/big")
         digest = hashlib.sha256(response.read(1024 * 1024))
@@ -215,7 +215,7 @@ class TestLastPacketOfAHandshake:
 
 @pytest.mark.parametrize("reverse_path_filter", [0, 1])
 def test_service_address_on_lo(tmp_path: Path, reverse_path_filter: int) -> None:
-    """Visitors who dial an address on lo are steered, with a strict reverse path filter too."""
+    """Visitors who dial an address on lo are steered, also with a strict reverse path filter."""
     with unnumbered_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         for interface in ("all", LINK):
             setting = f"net.ipv4.conf.{interface}.rp_filter={reverse_path_filter}"
@@ -274,8 +274,8 @@ def test_nobody_else_changes_it(road: Street, site: Website, proxy: Proxy) -> No
 
 
 def test_saved_rules(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """Rules saved while it steers are loaded again when it does not, and steer nobody. While it
-    steers they are refused as a whole, and the rules of the host stay as they are."""
+    """Rules that were saved while it steers do not steer when they are loaded later. While it
+    steers, loading them is refused as a whole, and the host's rules do not change."""
     host = road.host.namespace
     host.run("nft", "table inet filter { chain input { type filter hook input priority 0; }; }")
     saved = tmp_path / "saved"
@@ -342,8 +342,8 @@ def test_not_permitted(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_bridge(tmp_path: Path) -> None:
-    """Visitors over a bridge are not steered if its packets pass the firewall as the bridge's: it
-    refuses, for either family, and where one bridge alone is set so."""
+    """Visitors over a bridge are not steered if its packets pass the firewall while bridged: it
+    refuses, for either family, also if only one bridge has that setting."""
     with bridged_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         host = road.host.namespace
         proxy = Proxy(host, tmp_path)

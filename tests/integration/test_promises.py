@@ -1,4 +1,4 @@
-"""What docs/steering.md promises of all redirects, each a row of its table."""
+"""The promises of docs/steering.md about all redirects, each a row of its table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_killed_under_load(
     redirect: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Killed by SIGKILL it takes the connections in flight with it, and the next are served."""
+    """After SIGKILL the connections under way are cut, and new ones are served."""
     start(proxy, redirect)
     with visitors(site, road.visitor, road.host) as crowd:
         crowd.wait_for(20, steered=True)
@@ -102,7 +102,7 @@ def _served(site: Website, road: Street) -> bool:
 
 
 def test_guard(road: Street, site: Website, proxy: Proxy) -> None:
-    """The guard is small and in a session of its own, ignores SIGTERM, and holds nothing else."""
+    """The guard is small, in a session of its own, ignores SIGTERM, and holds nothing else."""
     start(proxy, "iptables")
     guard = proxy.guard
     assert os.getsid(guard) == guard
@@ -118,7 +118,7 @@ def test_guard(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
-    """If the guard is killed another takes over, and the stop is in order."""
+    """If the guard is killed, another one takes over, and the stop is in order."""
     start(proxy, "iptables")
     kill(proxy.guard)
     wait_until(lambda: "another one takes over" in proxy.log, "the proxy notices")
@@ -159,7 +159,7 @@ def _bans(host: Namespace, address: str) -> None:
 
 @pytest.mark.parametrize("redirect", ["nftables", "sk-lookup", DEFAULT])
 def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """A visitor who is banned from port 443 by INPUT stays so, except with iptables alone."""
+    """A visitor whom INPUT bans from port 443 stays banned, except with iptables."""
     for address in (road.visitor.ipv4, road.visitor.ipv6):
         _bans(road.host.namespace, address)
     start(proxy, redirect)
@@ -173,7 +173,7 @@ def test_ban_stays_a_ban(road: Street, site: Website, proxy: Proxy, redirect: st
 def test_listener_is_on_loopback_alone(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """Nobody outside reaches the listener by its own port, except with iptables."""
+    """No client outside reaches the listener on its own port, except with iptables."""
     start(proxy, redirect)
     for family in FAMILIES:
         assert not road.visitor.namespace.accepts(road.host.address(family), PORT)
@@ -196,8 +196,8 @@ def test_connection_tracking_stays_idle(
 
 @pytest.mark.parametrize("redirect", ["iptables", "nftables"])
 def test_two_published_containers(road: Street, tmp_path: Path, redirect: str) -> None:
-    """Where a container has :443, connections of before the start and steered ones at the stop go
-    on; and visitors of another container, by another port, are left alone all along."""
+    """If a container has :443, connections from before the start and connections steered at the
+    stop go on; visitors of another container, on another port, are never steered."""
     host = road.host.namespace
     proxy = Proxy(host, tmp_path)
     with (
@@ -233,7 +233,7 @@ def test_two_published_containers(road: Street, tmp_path: Path, redirect: str) -
 
 @all_redirects
 def test_forwarded_traffic(tmp_path: Path, redirect: str) -> None:
-    """What a neighbour sends through this host to another web server goes there, untouched."""
+    """What a neighbour sends through this host to another web server arrives there unchanged."""
     with (
         gateway() as way,
         website(way.host, tmp_path / "site-of-host"),
@@ -273,7 +273,7 @@ def test_two_network_namespaces(tmp_path: Path, redirect: str) -> None:
 
 @pytest.mark.parametrize("wipe", ["iptables -t nat -F", "nft flush ruleset"])
 def test_rules_wiped(road: Street, site: Website, proxy: Proxy, wipe: str) -> None:
-    """Rules that somebody wipes are back within five seconds, and that is logged."""
+    """Rules that another program removes are back within five seconds, and that is logged."""
     start(proxy, "iptables")
     before = sorted(road.host.namespace.rules())
     road.host.namespace.run(*wipe.split())
@@ -322,7 +322,7 @@ def test_rules_saved_and_restored(
 def test_own_connections_are_left_alone(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """What the host itself sends to its own :443 goes to the web server, by whatever address."""
+    """What the host itself sends to its own :443 goes to the web server, for every address."""
     start(proxy, redirect)
     _host_reaches_its_own_web_server(road, site)
     proxy.stop(wait=True)
@@ -342,7 +342,8 @@ def _host_reaches_its_own_web_server(road: Street, site: Website) -> None:
 def test_web_server_by_an_address_of_the_host(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """A fallback by the host's outer address is no loop: what the proxy dials is left alone."""
+    """A fallback at the host's outer address is no loop: the proxy's own connections are not
+    steered."""
     start(proxy, redirect, "-fallback", f"{road.host.ipv4}:443")
     for family in FAMILIES:
         with site.visit(road.visitor.namespace, road.host.address(family)) as visit:
@@ -375,7 +376,7 @@ def test_syn_cookies(road: Street, site: Website, proxy: Proxy, redirect: str) -
 
 @contextmanager
 def _another_program(namespace: Namespace, log: Path) -> Iterator[None]:
-    """Another sk_lookup program, which gives new connections to a listener that nobody serves."""
+    """Another sk_lookup program, which gives new connections to a listener that does not accept."""
     code = """if True:
         import socket, time
         from acme_alpn_proxy.host.processes import BlockingCommands

@@ -35,7 +35,7 @@ def _run(proxy: Proxy, *words: str) -> subprocess.CompletedProcess[str]:
 def _running(
     proxy: Proxy, *words: str, end: str = "exit 7"
 ) -> AbstractContextManager[subprocess.Popen[str]]:
-    """A C{run} whose command has begun, and ends as said when a line is written to it."""
+    """A C{run} whose command has begun; it ends as specified when a line is written to it."""
     process = subprocess.Popen(
         proxy.namespace.argv(
             proxy.program, *_words(proxy, *words, "--", "sh", "-c", f"echo ready; read line; {end}")
@@ -80,8 +80,8 @@ def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy
 
 
 def test_what_the_command_gets(proxy: Proxy) -> None:
-    """It has the caller's environment and descriptors, and is told where to answer the CA, also as
-    lego 5 reads it."""
+    """It has the caller's environment and descriptors, and variables that say where to answer the
+    CA, also the one that lego 5 reads."""
     proxy.env["MINE"] = "yes"
     done = _run(proxy, "-alpn", "[::1]:5001", "--", "env")
     assert done.returncode == 0
@@ -109,7 +109,7 @@ def test_no_command(proxy: Proxy, command: str, status: int, why: str) -> None:
 
 
 def test_command_ended_by_a_signal(proxy: Proxy) -> None:
-    """A command that a signal ends gives 128 and its number; the proxy has let go."""
+    """A command that a signal ends gives 128 and its number; the proxy has stopped steering."""
     assert _run(proxy, "--", "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
     _nothing_is_left(proxy)
 
@@ -137,7 +137,7 @@ def test_killed(proxy: Proxy) -> None:
 
 
 def test_proxy_killed(proxy: Proxy) -> None:
-    """If the proxy is killed meanwhile, C{run} says so when the command has ended."""
+    """If the proxy is killed in the meantime, C{run} says so when the command has ended."""
     with _running(proxy) as process:
         proxy.pid = int(proxy.pid_file.read_text())
         kill(proxy.guard)
@@ -151,7 +151,7 @@ def test_proxy_killed(proxy: Proxy) -> None:
 
 
 def test_running_already(road: Street, site: Website, proxy: Proxy) -> None:
-    """If an instance runs already the command is not run, unless told that it may share it."""
+    """If an instance already runs, the command is not run, except with --shared."""
     proxy.start(*AT_ONCE)
     done = _run(proxy, "--", "echo", "done")
     assert (done.returncode, done.stdout) == (75, "")
@@ -177,7 +177,8 @@ def test_cannot_start(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("wait", [(), ("--wait",)])
 def test_visitors_go_on(road: Street, site: Website, proxy: Proxy, wait: tuple[str, ...]) -> None:
-    """A visitor who is there when the command ends is served on; only with --wait C{run} waits."""
+    """A visitor who is there when the command ends is still served; C{run} waits only with
+    --wait."""
     with _running(proxy, *wait) as process, pidfd(process.pid) as descriptor:
         with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
             assert visit.get().steered

@@ -1,4 +1,4 @@
-"""C{status}: what it tells of instances that run, drain, were killed; and how little it loads."""
+"""C{status}: its output about instances that run, drain or were killed; and how little it loads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_not_running(proxy: Proxy) -> None:
 
 
 def test_running(road: Street, site: Website, proxy: Proxy) -> None:
-    """It tells of visitors, by route, and of the last validation."""
+    """It shows the visitors, by route, and the last validation."""
     proxy.start(*AT_ONCE)
     (path,) = _sockets(proxy)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -89,7 +89,7 @@ def test_running(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_unreachable(road: Street, proxy: Proxy) -> None:
-    """A validation that the ACME client was not there for is told as such."""
+    """A validation while no ACME client listened is shown as such."""
     proxy.start(*AT_ONCE)
     with road.visitor.namespace.connect(road.host.ipv4, 443) as prober:
         prober.sendall(ACME_HELLO)
@@ -101,7 +101,7 @@ def test_unreachable(road: Street, proxy: Proxy) -> None:
 
 
 def test_draining_beside_its_successor(road: Street, site: Website, proxy: Proxy) -> None:
-    """One that drains is told of too, and the next one, as soon as there is one."""
+    """A draining instance is shown, too, and so is the next one as soon as it exists."""
     proxy.start(*AT_ONCE)
     first = proxy.pid
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
@@ -118,7 +118,7 @@ def test_draining_beside_its_successor(road: Street, site: Website, proxy: Proxy
 
 
 def test_killed(proxy: Proxy) -> None:
-    """A killed instance is not told of, and the next start removes its socket."""
+    """A killed instance is not shown, and the next start removes its socket."""
     proxy.start(*AT_ONCE)
     kill(proxy.pid)
     assert _status(proxy, 3) == []
@@ -128,7 +128,7 @@ def test_killed(proxy: Proxy) -> None:
 
 
 def test_not_root(proxy: Proxy) -> None:
-    """Who is not root is told so."""
+    """Without root, it says so."""
     proxy.start(*AT_ONCE)
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     who_may_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
@@ -145,7 +145,7 @@ def test_not_root(proxy: Proxy) -> None:
 
 
 def test_watch(proxy: Proxy) -> None:
-    """With --watch it is told again every second, until interrupted."""
+    """With --watch, it is shown again every second, until interrupted."""
     process = subprocess.Popen(
         [proxy.program, "status", "--watch"],
         env={**os.environ, **proxy.env},
@@ -160,7 +160,7 @@ def test_watch(proxy: Proxy) -> None:
 
 
 def test_shared_run_has_its_target(proxy: Proxy) -> None:
-    """C{run --shared} tells the command where the running instance has its ACME client."""
+    """C{run --shared} gives the command the ACME target of the running instance."""
     proxy.start(*AT_ONCE, "-alpn", "tcp:host=127.0.0.1:port=5001")
     done = proxy.run("run", "--shared", "--", "sh", "-c", "echo $ACME_ALPN_PROXY_TARGET")
     assert done.stdout == "127.0.0.1:5001\n"

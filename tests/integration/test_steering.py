@@ -1,4 +1,4 @@
-"""Who is steered where, and what start and stop leave behind."""
+"""Who is steered where, and what start and stop leave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DNAT_RULESPEC = (
 
 
 def _long_acme_hellos() -> list[tuple[str, bytes]]:
-    """A real ACME hello from each client whose ML-KEM key share takes it into a second segment."""
+    """A real ACME hello of each client whose ML-KEM key share makes it longer than one segment."""
     found: dict[str, tuple[str, bytes]] = {}
     with CORPUS.open() as corpus:
         for line in corpus:
@@ -86,7 +86,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def test_forwarded_traffic_is_left_alone(tmp_path: Path) -> None:
-    """What a neighbour sends through this host to another web server goes there, untouched."""
+    """What a neighbour sends through this host to another web server arrives there unchanged."""
     with (
         gateway() as way,
         website(way.host, tmp_path / "site-of-host"),
@@ -168,7 +168,7 @@ def test_redirect_that_would_reach_nobody(tmp_path: Path) -> None:
 
 
 def test_rulespec_with_dnat_for_an_interface_without_address(tmp_path: Path) -> None:
-    """Where REDIRECT would reach nobody, a rulespec with DNAT steers everybody."""
+    """If REDIRECT leads nowhere, a rulespec with DNAT steers all visitors."""
     with unnumbered_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         proxy = Proxy(road.host.namespace, tmp_path, {"ACME_ALPN_PROXY_RULESPEC": DNAT_RULESPEC})
         proxy.start()

@@ -1,4 +1,4 @@
-"""The commands as a person sees them, who waits and reads; and what a script sees of the same."""
+"""The commands as a waiting person sees them on a terminal, and as a script sees them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_terminal(proxy: Proxy, *words: str | Path) -> OnTerminal:
 
 
 def open_files(pid: int) -> set[str]:
-    """What the descriptors of a process lead to."""
+    """Where the descriptors of a process lead to."""
     found = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):
@@ -55,7 +55,7 @@ def test_stop_counts_down(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_stop_finds_one_that_drains(road: Street, site: Website, proxy: Proxy) -> None:
-    """What was stopped before is known to C{stop}, and C{stop --wait} waits for it."""
+    """C{stop} shows instances that were stopped earlier, and C{stop --wait} waits for them."""
     proxy.start(*AT_ONCE)
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
@@ -92,7 +92,7 @@ def test_stop_waits_for_all(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_start_says_what_it_waits_for(proxy: Proxy) -> None:
-    """C{start} just after C{stop} waits until the other one gives its port back, and says so."""
+    """C{start} just after C{stop} waits until the other instance releases its port, and says so."""
     with (
         proxy.namespace.listen("127.0.0.1", PORT) as lingering,
         on_terminal(proxy, *proxy.start_words()) as screen,
@@ -106,7 +106,7 @@ def test_start_says_what_it_waits_for(proxy: Proxy) -> None:
 
 
 def test_run_gives_an_account(road: Street, site: Website, proxy: Proxy) -> None:
-    """C{run} ends with two lines: what it has steered for how long, and who asked."""
+    """C{run} ends with two lines: what it has steered for how long, and the validations."""
     words = ("run", *AT_ONCE, "--logfile", proxy.log_file, "--", "sh", "-c")
     with on_terminal(proxy, *words, "echo ready; read line; exit 7") as screen:
         screen.wait_for("ready")
@@ -131,7 +131,7 @@ def test_run_gives_an_account(road: Street, site: Website, proxy: Proxy) -> None
 
 
 def test_check_prints_as_it_goes(site: Website, proxy: Proxy) -> None:
-    """C{check --probe} says what it does just now, colours its verdicts, and ends with one line."""
+    """C{check --probe} shows its current step, colours its findings, and ends with one line."""
     words = ("check", "--probe", "--logfile", proxy.log_file)
     with on_terminal(proxy, *words) as screen:
         screen.wait_for("letting go of port 443")
@@ -158,15 +158,15 @@ def test_check_into_a_pipe(site: Website, proxy: Proxy) -> None:
 
 
 def test_nobody_reads(site: Website, proxy: Proxy) -> None:
-    """Output that nobody can read any more is no failure."""
+    """If the reader of the output has gone, that is no failure."""
     line = f"{{ {proxy.program} --version; {proxy.program} --help; }} | :"
     done = proxy.namespace.run("sh", "-c", line, env=proxy.env)
     assert done.stderr == ""
 
 
 def test_other_options(road: Street, site: Website, proxy: Proxy) -> None:
-    """C{start} with other options than those of the instance that runs says what differs and
-    fails; that one goes on. The same options in other words are the same."""
+    """If the running instance has other options, C{start} lists the differences and fails; the
+    instance goes on. The same options in another form are the same."""
     proxy.start(*AT_ONCE)
     for foreground in ((), ("-n",)):
         done = proxy.start(*AT_ONCE, "-alpn", "127.0.0.1:5001", *foreground, check=False)
@@ -199,7 +199,7 @@ def test_one_log(road: Street, site: Website, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_watch(proxy: Proxy, number: signal.Signals) -> None:
-    """C{status --watch} leaves the terminal as it was, with what it has shown last."""
+    """C{status --watch} leaves the terminal as it was, with the last text."""
     proxy.start(*AT_ONCE)
     with on_terminal(proxy, "status", "--watch") as screen:
         screen.wait_for("\x1b[32mrunning\x1b[m for ")

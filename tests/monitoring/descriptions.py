@@ -35,6 +35,6 @@ def daemon_status(about: ProxyStatus) -> DaemonStatus:
 
 
 def answer_of(about: ProxyStatus) -> InstanceStatus:
-    """What an instance answers of a proxy."""
+    """The answer of an instance with that proxy."""
     head = {"version": 1, "program": __version__, "pid": 7, "holders": 0, "options": dict(OPTIONS)}
     return {**head, **daemon_status(about)}  # type: ignore[typeddict-item]

@@ -25,7 +25,7 @@ from acme_alpn_proxy.proxy.routing import Route
 
 
 def lines(form: str, level: str = "info", stream: Any = None) -> list[str]:
-    """What is written of an event of each level, and of one without a level."""
+    """The output for an event of each level, and for one without a level."""
     output = stream if stream is not None else io.StringIO()
     environment = {}
     if stream is not None:
@@ -59,12 +59,12 @@ def test_text() -> None:
     ("level", "first"), [("debug", "debug"), ("info", "info"), ("warn", "warn"), ("error", "error")]
 )
 def test_level(level: str, first: str) -> None:
-    """What is below the level is left out."""
+    """Events below the level are not written."""
     assert f"#{first}]" in lines("text", level)[0]
 
 
 def test_json() -> None:
-    """JSON is one object a line, with the message and what it is made of."""
+    """JSON is one object on each line, with the message and its fields."""
     told = [json.loads(line) for line in lines("json")]
     route = {"message": f"Routed p by {ROUTE}", "peer": "p", "route": str(ROUTE)}
     assert {name: told[0][name] for name in route} == route
@@ -108,14 +108,14 @@ def test_reopen(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unmovable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the log is to be, in a folder in which this user may not move it aside."""
+    """The path of a log in a folder where this user may not rename it."""
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != str(tmp_path))
     return tmp_path / "log"
 
 
 def test_bound_where_it_cannot_be_moved(unmovable: Path) -> None:
-    """As a user who may not move it aside a full log keeps its newest half: it never takes more
-    than 10 MB, and the last 4.9 MB of lines are there at any time."""
+    """If the user may not rename it, a full log keeps its newest half: it never has more than 10
+    MB, and always has the last 4.9 MB of lines."""
     file = open_log_file(str(unmovable))
     sizes = set()
     for number in range(30_000):
@@ -163,7 +163,7 @@ def test_two_instances(unmovable: Path) -> None:
 
 
 def test_not_a_file(tmp_path: Path) -> None:
-    """A FIFO keeps nobody waiting: it is refused, as a folder is, and one that is not there."""
+    """A FIFO does not block: it is refused, and so are a folder and a missing folder."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with pytest.raises(StartError, match=r"^cannot write the log file .*; name another") as refused:
@@ -176,7 +176,7 @@ def test_not_a_file(tmp_path: Path) -> None:
 
 
 def test_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who may not write it is told to be root."""
+    """If the user may not write it, the remedy is to be root."""
 
     def refuse(*words: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")

@@ -54,7 +54,7 @@ class Endpoint:
 
 class MetricsTests(SynchronousTestCase):
     def page(self, about: ProxyStatus) -> list[str]:
-        """What Prometheus reads."""
+        """The page that Prometheus reads."""
         endpoint = Endpoint()
         service = MetricsService(Clock(), endpoint, "tcp:9", lambda: about)
         service.privilegedStartService()
@@ -83,7 +83,7 @@ class MetricsTests(SynchronousTestCase):
             self.assertIn(line, lines)
 
     def test_nothing_yet(self) -> None:
-        """Before there is anything to tell it is 0."""
+        """Before anything has happened, all numbers are 0."""
         lines = self.page(statistics().status("none", 0))
         self.assertIn("acme_alpn_proxy_running 0.0", lines)
         self.assertIn("acme_alpn_proxy_last_validation_timestamp_seconds 0.0", lines)
@@ -151,7 +151,8 @@ class MetricsTests(SynchronousTestCase):
             self.assertNotIn(b"acme_alpn_proxy_running", transport.value())
 
     def test_idle_connections(self) -> None:
-        """There are eight at a time, and each one ends after ten seconds, whatever it does."""
+        """There are at most eight connections at a time, and each ends after ten seconds in any
+        case."""
         factory, clock = self.serve()
         connected = [self.connect(factory) for _ in range(MOST_CONNECTIONS)]
         self.assertIsNone(self.connect(factory))
@@ -194,12 +195,13 @@ class MetricsTests(SynchronousTestCase):
     ],
 )
 def test_option(given: str, taken: str) -> None:
-    """A port alone is one of this host's loopback."""
+    """A port without a host is one of this host's loopback."""
     assert console("start", "--metrics", given)["metrics"] == taken
 
 
 def test_bad_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no endpoint is refused; so is any if prometheus_client is missing, with a remedy."""
+    """A text that is no endpoint is refused; without prometheus_client, every one is, with a
+    remedy."""
     assert "--metrics 'no': a port or a server endpoint" in refusal("start", "--metrics", "no")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refusal("start", "--metrics", "9443") == (

@@ -1,4 +1,4 @@
-"""Asking instances, and what is shown of them."""
+"""Asking instances, and the output about them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pidfile(tmp_path: Path) -> str:
 
 @contextmanager
 def answering(path: str, line: bytes) -> Iterator[None]:
-    """Somebody at C{path} who answers once."""
+    """A program at C{path} that answers once."""
     with socket.socket(socket.AF_UNIX) as listener:
         with short(path) as name:
             listener.bind(name)
@@ -81,8 +81,8 @@ def status_service(reactor: MemoryReactor, pidfile: str) -> StatusService:
 
 
 def test_service(pidfile: str, reactor: MemoryReactor) -> None:
-    """From start to shutdown there is a socket for its owner alone, beside the PID file; who
-    connects gets one line of JSON with the proxy's numbers."""
+    """From start to shutdown there is a socket next to the PID file, for its owner only; each
+    connection gets one line of JSON with the proxy's numbers."""
     service = status_service(reactor, pidfile)
     service.privilegedStartService()
     (listener,) = reactor.getReaders()
@@ -127,14 +127,15 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
 
 
 def test_left_half_made(pidfile: str, reactor: MemoryReactor) -> None:
-    """What a start that was killed has left half made is no hindrance."""
+    """Leftovers of a start that was killed halfway do no harm."""
     Path(f"{socket_path(pidfile, os.getpid())}.new").touch()
     status_service(reactor, pidfile).privilegedStartService()
     assert list(sockets(pidfile)) == [os.getpid()]
 
 
 def test_instances(pidfile: str) -> None:
-    """All that live are found, by PID; what killed ones have left is not, and can be removed."""
+    """All live instances are found, by PID; the sockets of killed ones are not, and can be
+    removed."""
     about = answer_of(describe())
     with answering(socket_path(pidfile, 20), json.dumps(about).encode() + b"\n"):
         with answering(socket_path(pidfile, 3), b""):
@@ -147,7 +148,7 @@ def test_instances(pidfile: str) -> None:
 
 
 def test_older_release(pidfile: str) -> None:
-    """One that an older release runs is understood: it does not tell its options."""
+    """The answer of an older release is understood, although it has no options."""
     about: Any = answer_of(describe())
     del about["options"], about["holders"]
     with answering(socket_path(pidfile, 20), json.dumps(about).encode() + b"\n"):
@@ -188,14 +189,13 @@ def without(name: str) -> bytes:
     ],
 )
 def test_silent(pidfile: str, line: bytes) -> None:
-    """One that runs but does not answer is told of; one that does not answer and runs no more is
-    not."""
+    """An instance that runs but does not answer is listed; one that has ended is not."""
     with answering(socket_path(pidfile, 20), line):
         assert instances(pidfile, 7) == [{"version": 1, "pid": 7, "state": SILENT}]
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    """Where there is no folder there is no instance."""
+    """Without the folder there is no instance."""
     assert instances(str(tmp_path / "no" / "proxy.pid"), None) == []
 
 
@@ -214,7 +214,7 @@ def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who may not remove a dead instance's socket leaves it."""
+    """If this user may not remove a dead instance's socket, it stays."""
     with answering(socket_path(pidfile, 20), b""):
         ask(socket_path(pidfile, 20))
 
@@ -227,8 +227,8 @@ def test_stale_that_may_not_be_removed(pidfile: str, monkeypatch: pytest.MonkeyP
 
 
 def test_holders() -> None:
-    """Told to leave, an instance stops when the last one that holds it is gone; unless it is told
-    to keep on meanwhile."""
+    """After C{leave}, an instance stops when the last command that holds it has ended, unless
+    C{keep} comes first."""
     story: list[str] = []
     holders = Holders(lambda: story.append("stop"), AlwaysSteers())
     holders.hold("one")
@@ -249,8 +249,8 @@ def test_holders() -> None:
 
 
 def test_requests(pidfile: str, reactor: MemoryReactor) -> None:
-    """A connection holds the instance from the word on until it is closed; a stranger's word is
-    answered by the end of the connection."""
+    """A connection holds the instance from its C{hold} until it is closed; an unknown word closes
+    the connection."""
     holders = Holders(lambda: None, AlwaysSteers())
     service = StatusService(reactor, pidfile, describe, holders, OPTIONS)
     service.privilegedStartService()

@@ -30,7 +30,7 @@ ACME_HELLO = hellos.openssl_hello(b"h2", ACME_TLS_1, server_name=b"site.example"
 
 
 def parse(*pieces: bytes) -> Verdict:
-    """The verdict after all pieces; who looks for the ACME name alone goes the same way."""
+    """The verdict after all pieces; a parser that looks only for the ACME name agrees with it."""
     parser, looking = ClientHelloParser(), ClientHelloParser(ACME_TLS_1)
     for piece in pieces:
         parser.feed(piece)
@@ -87,13 +87,13 @@ def test_corpus_contents() -> None:
 
 
 def test_openssl_hello() -> None:
-    """A hello by OpenSSL gives its ALPN list in order and its server name."""
+    """For a hello by OpenSSL, the parser returns its ALPN list in order and its server name."""
     assert parse(ACME_HELLO) == ClientHello((b"h2", b"acme-tls/1"), "site.example")
     assert parse(hellos.openssl_hello()) == ClientHello()
 
 
 def test_bytes_after_the_hello_are_left_alone() -> None:
-    """What follows the hello changes nothing, even beyond the cap, and is kept for the replay."""
+    """Bytes after the hello change nothing, even beyond the cap, and are kept for the replay."""
     verdict = parse(ACME_HELLO)
     assert parse(ACME_HELLO + b"\x14\x03\x03\x00\x01\x01") == verdict
     assert parse(ACME_HELLO, bytes(MAX_WIRE)) == verdict
@@ -114,13 +114,13 @@ def test_bytes_after_the_hello_are_left_alone() -> None:
     ],
 )
 def test_decided_at_once(data: bytes, reason: str) -> None:
-    """What cannot become a hello is decided at the first byte that says so."""
+    """Bytes that cannot become a hello are rejected at the first byte that shows it."""
     assert parse(data) == NotClientHello(reason)
     assert parse(data[:-1]) in (NEED_MORE, NotClientHello(reason))
 
 
 def test_looking_for_a_name() -> None:
-    """A hello is taken apart if the name occurs in it, wherever: what it says decides."""
+    """A hello is parsed in full if it contains the name anywhere; then its fields decide."""
     plain = hellos.openssl_hello(b"h2", server_name=b"site.example")
     assert ClientHelloParser(ACME_TLS_1).feed(plain) is OTHER
     assert ClientHelloParser(ACME_TLS_1).feed(plain + ACME_TLS_1) is OTHER
@@ -169,7 +169,7 @@ def test_malformed(handshake: bytes, reason: str) -> None:
 
 
 def test_every_length_field_wrong() -> None:
-    """No wrong two-byte value anywhere in a hello raises or claims what was not offered."""
+    """No wrong two-byte value anywhere in a hello raises, or adds a name that was not offered."""
     plain = bytearray(hellos.openssl_hello(b"h2", server_name=b"site.example"))
     for at in range(len(plain) - 1):
         for value in (b"\0\0", b"\0\x01", b"\xff\xff", b"\x40\x01"):
@@ -178,8 +178,8 @@ def test_every_length_field_wrong() -> None:
 
 
 def test_server_name_is_never_raw() -> None:
-    """Names of other types are passed over. What is not printable ASCII is escaped, so that a peer
-    writes no line or colour of his own into the log."""
+    """Names of other types are skipped. What is not printable ASCII is escaped, so that a peer
+    cannot write lines or colours of its own into the log."""
     names = b"\x07" + hellos.vector(2, b"x") + b"\0" + hellos.vector(2, b"caf\xe9\r\n\x1b[31m\x7f")
     hello = hellos.message(hellos.extension(0, hellos.vector(2, names)))
     assert parse(hellos.records(hello)) == ClientHello((), r"caf\xe9\r\n\x1b[31m\x7f")
@@ -204,7 +204,7 @@ def test_largest_message() -> None:
 
 
 def test_too_much_on_the_wire() -> None:
-    """Over 131,072 bytes without a whole message the answer is no, exactly there."""
+    """After 131,072 bytes without a whole message the answer is no, and not earlier."""
     data = hellos.records(hellos.padded_message(MAX_MESSAGE), 1)
     assert parse(data[: MAX_WIRE - 1]) == NEED_MORE
     no = NotClientHello("no whole message in 131072 bytes")
@@ -213,7 +213,7 @@ def test_too_much_on_the_wire() -> None:
 
 
 def test_hello_that_ends_at_the_cap() -> None:
-    """A hello whose last byte is the last one allowed is taken; one byte later is too late."""
+    """A hello whose last byte is the last one allowed is accepted; one byte later is too late."""
     handshake = hellos.padded_message(65_533)
     data = hellos.records(handshake[:13_103], 1) + hellos.records(handshake[13_103:])
     assert len(data) == MAX_WIRE
@@ -302,7 +302,7 @@ def test_alpn_round_trip(names: list[bytes], size: int) -> None:
 
 @given(st.binary(min_size=1, max_size=400))
 def test_decision_never_changes(data: bytes) -> None:
-    """Once there is a verdict, more bytes leave it as it is."""
+    """Once there is a verdict, more bytes do not change it."""
     parser = ClientHelloParser()
     decided: Verdict = NEED_MORE
     for at in range(len(data)):

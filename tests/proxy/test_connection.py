@@ -78,7 +78,7 @@ def unreached() -> None:
 
 
 class ConnectionTests(TestCase):
-    """One proxy on a loopback port, with a responder and a web server behind it."""
+    """A proxy on a loopback port, with a responder and a web server as its targets."""
 
     timeout = 60
     network: Callable[[Any], INetwork] = LeanNetwork
@@ -147,7 +147,8 @@ class RouteTests(ConnectionTests):
 
     @in_thread
     def test_acme(self) -> None:
-        """A hello that offers acme-tls/1 reaches the responder byte for byte, with what follows."""
+        """A hello that offers acme-tls/1 reaches the responder byte for byte, with all bytes after
+        it."""
         sent = ACME_HELLO + b"and more"
         with self.visit(sent), self.responder.accept() as responder:
             self.assertEqual(read_exactly(responder, len(sent)), sent)
@@ -167,7 +168,7 @@ class RouteTests(ConnectionTests):
 
     @in_thread
     def test_not_tls(self) -> None:
-        """What is not TLS reaches the web server at once, which knows best what to answer."""
+        """Bytes that are not TLS go to the web server at once, which knows best how to answer."""
         visitor, server = self.connect(b"GET / HTTP/1.0\r\n\r\n")
         visitor.close()
         server.close()
@@ -209,7 +210,7 @@ class RouteTests(ConnectionTests):
 
     @in_thread
     def test_end_before_the_hello(self) -> None:
-        """An end-of-file before the verdict goes to the web server at once, behind the bytes."""
+        """An end-of-file before the verdict goes to the web server at once, after the bytes."""
         for sent in (b"", WEB_HELLO[:50]):
             with self.visit(sent) as visitor:
                 visitor.shutdown(socket.SHUT_WR)
@@ -247,7 +248,7 @@ class EndTests(ConnectionTests):
 
     @in_thread
     def test_visitor_half_closes(self) -> None:
-        """A visitor's FIN reaches the web server, whose answer still comes through."""
+        """A visitor's FIN reaches the web server, and its answer still comes through."""
         visitor, server = self.connect()
         with visitor, server:
             visitor.shutdown(socket.SHUT_WR)
@@ -258,7 +259,7 @@ class EndTests(ConnectionTests):
 
     @in_thread
     def test_server_half_closes(self) -> None:
-        """The web server's FIN reaches the visitor, who can still send."""
+        """The web server's FIN reaches the visitor, and the visitor can still send."""
         visitor, server = self.connect()
         with visitor, server:
             server.shutdown(socket.SHUT_WR)
@@ -301,7 +302,7 @@ class EndTests(ConnectionTests):
 
     @in_thread
     def test_reset_under_back_pressure(self) -> None:
-        """A reset is passed on at once even while the side that sends it is not being read."""
+        """A reset is passed on at once, even while the side that sends it is not read."""
         visitor, server = self.connect()
         with server:
             fill(visitor)
@@ -358,8 +359,8 @@ def fill(connection: socket.socket) -> int:
 
 
 def queued(connection: socket.socket) -> tuple[int, int]:
-    """Bytes of the kernel's memory for what was received and not read, and for what is to be sent
-    (SO_MEMINFO, <linux/sock_diag.h>)."""
+    """Bytes of kernel memory for data received and not read, and for data to be sent (SO_MEMINFO,
+    <linux/sock_diag.h>)."""
     received, _, _, _, _, to_send = struct.unpack(
         "6I", connection.getsockopt(socket.SOL_SOCKET, 55, 24)
     )
@@ -384,7 +385,8 @@ class BulkTests(ConnectionTests):
 
     @in_thread
     def test_back_pressure(self) -> None:
-        """What nobody takes is not read: memory stays bounded, and nothing is lost after."""
+        """Bytes that a side does not take are not read from the other: memory stays bounded, and
+        nothing is lost."""
         visitor, server = self.connect()
         with visitor, server:
             for sender, receiver in ((visitor, server), (server, visitor)):
@@ -398,8 +400,8 @@ class BulkTests(ConnectionTests):
 
     @in_thread
     def test_visitor_that_stops_reading(self) -> None:
-        """A visitor that stops reading does not fill the host's memory for TCP: of what the web
-        server sends, less than a megabyte waits in the proxy's sockets."""
+        """A visitor that stops reading does not fill the host's memory for TCP: less than a
+        megabyte from the web server waits in the proxy's sockets."""
         visitor, server = self.connect()
         with visitor, server:
             fill(server)
@@ -506,7 +508,8 @@ class TargetTests(ConnectionTests):
 
     @inlineCallbacks
     def test_visitor_leaves_meanwhile(self) -> Any:
-        """A visitor who leaves while the target is being connected is let go of, without a line."""
+        """If a visitor leaves while the target is being connected, the connection ends, without a
+        log line."""
         self.connect_timeout = 30.0
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             waiting = []
@@ -598,8 +601,8 @@ class TwistedEndTests(EndTests):
 
     @inlineCallbacks
     def test_reset_told_as_an_end(self) -> Any:
-        """A reset that the kernel is in the middle of, which the reactor takes for an end-of-file,
-        reaches the visitor as a reset."""
+        """A reset that the kernel is just processing, and that the reactor takes for an
+        end-of-file, reaches the visitor as a reset."""
         visitor, server = yield deferToThread(self.connect)
         with visitor:
             (connection,) = self.factory.live._live

@@ -29,7 +29,7 @@ LONGEST = ".".join(["a" * 63, "b" * 63, "c" * 63, "d" * 61])
     ],
 )
 def test_one_spelling(text: str, identifier: str) -> None:
-    """However an identifier is written, it is kept as a CA writes it."""
+    """Every spelling of an identifier becomes the one that a CA uses."""
     assert parse_identifier(text) == identifier
 
 
@@ -54,7 +54,7 @@ def test_one_spelling(text: str, identifier: str) -> None:
     ],
 )
 def test_refused(text: str, why: str) -> None:
-    """What no CA validates by TLS-ALPN-01 is refused, with the reason."""
+    """Identifiers that no CA validates with TLS-ALPN-01 are refused, with the reason."""
     with pytest.raises(BadIdentifier, match=why):
         parse_identifier(text)
 
@@ -75,7 +75,7 @@ def test_refused(text: str, why: str) -> None:
     ],
 )
 def test_asked_for(name: str | None, identifier: str | None) -> None:
-    """A CA asks for a name by that name, and for an address by its reverse name (RFC 8738)."""
+    """A CA asks for a name with that name, and for an address with its reverse name (RFC 8738)."""
     assert identifier_asked_for(name) == identifier
 
 
@@ -88,6 +88,6 @@ def test_every_address_comes_back(address: object) -> None:
 
 @given(st.text(max_size=300))
 def test_nothing_raises(text: str) -> None:
-    """Whatever a peer sends as a server name, it is an identifier or it is none."""
+    """Every server name that a peer may send is either an identifier or none."""
     identifier = identifier_asked_for(text)
     assert identifier is None or parse_identifier(identifier) == identifier

@@ -1,4 +1,4 @@
-"""How much is taken at a time: connections, half hellos, silence; and what then happens."""
+"""Limits on connections, half hellos and silence, and what happens when they are reached."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WEB = Route("fallback", "web")
 
 @implementer(ITarget)
 class Target:
-    """Connects transports in memory, at once unless told to wait."""
+    """Connects transports in memory, at once unless it is set to wait."""
 
     def __init__(self) -> None:
         self.transports: list[Any] = []
@@ -87,7 +87,8 @@ class HalfHelloTests(MemoryCase):
         self.assertEqual(self.factory.hellos.oldest(), second)
 
     def test_what_is_no_longer_held(self) -> None:
-        """Whole hellos, lost visitors and those whose time is over count no more."""
+        """Whole hellos, visitors that have left and those past their deadline do not count any
+        more."""
         whole, lost, late = (self.visit() for _ in range(3))
         for visitor in (whole, lost, late):
             visitor.dataReceived(WEB_HELLO[:200])
@@ -116,7 +117,7 @@ class IdleTests(MemoryCase):
         self.assertTrue(self.target.transports[1].disconnected)
 
     def test_slow_receiver(self) -> None:
-        """One whose bytes are still being taken is not idle."""
+        """A connection whose bytes are still being taken is not idle."""
         visitor = self.visit()
         visitor.dataReceived(WEB_HELLO)
         for _ in range(IDLE_LOOKS + 1):
@@ -210,7 +211,7 @@ class OptionsTests(SynchronousTestCase):
         self.assertEqual((options["max-connections"], options["idle-timeout"]), (100, 60.0))
 
     def test_not_a_number(self) -> None:
-        """What is no number is refused, and the message names the option."""
+        """A value that is not a number is refused, and the message names the option."""
         for word in ("-1", "many", "1.5", ""):
             with self.assertRaisesRegex(UsageError, "--max-connections"):
                 ProxyOptions().parseOptions(["--max-connections", word])
@@ -231,8 +232,8 @@ class Port:
 
 class ServiceTests(ServiceCase):
     def test_max_connections(self) -> None:
-        """With three times as many connections as visitors are allowed, two thirds of which wait or
-        have not said what they want, the listener pauses until one leaves."""
+        """With three times as many connections as visitors are allowed, two thirds of them waiting
+        or without a whole hello, the listener pauses until one leaves."""
         port = Port()
         self.proxy = self.make_proxy(max_connections=2)
         self.proxy.startService()
@@ -338,13 +339,14 @@ class ExhaustionTests(SynchronousTestCase):
         return int(self.process.stdout.readline())
 
     def rests(self) -> bool:
-        """Whether its reactor turns a few times a second: what waits is tried again, but seldom."""
+        """Whether its reactor turns a few times a second: what waits is tried again, but not
+        often."""
         before = self.turns()
         time.sleep(0.5)
         return self.turns() < before + 50
 
     def serve_all(self, visitors: list[socket.socket], hello: bytes = WEB_HELLO) -> None:
-        """Answer them in the order in which they come; who has had the answer leaves."""
+        """Answer connections in the order of their arrival; each leaves after its answer."""
         waiting = {visitor.fileno(): visitor for visitor in visitors}
         poll = select.poll()
         poll.register(self.website, select.POLLIN)
@@ -388,7 +390,7 @@ class ExhaustionTests(SynchronousTestCase):
         self.flood()
 
     def test_silence(self) -> None:
-        """A flood of silence and half hellos over the limit keeps nobody waiting for long."""
+        """A flood of silence and half hellos over the limit delays no visitor for long."""
         self.start("--hello-timeout", "0.5")
         silent = [self.visit(b"" if n % 2 else WEB_HELLO[:50]) for n in range(150)]
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The listening sockets, and the limits on what they bring."""
+"""The listening sockets, and the limits on their connections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..service_case import ServiceCase
 
 class ListeningSocketTests(SynchronousTestCase):
     def test_both_families(self) -> None:
-        """The wildcard takes IPv4 and IPv6, and does not block."""
+        """The wildcard accepts IPv4 and IPv6, and does not block."""
         with listening_socket("::", 0) as listener:
             port = listener.getsockname()[1]
             self.assertFalse(listener.getblocking())
@@ -36,7 +36,7 @@ class ListeningSocketTests(SynchronousTestCase):
                 socket.create_connection((host, port)).close()
 
     def test_no_ipv6(self) -> None:
-        """Where the kernel has no IPv6 it listens on IPv4 alone."""
+        """If the kernel has no IPv6, it listens on IPv4 only."""
         real = socket.socket
 
         def make(family: int = socket.AF_INET, *rest: Any) -> socket.socket:
@@ -77,7 +77,7 @@ class PortTests(ServiceCase):
         self.told("claim PID file", "release PID file")
 
     def test_port_of_another_user(self) -> None:
-        """A port that another user's program has is not waited for: that is no instance."""
+        """A port that another user's program has is not waited for: that is not an instance."""
         pauses: list[float] = []
 
         class Commands(BlockingCommands):
@@ -97,7 +97,8 @@ class PortTests(ServiceCase):
         self.assertEqual(pauses, [])
 
     def test_port_of_a_connection(self) -> None:
-        """A port that an outgoing connection has is told as such, with how to keep it free."""
+        """If an outgoing connection uses the port, the error says so, and how to keep the port
+        free."""
         found = TCPSocket(socket.AF_INET, 1, ("192.0.2.1", 7), ("192.0.2.9", 443), 0, 7)
         sockets = {LISTENING: [], ESTABLISHED: [found]}
         self.patch(tcpsockets, "tcp_sockets", lambda *states: sockets[states[0]])
@@ -108,7 +109,8 @@ class PortTests(ServiceCase):
         )
 
     def test_port_becomes_free(self) -> None:
-        """A port that its last owner gives up meanwhile is taken, and only then is it steered."""
+        """A port that its last owner releases during the wait is taken; steering starts only
+        then."""
         owner = listening_socket("127.0.0.1", self.port)
         story = self.story
 
@@ -133,7 +135,7 @@ class PortTests(ServiceCase):
             self.make_proxy().startService()
 
     def test_queue(self) -> None:
-        """Who waits to be accepted when the listener closes is accepted."""
+        """Connections that wait to be accepted when the listener closes are accepted."""
         self.proxy.startService()
         waiting = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(3)]
         stopped = self.proxy.stopService()
@@ -147,15 +149,15 @@ class PortTests(ServiceCase):
 
 class LimitsTests(SynchronousTestCase):
     def test_of_open_files(self) -> None:
-        """Of the open files that are left, a quarter are visitors' and as many their targets'; half
-        are for connections that wait, or have not said what they want."""
+        """Of the open files that are left, a quarter are for visitors and as many for their
+        targets; half are for connections that wait, or have no whole hello yet."""
         self.assertEqual(limits_of(256), Limits(connections=160, visitors=53))
         self.assertEqual(limits_of(16_384), Limits(2_048 + 7_147, 7_147))
         self.assertEqual(limits_of(20), Limits(connections=2, visitors=1))
 
     def test_highest(self) -> None:
-        """The limit on open files is raised as far as it goes; the operator's number of connections
-        is taken as it is."""
+        """The limit on open files is raised as far as possible; the operator's number of
+        connections is used as it is."""
         limits = {resource.RLIMIT_NOFILE: (256, 1_024)}
         self.patch(resource, "getrlimit", limits.__getitem__)
         self.patch(resource, "setrlimit", limits.__setitem__)

@@ -40,7 +40,7 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_last_one_ends(self) -> None:
-        """The wait is over when the last connection has ended, and nobody is reset later."""
+        """The wait is over when the last connection has ended, and no connection is reset later."""
         one, other = self.enter(), self.enter()
         self.assertEqual(len(self.live), 2)
         drained = self.live.drained(self.clock, 180)
@@ -51,7 +51,8 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_deadline(self) -> None:
-        """At the deadline what is left is reset; the wait is over when it has ended by that."""
+        """At the deadline, the remaining connections are reset; the wait is over when they have
+        ended."""
         connection = self.enter()
         drained = self.live.drained(self.clock, 180)
         self.clock.advance(179)
@@ -63,7 +64,7 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.successResultOf(drained)
 
     def test_several_wait(self) -> None:
-        """Everybody who waits is told."""
+        """All waiters are notified."""
         connection = self.enter()
         waits = [self.live.drained(self.clock, 180), self.live.drained(self.clock, 60)]
         self.live.leave(connection)
@@ -72,7 +73,7 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_leaving_twice(self) -> None:
-        """Leaving twice is no matter, and tells nobody twice."""
+        """A second leave is harmless, and notifies nobody twice."""
         connection = self.enter()
         drained = self.live.drained(self.clock, 180)
         self.live.leave(connection)
@@ -96,7 +97,7 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.assertEqual(len(live), 0)
 
     def test_bound(self) -> None:
-        """It tells when it is full and when there is room again, each time once."""
+        """It reports when it is full and when there is room again, each time once."""
         story: list[str] = []
         self.live.leave(self.enter())
         self.live.bound(2, lambda: story.append("full"), lambda: story.append("room"))
@@ -110,5 +111,5 @@ class LiveConnectionsTests(SynchronousTestCase):
         self.assertEqual(list(self.live), [one])
 
     def test_left_before(self) -> None:
-        """Leaving an empty set is no matter."""
+        """Leaving an empty set is harmless."""
         self.live.leave(Connection())

@@ -1,4 +1,4 @@
-"""One connection in memory: what is decided when, what is written where, what is logged."""
+"""One connection in memory: when it is decided, what is written where, and what is logged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WEB = Route("fallback", "127.0.0.1:443")
 
 
 class Transport(StringTransport):
-    """Takes notes of how it was ended and tuned."""
+    """Records how it was ended and tuned."""
 
     producer: Any
 
@@ -142,13 +142,13 @@ class ProxyCase(SynchronousTestCase):
 
     @property
     def lines(self) -> list[tuple[LogLevel, str]]:
-        """What was logged."""
+        """The log events."""
         return [(event["log_level"], formatEvent(event)) for event in self.events]
 
 
 class InterfaceTests(ProxyCase):
     def test_interfaces(self) -> None:
-        """Both sides hear of half-closes, and whatever else the parts claim to be they are."""
+        """Both sides are informed of half-closes, and all parts implement their interfaces."""
         verifyObject(IProtocolFactory, self.factory)
         verifyObject(IHalfCloseableProtocol, self.server)
         client, back = self.relay()
@@ -200,7 +200,7 @@ class DecisionTests(ProxyCase):
         self.assertEqual(len(self.dialled), 1)
 
     def test_deadline(self) -> None:
-        """Half a hello waits for the rest until the deadline; then it is the web server's."""
+        """Half a hello waits for the rest until the deadline; then it goes to the web server."""
         self.server.dataReceived(ACME_HELLO[:-1])
         self.reactor.advance(4.9)
         self.assertEqual(self.dialled, [])
@@ -229,7 +229,7 @@ class DecisionTests(ProxyCase):
 
 
 class LineTests(ProxyCase):
-    """What the log says."""
+    """The lines of the log."""
 
     def routed(self, hello: bytes, peer: Any = None) -> tuple[LogLevel, str]:
         server, _ = self.visit(peer)
@@ -250,7 +250,7 @@ class LineTests(ProxyCase):
         )
 
     def test_visitor(self) -> None:
-        """A visitor is no line: a busy site would fill a disk."""
+        """A visitor makes no log line: a busy site would fill a disk."""
         self.server.dataReceived(b"GET / HTTP/1.0\r\n\r\n")
         self.assertEqual(self.lines, [])
 
@@ -267,7 +267,7 @@ class LineTests(ProxyCase):
         )
 
     def test_peers(self) -> None:
-        """IPv6 addresses are in brackets; IPv4 by the dual-stack listener is shown as IPv4."""
+        """IPv6 addresses are in brackets; IPv4 at the dual-stack listener is shown as IPv4."""
         for host, shown in (
             ("2001:db8::7", "[2001:db8::7]:9"),
             ("::ffff:192.0.2.7", "192.0.2.7:9"),
@@ -277,7 +277,7 @@ class LineTests(ProxyCase):
 
 
 class CountTests(ProxyCase):
-    """What is counted of a connection, and when."""
+    """What is counted for a connection, and when."""
 
     def test_visitor(self) -> None:
         """Bytes each way count, the hello too, once both ends are gone."""
@@ -294,7 +294,7 @@ class CountTests(ProxyCase):
         self.assertEqual(numbers.bytes_to_visitors, len(b"the answer"))
 
     def test_reasons(self) -> None:
-        """Whoever sends no whole hello counts by what ended the wait for it."""
+        """A visitor without a whole hello counts by the reason that ended the wait for it."""
         reasons = self.factory.statistics.reasons
         self.assertEqual(
             list(reasons), ["no_acme_alpn", "not_tls", "deadline", "end_of_file", "crowded"]
@@ -310,7 +310,7 @@ class CountTests(ProxyCase):
         self.assertEqual(reasons["crowded"], 1)
 
     def test_gone_undecided(self) -> None:
-        """Who leaves without a hello counts nowhere."""
+        """A visitor who leaves without a hello is not counted."""
         self.server.connectionLost(Failure(CONNECTION_LOST))
         self.assertEqual(self.factory.statistics.fallback.total, 0)
 
@@ -350,7 +350,7 @@ class UnreachableTests(ProxyCase):
         self.assert_unreachable("An error occurred while connecting: refused.")
 
     def test_no_answer(self) -> None:
-        """A target that does not answer in time; it is no longer being connected then."""
+        """A target does not answer in time; then the connection attempt ends."""
         self.reactor.advance(9.9)
         self.assertEqual(self.front.story, [])
         self.reactor.advance(0.1)
@@ -358,7 +358,8 @@ class UnreachableTests(ProxyCase):
         self.assertTrue(self.reactor.connectors[-1].stoppedConnecting)
 
     def test_visitor_leaves(self) -> None:
-        """A visitor who leaves meanwhile: the target is let go of, and there is no line."""
+        """A visitor leaves in the meantime: the target's connection is closed, without a log
+        line."""
         self.server.connectionLost(Failure(CONNECTION_DONE))
         self.assertTrue(self.reactor.connectors[-1].stoppedConnecting)
         self.assertEqual(self.lines, [])
@@ -368,21 +369,21 @@ class UnreachableTests(ProxyCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_visitor_hangs_up(self) -> None:
-        """A visitor's reset is noticed meanwhile."""
+        """A visitor's reset is noticed in the meantime."""
         self.watch.watched[self.front]()
         self.assertEqual(self.front.story, ["reset"])
 
     def test_aborted(self) -> None:
-        """A connection that is aborted meanwhile resets the visitor."""
+        """A connection that is aborted in the meantime resets the visitor."""
         self.factory.live.abort_all()
         self.assertEqual(self.front.story, ["reset"])
 
 
 class LiveTests(ProxyCase):
-    """Who is in the live set."""
+    """The members of the live set."""
 
     def test_undecided(self) -> None:
-        """An undecided visitor who leaves is out, and its deadline is off."""
+        """An undecided visitor who leaves is removed, with its deadline."""
         self.assertEqual(len(self.factory.live), 1)
         self.server.connectionLost(Failure(CONNECTION_DONE))
         self.assertEqual(len(self.factory.live), 0)
@@ -413,13 +414,13 @@ class RelayTests(ProxyCase):
         self.client, self.back = self.relay()
 
     def test_bytes(self) -> None:
-        """What one side sends the other gets."""
+        """The bytes of one side reach the other."""
         self.server.dataReceived(b"question")
         self.client.dataReceived(b"answer")
         self.assertEqual((self.back.value(), self.front.value()), (b"question", b"answer"))
 
     def test_back_pressure(self) -> None:
-        """What one side cannot take is not read from the other, which is watched meanwhile."""
+        """Bytes that one side cannot take are not read from the other, which is watched instead."""
         self.back.producer.pauseProducing()
         self.assertEqual(self.front.producerState, "paused")
         self.assertEqual(list(self.watch.watched), [self.front])
@@ -447,13 +448,14 @@ class RelayTests(ProxyCase):
         self.assertEqual(self.back.story, [])
 
     def test_hung_up(self) -> None:
-        """A reset by a side that is not read resets both."""
+        """A reset from a side that is not read resets both."""
         self.back.producer.pauseProducing()
         self.watch.watched[self.front]()
         self.assertEqual((self.front.story, self.back.story), (["reset"], ["reset"]))
 
     def test_hung_up_when_it_was_over(self) -> None:
-        """A reset by a side that waits for its last bytes to go out is no matter for the other."""
+        """A reset from a side that waits only for its last bytes to be sent does not affect the
+        other."""
         self.server.readConnectionLost()
         hung_up = self.watch.watched[self.front]
         self.client.readConnectionLost()

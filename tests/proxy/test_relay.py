@@ -1,4 +1,4 @@
-"""What real sockets do not show of the relay over transports of any kind."""
+"""Properties of the relay for all transports that real sockets do not show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TransportRelayTests(SynchronousTestCase):
         self.assertTrue(back.disconnected)
 
     def test_told_twice(self) -> None:
-        """A reset that is seen when the relay has ended is no matter."""
+        """A reset noticed after the relay has ended does no harm."""
         front, back = StringTransport(), StringTransport()
         made = TransportRelay(front, back, NoHangupWatch())
         made.abort()
@@ -27,7 +27,8 @@ class TransportRelayTests(SynchronousTestCase):
         self.assertTrue(back.disconnected)
 
     def test_sent_ahead(self) -> None:
-        """What the target has been sent already is not sent again, and counts as passed on."""
+        """Bytes that the target has already been sent are not sent again, and count as passed
+        on."""
         front, back = StringTransport(), StringTransport()
         made = TransportRelay(front, back, NoHangupWatch())
         made.start(b"hello", 3)

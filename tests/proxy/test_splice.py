@@ -32,7 +32,7 @@ from ..transports.transport_case import TransportCase
 
 @implementer(IHalfCloseableProtocol)
 class End(Protocol):
-    """Passes what it is told to the relay."""
+    """Passes all events to the relay."""
 
     transport: Any
     relay: Any = None
@@ -77,7 +77,7 @@ class SpliceRelayTests(TransportCase):
         return os.splice(source, sink, count, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
 
     def fill(self, sender: socket.socket, content: bytes = bytes(1_000_000)) -> bytes:
-        """Send until nothing is taken though the poller turns; what was sent."""
+        """Send until nothing is taken although the poller turns; returns the bytes sent."""
         sender.setblocking(False)
         sent = b""
         while select.select([], [sender], [], 0.05)[1] or not self.is_quiet():
@@ -107,14 +107,14 @@ class SpliceRelayTests(TransportCase):
         return data
 
     def test_interfaces(self) -> None:
-        """Over two lean transports it is the one by splice."""
+        """For two lean transports, it is the relay with splice."""
         self.assertIsInstance(self.relay, SpliceRelay)
         verifyObject(IRelay, self.relay)
         self.fill(self.visitor)
         verifyObject(IPushProducer, self.back.transport.producer)
 
     def test_other_transports(self) -> None:
-        """Over any other pair it is the one by bytes."""
+        """For any other pair, it is the relay that copies bytes."""
         for front, back in (
             (self.front.transport, StringTransport()),
             (StringTransport(), self.back.transport),
@@ -123,7 +123,7 @@ class SpliceRelayTests(TransportCase):
             self.assertIs(type(made), TransportRelay)
 
     def test_sent_ahead(self) -> None:
-        """What the target has been sent already is not sent again."""
+        """Bytes that the target has already been sent are not sent again."""
         made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipe)
         made.start(b"hello", 3)
         self.assertEqual(self.server.recv(5), b"lo")
@@ -156,8 +156,8 @@ class SpliceRelayTests(TransportCase):
         self.turn_all()
 
     def test_bulk(self) -> None:
-        """What comes fast goes by the pipe, which is empty and free for others while a receiver is
-        slow: a little waits for it instead. Nothing is lost."""
+        """Fast data moves through the pipe, which is empty and free for others while a receiver is
+        slow: a little waits outside it. Nothing is lost."""
         sent = self.fill(self.visitor, os.urandom(1_000_000))
         self.assertGreater(self.moves, 0)
         self.assertFalse(self.pipe.lent)
@@ -191,7 +191,7 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.moves, moves)
 
     def test_end_behind_the_bulk(self) -> None:
-        """A FIN comes behind the bytes in the pipe, and the other direction goes on."""
+        """A FIN follows the bytes in the pipe, and the other direction goes on."""
         sent = self.fill(self.visitor)
         self.visitor.shutdown(socket.SHUT_WR)
         self.turn_all()
@@ -207,7 +207,7 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.visitor.recv(1), b"")
 
     def test_end_with_the_last_bytes(self) -> None:
-        """A FIN that comes right behind bytes leaves with them, as it came, in one segment."""
+        """A FIN right after bytes leaves with them, as it came, in one segment."""
         for sender, receiver in ((self.server, self.visitor), (self.visitor, self.server)):
             before = segments_in(receiver)
             sender.sendall(b"the end")
@@ -237,7 +237,7 @@ class SpliceRelayTests(TransportCase):
         self.assertNotIn(address, map(id, relays))
 
     def test_nothing_there(self) -> None:
-        """A splice that finds nothing gives the pipe back."""
+        """A splice that finds nothing returns the pipe."""
         self.relay._speed_up(self.front.transport)
         self.front.transport.doRead()
         self.assertEqual((self.moves, self.pipe.lent), (1, False))
@@ -253,7 +253,7 @@ class SpliceRelayTests(TransportCase):
             self.setUp()
 
     def test_receiver_resets(self) -> None:
-        """So is one by the side that did not take them."""
+        """The same holds for one on the side that did not take them."""
         self.fill(self.visitor)
         reset(self.server)
         self.turn(lambda: self.front.lost and self.back.lost)
@@ -277,7 +277,7 @@ class SpliceRelayTests(TransportCase):
             self.setUp()
 
     def test_reset_met_by_a_full_read(self) -> None:
-        """A reset that is met by the first bytes of a fast sender is passed on, without more."""
+        """A reset that meets the first bytes of a fast sender is passed on, and nothing else."""
         reset(self.server)
         self.front.transport.receive(bytes(self.front.transport.read_size))
         self.assertTrue(self.front.lost and self.back.lost)
@@ -310,7 +310,7 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.server.recv(1), b"")
 
     def test_slow_at_once(self) -> None:
-        """A target that does not take what came with the hello holds the visitor back."""
+        """A target that does not take the bytes after the hello holds the visitor back."""
         hello = bytes(20_000_000)
         made = relay_between(self.front.transport, self.back.transport, NoHangupWatch(), self.pipe)
         self.front.relay = self.back.relay = made
@@ -329,8 +329,8 @@ class SharedPipeTests(SynchronousTestCase):
         self.addCleanup(self.pipe.close)
 
     def test_lends(self) -> None:
-        """It lends a large pipe that blocks nobody, to one at a time, again when it comes back
-        empty, and another one when it does not."""
+        """It lends a large non-blocking pipe, to one borrower at a time; again if it comes back
+        empty, and a new one if not."""
         one = self.pipe.borrow()
         assert one is not None
         self.assertIsNone(self.pipe.borrow())
@@ -355,7 +355,7 @@ class SharedPipeTests(SynchronousTestCase):
         raise OSError(errno.EMFILE, "too many")
 
     def test_no_descriptors(self) -> None:
-        """Without descriptors it has none to lend."""
+        """Without descriptors, it has none to lend."""
         self.patch(os, "pipe2", self.refuse)
         self.assertIsNone(self.pipe.borrow())
         self.assertFalse(self.pipe.lent)

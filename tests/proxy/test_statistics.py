@@ -1,4 +1,4 @@
-"""The numbers: what counts as what."""
+"""The numbers, and what they count."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_visitor(verdict: Verdict, reason: str) -> None:
 
 
 def test_unreachable_web_server() -> None:
-    """A web server that cannot be reached counts as a failure, and is no validation's result."""
+    """A web server that cannot be reached counts as a failure, and as no validation's result."""
     numbers = statistics()
     record = numbers.visitor(ClientHello())
     numbers.unreachable(record, "refused")
@@ -59,7 +59,7 @@ def result_of(numbers: Statistics) -> str:
 
 
 def test_validation() -> None:
-    """The last validation is told with peer, name, time, and whether the ACME client answered."""
+    """The last validation has peer, name, time, and whether the ACME client answered."""
     numbers = statistics()
     record = numbers.validation(ROUTING.acme, "192.0.2.7:50000", "site.example")
     shown = {"peer": "192.0.2.7:50000", "server_name": "site.example", "at": 1_000.0}
@@ -99,7 +99,7 @@ def test_named() -> None:
 
 
 def test_state() -> None:
-    """The state is told with the time since when; all of it is JSON."""
+    """The state has the time of its beginning; all of it is JSON."""
     times = iter([1.0, 2.0, 3.0])
     numbers = Statistics(ROUTING, DOUBTS, lambda: next(times))
     assert (numbers.state, numbers.since) == ("starting", 1.0)

@@ -1,4 +1,4 @@
-"""How many validations there are at a time, whose, and for how long."""
+"""How many validations there are at a time, from which peers, and for how long."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class ValidationsTests(SynchronousTestCase):
         return connections
 
     def test_stranger_keeps_nobody_out(self) -> None:
-        """A stranger who takes all places, and goes on, loses his own: the CA's stay."""
+        """A stranger who takes all places, and goes on, loses only its own: those of the CA
+        stay."""
         for ca, stranger in (
             ("192.0.2.1", "198.51.100.1"),
             ("::ffff:192.0.2.1", "::ffff:198.51.100.1"),
@@ -65,7 +66,7 @@ class ValidationsTests(SynchronousTestCase):
             self.assertEqual(len(self.validations), MAX_VALIDATIONS)
 
     def test_one_network_is_one_stranger(self) -> None:
-        """Who has a network of IPv6 addresses has no more places than with one address."""
+        """A network of IPv6 addresses gets no more places than a single address."""
         (ca,) = self.arrive("2001:db8:1::1")
         self.arrive(*(f"2001:db8:2::{number:x}" for number in range(1, 1_000)))
         self.assertFalse(ca.was_reset)

@@ -28,7 +28,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def closed() -> str:
-    """An address where nobody listens."""
+    """An address without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -41,7 +41,7 @@ def refusal(address: str) -> str:
 
 
 def test_answers(at: list[str], tmp_path: Path) -> None:
-    """A web server that accepts connections is enough, at whatever kind of address."""
+    """A web server that accepts connections is enough, for every kind of address."""
     with capturedLogs() as events, socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         for text in (f"127.0.0.1:{port}", f"localhost:{port}", f"tcp:127.0.0.1:{port}"):
@@ -56,7 +56,7 @@ def test_answers(at: list[str], tmp_path: Path) -> None:
 
 
 def test_silence(at: list[str], closed: str, tmp_path: Path) -> None:
-    """Where nobody answers it is refused, with what to do."""
+    """If nothing answers, it is refused, with a remedy."""
     assert refusal(closed) == (
         f"nobody answers at {closed}, where visitors would be sent: Connection refused; start the"
         " web server, or name its address with --fallback"
@@ -65,7 +65,7 @@ def test_silence(at: list[str], closed: str, tmp_path: Path) -> None:
 
 
 def test_elsewhere(at: list[str], closed: str) -> None:
-    """If port 443 is served at another address, that is what the remedy names."""
+    """If port 443 is served at another address, the remedy names that."""
     at += ["198.51.100.2:443", "[2001:db8::1]:443"]
     assert refusal(closed).endswith("name one with --fallback 198.51.100.2:443")
     at[:] = ["0.0.0.0:443", "[::]:443"]

@@ -73,7 +73,7 @@ class IptablesCase(SynchronousTestCase):
         return succeed(self.claims[-1])
 
     def host(self, **answers: object) -> None:
-        """What the host answers from now on."""
+        """Set the host's answers from now on."""
         for name, answer in answers.items():
             self.patch(facts, name, lambda answer=answer: answer)
 
@@ -104,7 +104,7 @@ class IptablesCase(SynchronousTestCase):
         self.iptables.failures.update({so_far + number: (code, output) for number in numbers})
 
     def lines(self, level: LogLevel) -> list[str]:
-        """What was logged at this level since the last look."""
+        """What was logged at this level since the last call."""
         lines = [formatEvent(event) for event in self.events if event["log_level"] == level]
         self.events.clear()
         return lines

@@ -25,7 +25,7 @@ COMMANDS = BlockingCommands()
 
 @implementer(IRedirect)
 class Candidate:
-    """A redirect that refuses if told to, and notes what it is asked for."""
+    """A redirect that refuses if it is set to, and records its calls."""
 
     def __init__(self, name: str, refusal: str | None = None, status: int = 1) -> None:
         self._name = name
@@ -63,7 +63,8 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.events = log_of(self)
 
     def takes(self, redirect: ChosenRedirect, taken: Candidate, why: str) -> None:
-        """It takes that one, says why in one line to the operator, and leaves all else to it."""
+        """It takes that one, gives the operator the reason in one line, and passes all calls on to
+        it."""
         verifyObject(IRedirect, redirect)
         hosts = self.successResultOf(redirect.prepare(COMMANDS))
         self.assertEqual(hosts, (f"host of {taken}",))
@@ -80,7 +81,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertEqual(taken.asked, ["apply", "look after", "remove", "release"])
 
     def refusal(self, *ways: Candidate, others: Sequence[Candidate] = ()) -> StartError:
-        """What the operator reads where all refuse."""
+        """What the operator reads if all refuse."""
         redirect = ChosenRedirect(ways, others=others)
         problem = self.failureResultOf(redirect.prepare(COMMANDS), StartError).value
         assert isinstance(problem, StartError)
@@ -88,7 +89,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         return problem
 
     def test_name(self) -> None:
-        """Before the choice it is called as the option was."""
+        """Before the choice, its text is the option's value."""
         self.assertEqual(str(ChosenRedirect([Candidate("one"), Candidate("two")])), "one,two")
 
     def test_first(self) -> None:
@@ -98,8 +99,8 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertEqual(second.asked, [])
 
     def test_by_default(self) -> None:
-        """Where nobody chose, the first one is taken without a word but in the log; another one is
-        told."""
+        """If the operator chose nothing, the first one is taken with a line in the log only; if
+        another one is taken, the operator is informed."""
         ways = Candidate("first"), Candidate("second")
         self.successResultOf(ChosenRedirect(ways, by_default=True).prepare(COMMANDS))
         self.assertFalse(self.events.pop()["for_operator"])
@@ -108,7 +109,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.takes(redirect, second, "Steering by second: not first, since it is dropped")
 
     def test_reason(self) -> None:
-        """Why the first one is taken can be given."""
+        """The reason for taking the first one can be set."""
         only = Candidate("only")
         redirect = ChosenRedirect([only], "RULESPEC is set")
         self.takes(redirect, only, "Steering by only: RULESPEC is set")
@@ -122,7 +123,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.takes(ChosenRedirect([first, second, third]), third, f"Steering by third: {why}")
 
     def test_all_refuse(self) -> None:
-        """Where all refuse it is the first one's refusal, with the causes of the others."""
+        """If all refuse, the error is the first one's refusal, with the causes of the others."""
         problem = self.refusal(
             Candidate("first", "it is dropped; let it in", 78),
             Candidate("second", "the kernel is too old; run a newer one", 69),
@@ -135,7 +136,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertEqual(problem.status, 78)
 
     def test_one_alone(self) -> None:
-        """One that was named alone is taken without a word, and refuses in its own words."""
+        """A single way is taken without a message, and refuses with its own text."""
         self.successResultOf(ChosenRedirect([Candidate("only")], "").prepare(COMMANDS))
         self.assertEqual(self.events, [])
         self.assertEqual(str(self.refusal(Candidate("only", "too old; wait"))), "too old; wait")
@@ -161,13 +162,13 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertEqual(works.asked + too.asked, [])
 
     def test_another_instance(self) -> None:
-        """No other way is advised to somebody who has but to wait, or to stop another instance."""
+        """No other way is advised if the remedy is to wait, or to stop another instance."""
         busy = Candidate("busy", "another instance steers; stop it first", os.EX_TEMPFAIL)
         problem = self.refusal(busy, others=[Candidate("works")])
         self.assertEqual(str(problem), "another instance steers; stop it first")
 
     def test_fails_when_applied(self) -> None:
-        """A way that fails only when it is applied names the others as well."""
+        """If a way fails only when it is applied, the error names the others, too."""
 
         class Late(Candidate):
             def apply(self, commands: ICommands, listeners: Sequence[socket]) -> Deferred[None]:

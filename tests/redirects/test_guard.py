@@ -108,7 +108,7 @@ class GuardTests(SynchronousTestCase):
             self.assertEqual(self.there(name), [ANOTHER])
 
     def test_name(self) -> None:
-        """It can be told from the proxy in a list of processes."""
+        """In a list of processes, its name differs from the proxy's."""
         self.ask("look")
         command = Path(f"/proc/{self.guard._process.pid}/cmdline").read_bytes()
         self.assertIn(NAME.encode(), command.split(b"\0"))
@@ -144,14 +144,14 @@ class GuardTests(SynchronousTestCase):
         self.assert_clean()
 
     def test_release_first(self) -> None:
-        """Told to release before it was told to remove, as by a proxy that was taken over, it
-        removes everything all the same."""
+        """If the wish to release comes before the wish to remove, as from a proxy that was taken
+        over, it still removes everything."""
         self.ask("apply")
         self.ask("release")
         self.assert_clean()
 
     def test_never_gives_up(self) -> None:
-        """A command that fails is tried again until it does what it shall."""
+        """A command that fails is tried again until it succeeds."""
         self.ask("apply")
         (self.rules / "broken").touch()
         self.guard._line.close()
@@ -162,8 +162,8 @@ class GuardTests(SynchronousTestCase):
         self.assert_clean()
 
     def test_failure(self) -> None:
-        """A command that fails is told with its status and in its own words; if the rules cannot be
-        made, the guard ends with none of them left."""
+        """A failed command is reported with its status and output; if the rules cannot be made, the
+        guard ends without leaving any of them."""
         self.ask("apply")
         (self.rules / "broken").touch()
         for wish in ("look", "restore", "remove"):
@@ -181,7 +181,7 @@ class GuardTests(SynchronousTestCase):
         self.assert_clean()
 
     def test_killed(self) -> None:
-        """That it was killed is told, at the next wish and at those after."""
+        """If it was killed, that is reported at the next wish and at those after."""
         os.kill(self.guard._process.pid, signal.SIGKILL)
         self.guard._process.wait()
         self.assertTrue(self.guard.gone)
@@ -190,7 +190,7 @@ class GuardTests(SynchronousTestCase):
             self.assertIn("the guard of the rules is gone", str(failure.value))
 
     def test_killed_meanwhile(self) -> None:
-        """So it is of one that is killed while it is asked."""
+        """The same holds if it is killed while it is asked."""
         os.kill(self.guard._process.pid, signal.SIGSTOP)
         guard = self.guard
 
@@ -204,8 +204,8 @@ class GuardTests(SynchronousTestCase):
         self.assertIn("the guard of the rules is gone", str(failure.value))
 
     def test_late_answer(self) -> None:
-        """One that does not answer in time is told, and its late answer is not taken for the answer
-        to the next wish."""
+        """If it does not answer in time, that is reported, and its late answer is not taken for the
+        answer to the next wish."""
         os.kill(self.guard._process.pid, signal.SIGSTOP)
         impatient = Impatient()
         failure = self.failureResultOf(self.guard.ask(impatient, "look"), StartError)
@@ -216,7 +216,7 @@ class GuardTests(SynchronousTestCase):
         self.assertEqual(self.there("v4")[0], REDIRECT_LINE)
 
     def test_cannot_be_started(self) -> None:
-        """A guard that cannot be started is a refusal, and the claim is given back."""
+        """If a guard cannot be started, the start is refused, and the claim is released."""
         self.successResultOf(self.guard.end(COMMANDS))
 
         def refuse(*args: object, **kwargs: object) -> None:
@@ -272,7 +272,8 @@ class ClaimTests(SynchronousTestCase):
         return process
 
     def test_one_at_a_time(self) -> None:
-        """It is waited for, and refused in words if it does not come; then it can be had."""
+        """The claim is waited for, and refused with a message if it stays taken; later it can be
+        had."""
         with self.successResultOf(claim_redirect(COMMANDS, 0)):
             impatient = Impatient()
             problem = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
@@ -284,14 +285,14 @@ class ClaimTests(SynchronousTestCase):
         self.successResultOf(claim_redirect(COMMANDS, 0)).close()
 
     def test_stranger(self) -> None:
-        """Another user who binds such a name keeps nobody out; root who does is waited for."""
+        """A name that another user binds does not count; a name that root binds is waited for."""
         self.held_by(61_001)
         self.successResultOf(claim_redirect(COMMANDS, 0)).close()
         self.held_by(0)
         self.failureResultOf(claim_redirect(Impatient(), 0.5), StartError)
 
     def test_without_owners(self) -> None:
-        """Where the kernel does not tell whose a name is, every name counts."""
+        """If the kernel does not report the owner of a name, every name counts."""
 
         def missing(prefix: bytes) -> None:
             raise OSError(2, "no unix_diag")
@@ -302,7 +303,7 @@ class ClaimTests(SynchronousTestCase):
         self.failureResultOf(claim_redirect(Impatient(), 0.5), StartError)
 
     def test_at_the_same_time(self) -> None:
-        """Of many that try at once one alone has it at any time, and all have it in the end."""
+        """Of many that try at once, only one has it at any time, and all have it in the end."""
         script = (
             "import sys, time; from acme_alpn_proxy.redirects import claim;"
             " from acme_alpn_proxy.host.processes import BlockingCommands\n"

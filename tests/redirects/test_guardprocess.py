@@ -1,4 +1,4 @@
-"""What the guard does with the rules, in memory and on clocks of the test's own."""
+"""How the guard handles the rules, in memory and with the test's own clocks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class GuardCase(SynchronousTestCase):
         self.claims_given_back += 1
 
     def advance(self, seconds: float, wall: float | None = None) -> None:
-        """Time passes, of the wall clock another one if it is set; the guard looks."""
+        """Let time pass, on the wall clock perhaps another time; then the guard checks."""
         self.monotonic += seconds
         self.wall += seconds if wall is None else wall
         self.guard.tick()
@@ -91,7 +91,7 @@ class ExpiryTests(GuardCase):
     """The redirect is valid for a while, and renewed as long as the guard is there."""
 
     def test_renewal(self) -> None:
-        """It is renewed in time, and there is never a moment without one."""
+        """It is renewed in time, and at no moment is there no redirect."""
         self.ask("apply")
         self.steers("00:01:30")
         self.assertLess(RENEWAL, LIFETIME / 2)
@@ -117,8 +117,8 @@ class ExpiryTests(GuardCase):
             self.assertEqual(self.iptables.rules("nat"), {})
 
     def test_renewal_after_half_a_removal(self) -> None:
-        """Where one family's redirect could not be removed, that of the other does not come back
-        when it is renewed, and in the end both are gone."""
+        """If one family's redirect could not be removed, the other family's does not come back at a
+        renewal, and in the end both are gone."""
         self.ask("apply")
         self.break_call(3)
         self.assertIsNotNone(self.ask("release")["failed"])
@@ -166,7 +166,7 @@ class ExpiryTests(GuardCase):
 
 
 class LookTests(GuardCase):
-    """What other programs do to the rules."""
+    """Changes that other programs make to the rules."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -182,7 +182,7 @@ class LookTests(GuardCase):
         self.assertEqual(self.iptables.snapshot(), before)
 
     def test_missing(self) -> None:
-        """Missing rules are told by their programs, and put back only when that is asked for."""
+        """Missing rules are reported by program, and put back only on request."""
         self.iptables.chains.clear()
         answer = self.ask("look")
         self.assertEqual(answer["missing"], [*BOTH, *BOTH])
@@ -192,7 +192,7 @@ class LookTests(GuardCase):
         self.assertEqual(set(self.iptables.rules("mangle")), set(BOTH))
 
     def test_behind(self) -> None:
-        """A rule before the redirect is told, and the redirect is put before it again."""
+        """A rule before the redirect is reported, and the redirect is put first again."""
         self.add("nat", "-j", "OTHER")
         answer = self.ask("look")
         self.assertEqual((answer["missing"], answer["behind"]), ([], ["iptables"]))
@@ -204,14 +204,15 @@ class LookTests(GuardCase):
         self.assertEqual(self.ask("look")["behind"], [])
 
     def test_failure(self) -> None:
-        """What cannot be seen is told as a failure, not as a missing rule."""
+        """If the rules cannot be read, that is reported as a failure, not as a missing rule."""
         self.iptables.chains.clear()
         self.break_call(2)
         answer = self.ask("look")
         self.assertEqual(answer["failed"][1:], (4, LOCKED))
 
     def test_stays_after_a_removal(self) -> None:
-        """A rule that cannot be deleted is told, even if the command says there is none."""
+        """A rule that cannot be deleted is reported, even if the command says that there is
+        none."""
         self.iptables._do = (  # type: ignore[method-assign]
             lambda argv: (1, "") if "-D" in argv else (0, "")
         )
@@ -233,7 +234,7 @@ class EndTests(GuardCase):
         self.assertEqual(tables, ["nat", "nat", "mangle", "mangle"])
 
     def test_failure(self) -> None:
-        """Whatever fails is told; tried again, it goes on where it was."""
+        """Every failure is reported; the next try continues at the same point."""
         self.ask("apply")
         for number in range(1, 9):
             self.break_call(number)
@@ -256,7 +257,7 @@ class EndTests(GuardCase):
         self.assertEqual(len(self.iptables.calls), calls)
 
     def test_killed_too_late(self) -> None:
-        """A command that was killed at its deadline may have made its rule: it is removed."""
+        """A command that was killed at its deadline may have made its rule: that is removed."""
         made = self.iptables._do
 
         def make_and_hang(argv: Any) -> tuple[int, str]:
@@ -268,7 +269,7 @@ class EndTests(GuardCase):
         self.assertEqual(self.iptables.snapshot(), {})
 
     def test_unknown_wish(self) -> None:
-        """A word that it does not know, and a line without a number, do no harm."""
+        """An unknown word, and a line without a number, do no harm."""
         self.ask("apply")
         before = self.iptables.snapshot()
         self.assertIsNone(self.ask("sing")["failed"])
@@ -277,7 +278,7 @@ class EndTests(GuardCase):
 
 
 class HostileProxyTests(GuardCase):
-    """A proxy that was taken over sends what it likes; its rules go with it all the same."""
+    """A proxy that was taken over may send anything; its rules are removed all the same."""
 
     def send(self, wishes: bytes) -> list[Any]:
         """The answers to these, until the proxy closes the line."""
@@ -290,7 +291,8 @@ class HostileProxyTests(GuardCase):
             return [json.loads(line) for line in ours.makefile("rb")]
 
     def test_wishes_after_the_last(self) -> None:
-        """What comes with the wish to release is not obeyed: nobody would remove it again."""
+        """Wishes that come with the wish to release are ignored: nobody would remove their
+        rules."""
         answers = self.send(b"1 apply\n2 release\n3 apply\n")
         self.assertEqual([answer["number"] for answer in answers], [1, 2])
         self.assertTrue(self.guard.ended)
@@ -322,8 +324,8 @@ class HostileProxyTests(GuardCase):
 
 class HungProxyTests(GuardCase):
     def test_visitors_wait(self) -> None:
-        """If the proxy has given no sign of life while visitors wait, the redirect goes; when it
-        comes back, it may be restored."""
+        """If the proxy has sent nothing while visitors wait, the redirect is removed; when the
+        proxy comes back, it may be restored."""
         self.ask("apply")
         self.waiting = True
         self.advance(SILENCE)

@@ -31,7 +31,7 @@ CUSTOM = "ACME_ALPN_PROXY_RULESPEC is right"
 
 class ApplyTests(IptablesCase):
     def test_interface(self) -> None:
-        """It is a redirect, listens on every address, and names itself and its port."""
+        """It is a redirect, listens on every address, and has a text with its port."""
         redirect = IptablesRedirect(PORT)
         verifyObject(IRedirect, redirect)
         verifyObject(ICommands, self.iptables)
@@ -71,19 +71,19 @@ class ApplyTests(IptablesCase):
         self.assertEqual(self.iptables.rules("nat")["iptables"], [STEERING, "-j DOCKER"])
 
     def test_rulespec(self) -> None:
-        """A rulespec of the operator's own is used as it is."""
+        """The operator's own rulespec is used unchanged."""
         self.applied(IptablesRedirect(PORT, ["-p", "tcp", "-j", "REDIRECT"]))
         expected = {binary: ["-p tcp -j REDIRECT"] for binary in BOTH}
         self.assertEqual(self.iptables.rules("nat"), expected)
 
     def test_ipv6_switched_off(self) -> None:
-        """Told to leave IPv6 alone, it touches nothing of it."""
+        """With IPv6 switched off, it runs nothing for IPv6."""
         self.applied(IptablesRedirect(PORT, ipv6=False))
         self.assertFalse([call for call in self.iptables.calls if call[0].startswith("ip6")])
         self.assertEqual(self.lines(LogLevel.info), [])
 
     def test_no_ipv6(self) -> None:
-        """A host without IPv6, or a listener without, is steered by IPv4 alone, and told so."""
+        """If the host, or the listener, has no IPv6, only IPv4 is steered, and the log says so."""
         with self.subTest("no IPv6 on the host"):
             self.host(has_ipv6=False)
             self.applied()
@@ -100,7 +100,7 @@ class ApplyTests(IptablesCase):
 
 class RefusalTests(IptablesCase):
     def number_of_calls(self, make: Callable[[], IptablesRedirect]) -> int:
-        """How many calls a start takes that goes well."""
+        """The number of calls in a successful start."""
         self.iptables = FakeIptables()
         self.applied(make())
         return self.guards[-1].calls_so_far
@@ -127,7 +127,7 @@ class RefusalTests(IptablesCase):
                     self.assertEqual(claim.fileno(), -1, "the claim is given back")
 
     def test_remedies(self) -> None:
-        """The refusal names command, status, output and what to do about it."""
+        """The refusal names the command, its status, its output and a remedy."""
         listing = "-t nat -S PREROUTING"
         for number, failing, code, output, remedy, status in (
             (1, listing, NOT_FOUND, "not found on PATH", "install ip6tables", os.EX_UNAVAILABLE),
@@ -149,7 +149,8 @@ class RefusalTests(IptablesCase):
             self.assertEqual(problem.status, status)
 
     def test_not_permitted(self) -> None:
-        """Who may not is told to be root, as a root without the capability is, and nothing else."""
+        """Without the privilege, the remedy is to be root, or to have the capability, and nothing
+        else."""
         self.patch(xtables, "may_administer_network", lambda: False)
         self.fail_calls(1, code=4, output="Permission denied")
         attempt = self.apply(IptablesRedirect(PORT, force=True))
@@ -161,7 +162,7 @@ class RefusalTests(IptablesCase):
         self.assertEqual(problem.status, os.EX_NOPERM)
 
     def test_remedy_of_ipv4(self) -> None:
-        """Where IPv4 fails, leaving IPv6 alone is no remedy."""
+        """If IPv4 fails, switching IPv6 off is not offered as a remedy."""
         self.fail_calls(1)
         text = str(
             self.failureResultOf(
@@ -171,7 +172,7 @@ class RefusalTests(IptablesCase):
         self.assertNotIn("DISABLEV6", text)
 
     def test_interface_without_address(self) -> None:
-        """Where REDIRECT would reach nobody it is refused with the DNAT rule that would."""
+        """If REDIRECT would lead nowhere, the refusal has the DNAT rule that works."""
         self.patch(facts, "unnumbered_interfaces", lambda f: ["wan0"] if f == 4 else [])
         self.refused(self.apply(IptablesRedirect(PORT)), "wan0, which has no IPv4 address")
         self.assertEqual(self.iptables.calls, [])
@@ -182,14 +183,14 @@ class RefusalTests(IptablesCase):
         self.applied(IptablesRedirect(PORT, DNAT.split()))
 
     def test_interface_that_nobody_comes_in_by(self) -> None:
-        """A VPN's interface without an address, by which packets only go out, is no reason."""
+        """A VPN's interface without an address, through which packets only leave, is no reason."""
         self.patch(facts, "unnumbered_interfaces", lambda family: ["wg0"])
         self.patch(routes, "only_go_out", lambda family, interfaces: True)
         self.applied()
 
 
 class GuardedTests(IptablesCase):
-    """What is left to the guard once the rules are there."""
+    """What only the guard does once the rules are there."""
 
     def test_life(self) -> None:
         """The guard is there before the first rule, makes and looks after all of them, and is asked
@@ -217,7 +218,7 @@ class GuardedTests(IptablesCase):
         self.assertFalse(self.guards[0].order["expires"])
 
     def test_nothing_applied(self) -> None:
-        """Where nothing is applied, nobody is asked; so it is after a stop."""
+        """If nothing is applied, no guard is asked; the same holds after a stop."""
         redirect = self.applied()
         self.successResultOf(redirect.remove(self.iptables))
         self.successResultOf(redirect.release(self.iptables))
@@ -261,7 +262,8 @@ class GuardedTests(IptablesCase):
         )
 
     def test_no_expiry(self) -> None:
-        """Where iptables lacks the match for the time the rules go without, and that is told."""
+        """If iptables lacks the match for the time, the rules have no expiry time, and the log says
+        so."""
         self.fail_calls(7, code=2, output="Couldn't load match `time'")
         self.applied(IptablesRedirect(PORT, force=True))
         self.assertEqual(self.iptables.rules("nat"), {binary: [REDIRECT] for binary in BOTH})
@@ -297,8 +299,8 @@ class GuardedTests(IptablesCase):
 
 class ContainerTests(IptablesCase):
     def test_web_server_outside(self) -> None:
-        """In a container that shares the web server's network it is refused: killed as a whole, it
-        would leave its rules. With the web server inside it is not."""
+        """In a container that shares the web server's network, it is refused: killed as a whole, it
+        would leave its rules. If the web server is inside, it is not refused."""
         self.host(in_first_pid_namespace=False)
         for outside in (True, False):
             self.patch(iptables, "served_from_elsewhere", lambda port, outside=outside: outside)
@@ -318,7 +320,7 @@ class ConnectionTrackingTests(IptablesCase):
 
     def test_table_may_fill(self) -> None:
         """If tracking was idle and the host's connections would fill over half of the table, the
-        operator is told which knob to turn."""
+        operator gets the name of the setting to change."""
         warned = self.warnings(
             tracked_connections=0, max_tracked_connections=1_000, tcp_connections=501
         )
@@ -335,7 +337,7 @@ class ConnectionTrackingTests(IptablesCase):
 
 
 class CautionTests(IptablesCase):
-    """Where there are other redirects to try, it refuses what may hurt."""
+    """If there are other redirects to try, it refuses whatever may do harm."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -378,7 +380,7 @@ class CautionTests(IptablesCase):
         self.assertEqual(self.refusal, "")
 
     def test_small_table(self) -> None:
-        """Idle tracking with too small a table is a reason, also where it is not loaded yet."""
+        """Idle tracking with too small a table is a reason, even if it is not loaded yet."""
         pattern = "^connection tracking is idle, .* over half .*; raise net.netfilter.nf_conn"
         for limit, count in ((1_000, 501), (None, 32_769)):
             idle: Any = {"tracked_connections": 0, "max_tracked_connections": limit}
@@ -388,7 +390,7 @@ class CautionTests(IptablesCase):
             self.assertEqual(self.refusal, "")
 
     def test_alone(self) -> None:
-        """Where it is the only one asked for, none of that is."""
+        """If it is the only way asked for, none of these is a reason."""
         self.programs = set()
         idle = {"tracked_connections": 0, "max_tracked_connections": 1_000}
         self.prepare(cautious=False, **idle, tcp_connections=501)

@@ -1,4 +1,4 @@
-"""The rules of dead instances: what is one, and how it goes."""
+"""The rules of dead instances: how they are recognized and removed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LeftoverTests(IptablesCase):
         self.iptables.chains[binary, table, "PREROUTING"].extend(map(list, rules))
 
     def clean_up(self, rulespec: Sequence[str] | None = None) -> int:
-        """How many rules are removed; the claim is given back."""
+        """The number of rules removed; the claim is released."""
         count = Leftovers(PORT, rulespec, (4, 6)).clean_up()
         self.assertEqual(self.claims[-1].fileno(), -1)
         return count
@@ -86,8 +86,8 @@ class LeftoverTests(IptablesCase):
         self.refused(self.apply(IptablesRedirect(PORT, DNAT.split())), LOCKED)
 
     def test_one_family_fails(self) -> None:
-        """Where this host does not have a family, or no iptables for it, the other one is cleaned.
-        Any other failure is told: rules may be left."""
+        """If this host does not have a family, or no iptables for it, the other one is cleaned. Any
+        other failure is reported: rules may be left."""
         for code, output in ((3, "no such table"), (NOT_FOUND, "not found")):
             for number, cleaned in ((1, "ip6tables"), (7, "iptables")):
                 self.iptables = FakeIptables()
@@ -111,8 +111,8 @@ class LeftoverTests(IptablesCase):
             self.assertEqual(self.iptables.rules(table), {"iptables": [" ".join(others)]})
 
     def test_strange_listing(self) -> None:
-        """A comment over several lines, or one cut short by a quote, is no obstacle, and what
-        iptables warns of between the rules is none either."""
+        """A comment over several lines, or one cut short by a quote, does no harm, and neither do
+        warnings of iptables between the rules."""
         ours = " ".join(OF_THE_ORIGINAL.split())
         listing = (
             "# Warning: that's what iptables says of legacy tables\n"
@@ -128,7 +128,7 @@ class LeftoverTests(IptablesCase):
         self.assertEqual(self.iptables.rules("nat"), {})
 
     def test_found(self) -> None:
-        """What is found is told by table, words as they can be deleted, and whether it steers; that
+        """Each leftover has its table, words for its deletion, and whether it steers; finding them
         changes nothing."""
         self.add("iptables", "nat", ["-j", "DOCKER"], REDIRECT.split())
         self.add("iptables", "mangle", DEAD_KEEPER)
@@ -145,7 +145,7 @@ class LeftoverTests(IptablesCase):
         self.assertEqual(self.iptables.snapshot(), before)
 
     def test_instance_is_alive(self) -> None:
-        """While an instance is alive, nothing is looked at, let alone removed."""
+        """While an instance is alive, nothing is read, let alone removed."""
         refusal = StartError("another instance redirects :443 here; stop it first")
         self.patch(leftovers, "claim_redirect", lambda commands, seconds: fail(refusal))
         self.add("iptables", "nat", REDIRECT.split())

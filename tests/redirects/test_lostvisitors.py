@@ -27,7 +27,7 @@ class RepetitionsTests(SynchronousTestCase):
             self.repetitions.add(syn(number), when)
 
     def test_one_visitor(self) -> None:
-        """One visitor whose SYN comes a third time is lost."""
+        """A visitor whose SYN comes a third time is lost."""
         self.add(0, 1)
         self.assertFalse(self.repetitions.show_loss(2))
         self.add(3)
@@ -60,14 +60,14 @@ class RepetitionsTests(SynchronousTestCase):
         self.assertTrue(self.repetitions.show_loss(3.5))
 
     def test_accepted(self) -> None:
-        """What came before a connection was accepted does not count."""
+        """SYNs from before an accepted connection do not count."""
         self.add(0, 1)
         self.repetitions.forget()
         self.add(3)
         self.assertFalse(self.repetitions.show_loss(4))
 
     def test_old(self) -> None:
-        """Nor does what was long ago."""
+        """Nor do SYNs from long ago."""
         self.add(0, 1)
         self.assertFalse(self.repetitions.show_loss(12))
         self.add(12, 13)
@@ -94,12 +94,12 @@ class WatchTests(SynchronousTestCase):
         return noticed
 
     def test_lost(self) -> None:
-        """If nothing is accepted meanwhile it is noticed."""
+        """If nothing is accepted in the meantime, it is noticed."""
         self.assertTrue(self.sockets.listening)
         self.assertTrue(self.lose())
 
     def test_some_arrive(self) -> None:
-        """While others arrive it is not: something is between that visitor and this host."""
+        """While others arrive, it is not: the problem is between that visitor and this host."""
         noticed = False
         for _ in range(4):
             self.accepted += 1
@@ -114,7 +114,7 @@ class WatchTests(SynchronousTestCase):
         self.assertFalse(self.lose())
 
     def test_busy(self) -> None:
-        """On a busy host the SYNs are not received at all, until it is quiet again."""
+        """On a busy host, SYNs are not received at all until it is quiet again."""
         self.accepted += 1_000
         self.watch.look()
         self.assertFalse(self.sockets.listening)

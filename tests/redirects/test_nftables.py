@@ -1,4 +1,4 @@
-"""The table and what its refusals say; tests/integration/test_nftables.py steers with it."""
+"""The table, and the texts of refusals; tests/integration/test_nftables.py steers with it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def message(table: Iterable[Message], kind: int) -> Message:
 
 
 class NftablesCase(SynchronousTestCase):
-    """A host whose visitors come in by eth0, with a kernel that answers as told."""
+    """A host whose visitors come in by eth0, with a kernel that gives set answers."""
 
     def setUp(self) -> None:
         self.events = log_of(self)
@@ -135,12 +135,12 @@ class NftablesCase(SynchronousTestCase):
 
 class RedirectTests(NftablesCase):
     def test_interface(self) -> None:
-        """It is a redirect, and says what it is."""
+        """It is a redirect, and has a text."""
         verifyObject(IRedirect, self.redirect)
         self.assertEqual(str(self.redirect), "nftables")
 
     def test_loopback_alone(self) -> None:
-        """It listens on loopback alone, by IPv4 alone if told to, and leaves no table."""
+        """It listens on loopback only, with IPv6 switched off on IPv4 only, and leaves no table."""
         both = self.successResultOf(self.redirect.prepare(COMMANDS))
         self.assertEqual(both, ("127.0.0.1:0", "[::1]:0"))
         one = self.successResultOf(NftablesRedirect(ipv6=False).prepare(COMMANDS))
@@ -168,7 +168,7 @@ class RedirectTests(NftablesCase):
         self.assertEqual(self.lines, [])
 
     def test_no_ipv6(self) -> None:
-        """Where ::1 does not exist IPv4 is steered alone, and that is logged."""
+        """If ::1 does not exist, only IPv4 is steered, and that is logged."""
         self.patch(facts, "has_ipv6", lambda: False)
         self.applied("127.0.0.1")
         self.assertEqual(
@@ -234,14 +234,14 @@ class RedirectTests(NftablesCase):
         self.applied()
 
     def test_both_refuse(self) -> None:
-        """Where kernel and firewall are in the way, what the kernel says comes first."""
+        """If both the kernel and the firewall prevent it, the kernel's reason comes first."""
         self.firewall = translating(-150)
         self.refused = lambda messages: OSError(errno.EPERM, "not permitted")
         problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
         self.assertRegex(str(problem), "^nftables is not permitted")
 
     def test_translated_before(self) -> None:
-        """Where nothing can prevent it, this way is refused; with --force it is taken."""
+        """If an earlier translation cannot be prevented, it refuses; with --force it steers."""
         self.firewall = translating(-150)
         attempt = self.redirect.prepare(COMMANDS)
         problem: Any = self.failureResultOf(attempt, StartError).value
@@ -333,13 +333,13 @@ class RefusalTests(NftablesCase):
         self.refuses(pattern, os.EX_UNAVAILABLE, errno.ENOENT, nft.NEW_CHAIN)
 
     def test_no_memory(self) -> None:
-        """Any other error is told in the kernel's words."""
+        """Any other error has the kernel's text."""
         pattern = "^cannot steer by nftables: Cannot allocate memory; free some memory"
         self.refuses(pattern, os.EX_OSERR, errno.ENOMEM, nft.NEW_TABLE)
 
     def test_bridge(self) -> None:
-        """Visitors over a bridge whose packets pass the firewall as the bridge's would not be
-        steered; with --force it does not look."""
+        """Visitors over a bridge whose packets pass the firewall while bridged would not be
+        steered; with --force, this is not checked."""
         self.patch(facts, "visitor_interfaces", lambda family: {"br0", "eth0"})
         for family, switch in ((4, "bridge-nf-call-iptables"), (6, "bridge-nf-call-ip6tables")):
             self.bridges = {4: set(), 6: set(), family: {"br0", "docker0"}}
@@ -349,7 +349,7 @@ class RefusalTests(NftablesCase):
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 
     def test_bridges_unknown(self) -> None:
-        """That the bridges cannot be seen is no reason to refuse."""
+        """If the bridges cannot be read, that is no reason to refuse."""
 
         def fail(family: int) -> set[str]:
             raise OSError

@@ -60,7 +60,7 @@ class MessageTests(SynchronousTestCase):
         )
 
     def test_new_rule(self) -> None:
-        """NFT_MSG_NEWRULE: table, chain, expressions; behind the others."""
+        """NFT_MSG_NEWRULE: table, chain, expressions; at the end of the chain."""
         body = field(1, b"mine\0") + field(2, b"c\0") + field(0x8004, b"onetwo!!")
         self.assertEqual(
             nft.new_rule("mine", "c", b"one", b"two!!"),
@@ -128,7 +128,7 @@ class ExpressionTests(SynchronousTestCase):
         self.assertEqual(made, listed(b"nat", b"".join(numbers)))
 
     def test_byte_by_byte(self) -> None:
-        """So it is on the wire, on a little-endian machine."""
+        """The bytes of the message, on a little-endian machine."""
         if sys.byteorder == "little":
             self.assertEqual(
                 nft.meta(nft.L4PROTO).hex(" ", 4),

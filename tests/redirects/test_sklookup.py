@@ -1,4 +1,4 @@
-"""The BPF program and what its refusal says; tests/integration/test_promises.py runs it."""
+"""The BPF program and the texts of its refusals; tests/integration/test_promises.py runs it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS = BlockingCommands()
 
 class AssemblerTests(SynchronousTestCase):
     def test_jumps(self) -> None:
-        """A jump counts from the instruction behind it to the label, forwards and backwards."""
+        """A jump counts from the instruction after it to the label, forwards and backwards."""
         program = bpf.Assembler()
         program.label("start")
         program.jump_if_number(2, 443, "end")
@@ -56,14 +56,14 @@ class AssemblerTests(SynchronousTestCase):
 
 class SystemCallTests(SynchronousTestCase):
     def test_unknown_machine(self) -> None:
-        """On a machine whose number of the system call is not known it is ENOSYS."""
+        """On a machine with an unknown number of the system call, the error is ENOSYS."""
         self.patch(platform, "machine", lambda: "vax")
         with self.assertRaises(OSError) as caught:
             bpf.make_socket_map(1)
         self.assertEqual(caught.exception.errno, errno.ENOSYS)
 
     def locked_memory(self, soft: int, hard: int) -> list[tuple[int, int]]:
-        """What the limit is set to where it was this."""
+        """The value that the limit is set to, from this one."""
         told: list[tuple[int, int]] = []
         self.patch(resource, "getrlimit", lambda which: (soft, hard))
         self.patch(resource, "setrlimit", lambda which, limits: told.append(limits))
@@ -71,7 +71,8 @@ class SystemCallTests(SynchronousTestCase):
         return told
 
     def test_locked_memory(self) -> None:
-        """A small limit of locked memory is raised to what is needed, a large one left alone."""
+        """A small limit of locked memory is raised to what is needed; a large one is not
+        changed."""
         unlimited = resource.RLIM_INFINITY
         self.assertEqual(self.locked_memory(65_536, 65_536), [(1 << 20, 1 << 20)])
         self.assertEqual(self.locked_memory(65_536, unlimited), [(1 << 20, unlimited)])
@@ -91,7 +92,7 @@ class SystemCallTests(SynchronousTestCase):
 
 
 class RedirectTests(SynchronousTestCase):
-    """The redirect over a kernel that answers as told."""
+    """The redirect with a kernel that gives set answers."""
 
     def setUp(self) -> None:
         self.redirect = SkLookupRedirect()
@@ -122,7 +123,7 @@ class RedirectTests(SynchronousTestCase):
 
     @property
     def lines(self) -> list[str]:
-        """What was logged."""
+        """The log events."""
         return [formatEvent(event) for event in self.events]
 
     def listen(self, *hosts: str) -> list[socket.socket]:
@@ -157,19 +158,19 @@ class RedirectTests(SynchronousTestCase):
         return True
 
     def test_interface(self) -> None:
-        """It is a redirect, and says what it is."""
+        """It is a redirect, and has a text."""
         verifyObject(IRedirect, self.redirect)
         self.assertEqual(str(self.redirect), "sk-lookup")
 
     def test_loopback_alone(self) -> None:
-        """It listens on loopback alone, by IPv4 alone if IPv6 is not wanted."""
+        """It listens on loopback only, on IPv4 only if IPv6 is not wanted."""
         both = self.successResultOf(self.redirect.prepare(COMMANDS))
         self.assertEqual(both, ("127.0.0.1:0", "[::1]:0"))
         one = self.successResultOf(SkLookupRedirect(ipv6=False).prepare(COMMANDS))
         self.assertEqual(one, ("127.0.0.1:0",))
 
     def test_own_addresses(self) -> None:
-        """The program knows this host's addresses, also those that come and go while it steers."""
+        """The program knows this host's addresses, also those that change while it steers."""
         addresses = {ip_address("192.0.2.1"), ip_address("2001:db8::1")}
         self.patch(sklookup, "own_addresses", lambda: addresses)
         self.successResultOf(self.apply())
@@ -192,7 +193,7 @@ class RedirectTests(SynchronousTestCase):
         self.assertEqual(both, ("127.0.0.1:0", "[2001:db8::2]:0"))
 
     def test_link(self) -> None:
-        """The link stays open until the redirect is removed; removing it twice is no matter."""
+        """The link stays open until the redirect is removed; a second removal is harmless."""
         self.successResultOf(self.apply())
         self.assertEqual([slot for slot, _ in self.sockets], [0, 1])
         self.successResultOf(self.redirect.look_after(COMMANDS))
@@ -203,14 +204,14 @@ class RedirectTests(SynchronousTestCase):
         self.successResultOf(self.redirect.release(COMMANDS))
 
     def test_no_ipv6(self) -> None:
-        """Where ::1 does not exist IPv4 is steered alone, and that is logged."""
+        """If ::1 does not exist, only IPv4 is steered, and that is logged."""
         self.successResultOf(self.apply("127.0.0.1"))
         self.assertEqual(
             self.lines, ["This host has no IPv6 loopback address: steering IPv4 alone"]
         )
 
     def test_others(self) -> None:
-        """Who wins is said where another program is attached."""
+        """If another program is attached, the log says which one wins."""
         self.kernel("count_sk_lookup", lambda: 1)
         self.successResultOf(self.apply())
         self.assertRegex(self.lines[0], "^Another sk_lookup program .*the one attached last wins")
@@ -228,23 +229,23 @@ class RedirectTests(SynchronousTestCase):
         self.assertRegex(line, "^BPF is not permitted; run this as root.*in a container$")
 
     def test_too_old(self) -> None:
-        """A kernel that has no such programs is told to be too old."""
+        """For a kernel without such programs, the error says that it is too old."""
         for number in (errno.EINVAL, errno.ENOSYS):
             line = self.refusal(OSError(number, os.strerror(number)), os.EX_UNAVAILABLE)
             self.assertRegex(line, r"has no BPF sk_lookup; run Linux 5\.9 or newer, on x86-64")
 
     def test_no_memory(self) -> None:
-        """Any other error is told in the kernel's words."""
+        """Any other error has the kernel's text."""
         problem = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         line = self.refusal(problem, os.EX_OSERR)
         self.assertRegex(line, "^cannot steer by BPF sk_lookup: Cannot allocate memory; free some")
 
 
 class VerifierTests(SynchronousTestCase):
-    """What the kernel itself says; needs root."""
+    """The answers of the real kernel; needs root."""
 
     def test_log(self) -> None:
-        """The reason of a refusal is the last of what the verifier wrote."""
+        """The reason of a refusal is the end of the verifier's log."""
         program = bpf.Assembler()
         program.move(0, 5)  # r5 was never written
         program.exit()

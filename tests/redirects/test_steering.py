@@ -20,7 +20,7 @@ class WatchTests(ServiceCase):
         self.story.clear()
 
     def test_looks_every_few_seconds(self) -> None:
-        """It looks every three seconds, so that what others wiped is back within five."""
+        """It checks every three seconds, so that a redirect that was wiped is back within five."""
         self.reactor.advance(2.9)
         self.told()
         self.reactor.pump([0.2, 3, 3])
@@ -37,8 +37,7 @@ class WatchTests(ServiceCase):
         self.assertTrue(event["is_status"])
 
     def test_defect(self) -> None:
-        """Should a look raise what it must not, the watch ends, and a stop is in order all the
-        same."""
+        """If a check raises an unexpected exception, the checks end, and a stop still works."""
         self.redirect.problems["look"] = ValueError("unforeseen")
         self.reactor.pump([3, 3])
         self.proxy.stopService()
@@ -79,7 +78,8 @@ class RemovalTests(ServiceCase):
         self.story.clear()
 
     def test_redirect_stays(self) -> None:
-        """A redirect that cannot be removed is tried again, and visitors are served meanwhile."""
+        """If a redirect cannot be removed, it is tried again, and visitors are served in the
+        meantime."""
         self.reactor.running = True
         self.redirect.problems["let go"] = StartError("locked")
         stopped = self.proxy.stopService()

@@ -44,7 +44,7 @@ class SynCookieTests(SynchronousTestCase):
         syncookies.let_take_cookies([("192.0.2.1", 0), ("::ffff:0:0:1", 1)], self.proc)
 
     def test_usual(self) -> None:
-        """Where cookies are sent in a flood alone, or never, nobody is dialled."""
+        """If cookies are sent only in a flood, or never, no listener is dialled."""
         for text in ("0", "1"):
             self.switch.write_text(text)
             syncookies.let_take_cookies([("127.0.0.1", 1)], self.proc)

@@ -1,4 +1,4 @@
-"""A stand-in for the daemon's end of the control socket: it answers what a test tells it to."""
+"""Replaces the daemon's end of the control socket: it gives the answers that a test sets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def control_daemon(path: Path, answer: Callable[[str], bytes]) -> Iterator[list[str]]:
-    """One that answers each line by C{answer}, and closes the connection after half a line; gives
-    the lines that it was asked."""
+    """A daemon that answers each line with C{answer}, and closes the connection after half a line;
+    yields the lines that it received."""
     asked: list[str] = []
 
     def serve(connection: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Challenge certificates, and what is wrong with others."""
+"""Challenge certificates, and the faults of others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def certificate(
     key: Any = None,
     signer: Any = None,
 ) -> x509.Certificate:
-    """A challenge certificate that is right but for what is asked for."""
+    """A correct challenge certificate, except for the given changes."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     builder = (
         x509.CertificateBuilder(_name(issuer), _name("one"), key.public_key())
@@ -64,7 +64,7 @@ def certificate(
 
 @pytest.mark.parametrize("identifier", [NAME, "192.0.2.7", "2001:db8::1", f"{'a' * 63}.{'b' * 63}"])
 def test_made_here(identifier: str) -> None:
-    """What is made here has no fault, also for names too long for a common name."""
+    """A certificate made here has no fault, also for names too long for a common name."""
     made = ChallengeCertificates().certificate(identifier, DIGEST)
     assert list(faults(made, identifier, DIGEST)) == []
     assert list(faults(made, identifier, None)) == []
@@ -97,7 +97,7 @@ def test_right() -> None:
     ],
 )
 def test_fault(make: Callable[[], x509.Certificate], fault: str) -> None:
-    """Each rule of a CA that is broken is told, and no other."""
+    """For each broken rule of a CA there is a fault, and only that one."""
     (told,) = faults(make(), NAME, DIGEST)
     assert fault in told
 
@@ -130,8 +130,8 @@ def _write(folder: Path, made: x509.Certificate, key: Any, name: str = NAME) -> 
 
 
 def test_folder(tmp_path: Path) -> None:
-    """A client's files are taken by name; a name that is a path is none; files that do not belong
-    together are told."""
+    """A client's files are found by name; a name that is a path finds none; for files that do not
+    belong together there is an error."""
     key = ec.generate_private_key(ec.SECP256R1())
     _write(tmp_path, certificate(key=key), key)
     assert isinstance(context_from_folder(tmp_path, NAME), SSL.Context)

@@ -1,4 +1,4 @@
-"""What who asks the daemon over its control socket is told."""
+"""The answers to a client of the daemon's control socket."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_path() -> None:
-    """The socket stands beside the PID file."""
+    """The socket is next to the PID file."""
     assert control_path("/var/run/acme-alpn-proxy.pid") == "/var/run/acme-alpn-proxy.control"
     assert control_path("/run/my.pid.d/proxy") == "/run/my.pid.d/proxy.control"
 
 
 @pytest.mark.parametrize(("said", "given"), [(b"OK\n", ""), (b'OK {"a": 1}\n', '{"a": 1}')])
 def test_answer(path: Path, said: bytes, given: str) -> None:
-    """One line is sent, and what comes after OK is given."""
+    """One line is sent, and the text after OK is returned."""
     with control_daemon(path, lambda line: said) as asked:
         assert ask(str(path), "report site.example") == given
     assert asked == ["report site.example"]
@@ -47,7 +47,7 @@ def test_refused(path: Path) -> None:
 
 
 def test_nobody_listens(path: Path) -> None:
-    """Without a daemon, and where a killed one has left its socket, the remedy is to start one."""
+    """Without a daemon, also with the socket of a killed one, the remedy is to start one."""
     told = rf"^no daemon listens at {path}; start it: acme-alpn-proxy start$"
     with pytest.raises(NotListening, match=told):
         ask(str(path), "unauth site.example")
@@ -70,7 +70,7 @@ except ControlError as problem:
 
 
 def test_not_permitted() -> None:
-    """Who may not is told so; and nothing of Twisted is loaded."""
+    """Without permission, the error says so; and nothing of Twisted is loaded."""
     with TemporaryDirectory() as folder:  # pytest's folders are for root alone
         os.chmod(folder, 0o711)
         path = Path(folder, "proxy.control")
@@ -84,7 +84,7 @@ def test_not_permitted() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"OK", b"\n", b"YES\n", b"x" * 70_000 + b"\n"])
 def test_no_answer(path: Path, said: bytes) -> None:
-    """A daemon that closes, or whose line is none of its own, has not answered."""
+    """A daemon that closes, or that sends an unknown line, has not answered."""
     first = iter([said])
     with (
         control_daemon(path, lambda line: next(first)),
@@ -103,7 +103,7 @@ def test_too_late(path: Path) -> None:
 
 
 def test_path_that_cannot_be(tmp_path: Path) -> None:
-    """A path that no socket can have is told, as the system does."""
+    """For a path that no socket can have, the error has the system's text."""
     with pytest.raises(ControlError, match=r"^cannot ask at .*; see: acme-alpn-proxy status$"):
         ask(os.fspath(tmp_path / ("x" * 200)), "unauth site.example")
 

@@ -81,10 +81,11 @@ class ControlCase(SynchronousTestCase):
 
 
 class RequestTests(ControlCase):
-    """What can be asked for."""
+    """The requests."""
 
     def test_waits_for_steering(self) -> None:
-        """C{auth} is answered when connections are steered; what comes meanwhile, after it."""
+        """C{auth} is answered when connections are steered; later requests are answered after
+        it."""
         self.assertTrue(verifyObject(ISteerable, self.proxy))
         self.assertEqual(self.send(f"auth a.example {B64}", "unauth b.example"), [])
         self.assertEqual(self.proxy.needs, {self.control})
@@ -96,7 +97,7 @@ class RequestTests(ControlCase):
         self.assertEqual(authorization.asked_by, "a client (PID 7)")
 
     def test_cannot_steer(self) -> None:
-        """Where it cannot steer the reason is told, and nothing is pending."""
+        """If it cannot steer, the answer has the reason, and nothing is pending."""
         self.proxy.steers.errback(StartError("the firewall is in the way; open it"))
         self.assertEqual(
             self.send(f"auth a.example {B64}"), ["ERR the firewall is in the way; open it"]
@@ -114,7 +115,8 @@ class RequestTests(ControlCase):
         self.assertEqual(self.left, 0)
 
     def test_outlives_its_connection(self) -> None:
-        """What is pending stays so when the client has gone, as that of ualpn does at once."""
+        """A pending identifier stays pending after its client has gone, since a client of ualpn
+        goes at once."""
         self.send(f"auth a.example {B64}")
         self.client.readConnectionLost()
         self.assertFalse(self.transport.disconnecting)
@@ -124,7 +126,7 @@ class RequestTests(ControlCase):
         self.assertEqual(len(self.pending), 1)
 
     def test_report(self) -> None:
-        """A client can learn who asked for what, and how often its name was answered."""
+        """A client can find out who asked for what, and how often its name was answered."""
         self.steer()
         self.send(f"auth a.example {B64}")
         authorization = self.pending.get("a.example")
@@ -141,7 +143,8 @@ class RequestTests(ControlCase):
         self.assertIn('"answered": 0', answer)
 
     def test_leave(self) -> None:
-        """C{leave} ends the program: at once if nothing is pending, else when that is over."""
+        """C{leave} ends the program: at once if nothing is pending, otherwise as soon as nothing
+        is."""
         self.assertEqual(self.send("leave"), ["OK"])
         self.assertEqual(self.left, 1)
         self.steer()
@@ -153,7 +156,7 @@ class RequestTests(ControlCase):
         self.assertEqual(self.left, 2)
 
     def test_nonsense(self) -> None:
-        """Nonsense is answered by what would make sense, and changes nothing."""
+        """The answer to a wrong request shows the right form, and nothing changes."""
         for line in (
             "",
             "auth",
@@ -182,10 +185,11 @@ class RequestTests(ControlCase):
 
 
 class ConnectionTests(ControlCase):
-    """What else a client may do."""
+    """Other behaviour of clients."""
 
     def test_half_a_line(self) -> None:
-        """Half a line is nothing; who does not finish it is disconnected after a time."""
+        """Half a line has no effect; a client that does not finish it is disconnected after a
+        time."""
         self.client.dataReceived(f"auth a.example {B64}".encode())
         self.clock.advance(PATIENCE - 1)
         self.assertFalse(self.transport.disconnecting)

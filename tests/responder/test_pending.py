@@ -1,4 +1,4 @@
-"""What is pending, and for how long."""
+"""The pending identifiers, and for how long they are pending."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DIGEST = hashlib.sha256(b"key authorization").digest()
 
 
 def test_lifetimes() -> None:
-    """Each is pending for its own time, counted anew when it is asked for again; when the last one
-    has gone that is told, once."""
+    """Each is pending for its own time, which starts again when it is asked for again; when the
+    last one has gone, that is reported once."""
     clock = Clock()
     emptied: list[float] = []
     pending = Pending(clock)
@@ -41,7 +41,8 @@ def test_lifetimes() -> None:
 
 
 def test_ended() -> None:
-    """What is ended is pending no more; to end it again, or what never was, is no error."""
+    """An identifier that was ended is not pending; to end it again, or one that never was pending,
+    is no error."""
     clock = Clock()
     pending = Pending(clock)
     pending.add("a.example", DIGEST, "a client")
@@ -52,7 +53,7 @@ def test_ended() -> None:
 
 
 def test_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is a bound; what is pending already may be asked for again."""
+    """There is a limit; an identifier that is already pending may be asked for again."""
     monkeypatch.setattr("acme_alpn_proxy.responder.pending.MOST_PENDING", 100)
     pending = Pending(Clock())
     for number in range(100):
@@ -85,7 +86,7 @@ def test_digest(text: str) -> None:
     ["", "x", DIGEST.hex()[:-2], f"{DIGEST.hex()}00", "=" * 43, "+" * 42, "é" * 43, "A" * 44],
 )
 def test_no_digest(text: str) -> None:
-    """Whatever is not 32 bytes is refused."""
+    """A digest that is not 32 bytes is refused."""
     with pytest.raises(BadRequest, match="SHA-256"):
         parse_digest(text)
 

@@ -29,7 +29,7 @@ from .transport_case import HalfNoting, Noting, TransportCase, defect
 
 @implementer(IPushProducer)
 class Producer:
-    """Takes notes of what a consumer asks for."""
+    """Records what a consumer asks for."""
 
     def __init__(self) -> None:
         self.story: list[str] = []
@@ -49,7 +49,7 @@ class ConnectionTests(TransportCase):
         self.turn(lambda: protocol.reason)
 
     def test_interfaces(self) -> None:
-        """It is what Twisted's TCP transport is, as far as protocols can tell."""
+        """For protocols, it is the same as Twisted's TCP transport."""
         _, protocol = self.connect()
         for interface in (
             ITCPTransport,
@@ -83,7 +83,7 @@ class ConnectionTests(TransportCase):
         self.assertFalse(tcp.getTcpKeepAlive())
 
     def test_first_bytes(self) -> None:
-        """What has come with the connection is read with it."""
+        """Bytes that have come with the connection are read at once."""
         with self.visit() as visitor:
             visitor.sendall(b"hello")
             self.turn(lambda: self.accepted)
@@ -100,7 +100,7 @@ class ConnectionTests(TransportCase):
         self.turn_all()
 
     def test_pause(self) -> None:
-        """Paused, it does not read, and does not spin over what it does not read."""
+        """While paused, it does not read, and unread bytes do not make it spin."""
         visitor, protocol = self.connect()
         protocol.transport.pauseProducing()
         visitor.sendall(b"later")
@@ -110,7 +110,8 @@ class ConnectionTests(TransportCase):
         self.turn(lambda: protocol.data == b"later")
 
     def test_end_of_file(self) -> None:
-        """An end-of-file is told once; if reading is resumed, once more; and it can still write."""
+        """An end-of-file is reported once, and once more if reading is resumed; writing still
+        works."""
         visitor, protocol = self.connect()
         visitor.shutdown(socket.SHUT_WR)
         self.turn_all()
@@ -124,8 +125,8 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.story[-1], "lost")
 
     def test_end_of_file_for_a_plain_protocol(self) -> None:
-        """A protocol that knows of no halves hears that the connection is lost; so does one whose
-        own FIN is sent."""
+        """A protocol without half-closes is informed that the connection is lost; so is one that
+        has sent its own FIN."""
         visitor, protocol = self.connect(Noting)
         protocol.transport.loseWriteConnection()
         self.assertEqual(visitor.recv(1), b"")
@@ -148,7 +149,7 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.story[-1], "lost")
 
     def test_reset(self) -> None:
-        """A reset is told at once: read from, paused, and after an end-of-file."""
+        """A reset is reported at once: while reading, while paused, and after an end-of-file."""
         for prepare in (
             lambda visitor, protocol: None,
             lambda visitor, protocol: protocol.transport.pauseProducing(),
@@ -187,7 +188,7 @@ class ConnectionTests(TransportCase):
         protocol.transport.abortConnection()
 
     def test_lost_while_it_reads(self) -> None:
-        """A protocol may end the connection while it is given bytes, the first ones too."""
+        """A protocol may end the connection while it gets bytes, also the first ones."""
 
         def rash() -> Noting:
             protocol = Noting()
@@ -220,7 +221,8 @@ class ConnectionTests(TransportCase):
         self.connect()
 
     def test_last_bytes(self) -> None:
-        """Who is given the last bytes can know that they are; what follows is the end-of-file."""
+        """When a protocol gets the last bytes, it can find out that they are; the end-of-file
+        follows."""
         visitor, protocol = self.connect()
         finishing: list[bool] = []
         protocol.on_data = lambda: finishing.append(protocol.transport.finishing)
@@ -233,13 +235,13 @@ class ConnectionTests(TransportCase):
         self.assertEqual(finishing, [False, True])
 
     def test_more_before_the_end(self) -> None:
-        """What comes while an announced end is looked for is given, and the end after it."""
+        """Bytes that arrive while an announced end is read are given, and the end after them."""
         visitor, protocol = self.connect()
         visitor.sendall(b"one, ")
         real = protocol.transport._socket
 
         class Between:
-            """Sends more, and the FIN, behind the first read."""
+            """Sends more, and the FIN, after the first read."""
 
             def recv(self, size: int, flags: int) -> bytes:
                 data: bytes = real.recv(size)
@@ -255,8 +257,8 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.story, ["made", "end of file"])
 
     def test_event_of_another(self) -> None:
-        """The event of a closed connection whose number this one has, and that a process about to
-        be spawned holds, does no harm."""
+        """An event of a closed connection that had the same number, and that a process just being
+        spawned holds, does no harm."""
         visitor, protocol = self.connect()
         everything = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLHUP
         for events in (everything, everything | select.EPOLLERR):
@@ -313,10 +315,10 @@ class ConnectionTests(TransportCase):
 
 
 class WriteTests(TransportCase):
-    """Back-pressure, and ends behind bytes that wait."""
+    """Back-pressure, and ends that come after waiting bytes."""
 
     def test_push_producer(self) -> None:
-        """A producer is paused as soon as the peer takes no more, and resumed when all is gone."""
+        """A producer is paused as soon as the peer takes no more, and resumed when all is sent."""
         visitor, protocol = self.connect()
         producer = Producer()
         protocol.transport.registerProducer(producer, True)
@@ -332,7 +334,7 @@ class WriteTests(TransportCase):
         self.assertEqual(producer.story, ["pause", "resume", "stop"])
 
     def test_pull_producer(self) -> None:
-        """A producer that is to be asked is asked whenever nothing waits."""
+        """A pull producer is asked whenever no bytes wait."""
         visitor, protocol = self.connect()
         producer = Producer()
         protocol.transport.registerProducer(producer, False)
@@ -355,7 +357,7 @@ class WriteTests(TransportCase):
         self.assertEqual(producer.story, ["stop"])
 
     def test_end_behind_bytes(self) -> None:
-        """An end is sent behind the bytes that wait, and nothing is taken after it."""
+        """The end is sent after the waiting bytes, and later writes are dropped."""
         for end in (
             lambda tcp: tcp.loseWriteConnection(),
             lambda tcp: tcp.loseConnection(),
@@ -382,7 +384,7 @@ class WriteTests(TransportCase):
         self.assertEqual(len(protocol.transport.waiting), waiting)
 
     def test_kernel_full(self) -> None:
-        """What is written when the kernel takes nothing waits, and goes out in pieces later."""
+        """Bytes written while the kernel takes none wait, and are sent in pieces later."""
         visitor, protocol = self.connect()
         count = 0
         try:
@@ -405,7 +407,7 @@ class WriteTests(TransportCase):
         self.assertEqual(protocol.story, ["made", "lost"])
 
     def test_producer_gone_before_the_rest(self) -> None:
-        """A producer that goes meanwhile does not hasten the end."""
+        """A producer that is unregistered in the meantime does not bring the end forward."""
         visitor, protocol = self.connect()
         protocol.transport.registerProducer(Producer(), True)
         written = self.fill_from_here(protocol)

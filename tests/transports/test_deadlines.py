@@ -15,7 +15,7 @@ class DeadlineQueueTests(SynchronousTestCase):
         self.queue: DeadlineQueue[str] = DeadlineQueue(self.clock, 5, self.expired.append)
 
     def test_each_has_its_time(self) -> None:
-        """Each item is told when its own time is over, by one timer for all."""
+        """Each item is reported at the end of its own time, with one timer for all."""
         self.queue.add("first")
         self.clock.advance(2)
         self.queue.add("second")
@@ -30,7 +30,7 @@ class DeadlineQueueTests(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_discarded(self) -> None:
-        """What has made it is not told, and discarding it twice is no matter."""
+        """A discarded item is not reported, and a second discard is harmless."""
         self.queue.add("made it")
         self.queue.discard("made it")
         self.queue.discard("made it")

@@ -1,4 +1,4 @@
-"""Resets on connections that nobody reads, on real sockets."""
+"""Resets on connections that are not read, with real sockets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..memory import MemoryReactor
 
 
 class Transport:
-    """What the watch uses of a transport: its descriptor, -1 once it is closed."""
+    """What the watch needs from a transport: its descriptor, -1 once it is closed."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -48,14 +48,14 @@ class EpollHangupWatchTests(SynchronousTestCase):
         return transport, ours, peers
 
     def look(self) -> None:
-        """What the reactor does when the watch's descriptor is readable."""
+        """The reactor's call when the watch's descriptor is readable."""
         poll = select.poll()
         poll.register(self.watch.fileno(), select.POLLIN)
         poll.poll(200)
         self.watch.doRead()
 
     def test_interfaces(self) -> None:
-        """It is a watch, and a descriptor that the reactor can read, and reads."""
+        """It is a watch, and a descriptor that the reactor can read and does read."""
         verifyObject(IHangupWatch, self.watch)
         verifyObject(IReadDescriptor, self.watch)
         self.assertIn(self.watch, self.reactor.getReaders())
@@ -63,7 +63,7 @@ class EpollHangupWatchTests(SynchronousTestCase):
         self.watch.connectionLost(Failure(CONNECTION_DONE))
 
     def test_reset(self) -> None:
-        """A reset is told once; bytes and an orderly end are not."""
+        """A reset is reported once; bytes and an orderly end are not."""
         _, _, ending = self.connect("ended")
         _, _, resetting = self.connect("reset")
         ending.sendall(b"bytes")
@@ -74,7 +74,7 @@ class EpollHangupWatchTests(SynchronousTestCase):
         self.assertEqual(self.hung_up, ["reset"])
 
     def test_both_sides_ended(self) -> None:
-        """An end on both sides is no reset: what came before it may still be there to be read."""
+        """An end on both sides is not a reset: earlier bytes may still wait to be read."""
         _, ours, peer = self.connect("ended")
         peer.sendall(b"bytes")
         peer.shutdown(socket.SHUT_WR)
@@ -83,7 +83,8 @@ class EpollHangupWatchTests(SynchronousTestCase):
         self.assertEqual(self.hung_up, [])
 
     def test_discarded(self) -> None:
-        """Nothing is told of one that is watched no longer, and discarding twice is no matter."""
+        """Nothing is reported for a transport that is not watched any more; a second discard is
+        harmless."""
         transport, _, peer = self.connect("discarded")
         self.watch.add(transport, lambda: self.hung_up.append("added again"))
         self.watch.discard(transport)

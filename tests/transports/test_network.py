@@ -35,7 +35,7 @@ from .transport_case import Client
 
 class ChoiceTests(SynchronousTestCase):
     def test_linux(self) -> None:
-        """On Linux, with a reactor that takes descriptors, the lean transports."""
+        """On Linux, with a reactor that takes descriptors, the lean transports are used."""
         network = network_for(MemoryReactor())
         verifyObject(INetwork, network)
         self.assertIsInstance(network, LeanNetwork)
@@ -88,25 +88,25 @@ class EndpointTargetTests(SynchronousTestCase):
         self.connecting = EndpointTarget(self.endpoint, 10, self.clock).connect(self.client)
 
     def test_no_answer(self) -> None:
-        """An endpoint that does not answer in time is given up."""
+        """An endpoint that does not answer in time is cancelled."""
         self.clock.advance(10)
         self.assertTrue(self.endpoint.cancelled)
         self.client.failures[0].trap(Unanswered)
         self.assertEqual(self.client.failures[0].getErrorMessage(), "no answer within 10 s")
 
     def test_its_own_timeout(self) -> None:
-        """One that gives up by itself at the same time is told in the same words."""
+        """If the endpoint's own timeout comes at the same time, the error has the same text."""
         self.endpoint.attempt.errback(Failure(ConnectTimeout()))
         self.assertEqual(self.client.failures[0].getErrorMessage(), "no answer within 10 s")
 
     def test_stopped(self) -> None:
-        """One that is stopped is no failure."""
+        """An attempt that is cancelled is not a failure."""
         self.connecting.stopConnecting()
         self.assertTrue(self.endpoint.cancelled)
         self.assertEqual(self.client.failures, [])
 
     def test_refused(self) -> None:
-        """Any other failure is told as it is."""
+        """Any other failure is passed on unchanged."""
         self.endpoint.attempt.errback(ConnectionRefusedError(errno.ECONNREFUSED, "refused"))
         self.client.failures[0].trap(ConnectionRefusedError)
         self.assertEqual(self.clock.getDelayedCalls(), [])
@@ -116,7 +116,7 @@ class LeanServiceTests(ServiceCase):
     """The service over the lean transports."""
 
     def test_queue(self) -> None:
-        """Who waits to be accepted when the listener closes is accepted, and lives on."""
+        """Connections that wait when the listener closes are accepted, and live on."""
         self.proxy._network = self.proxy.listener._network = LeanNetwork(self.reactor)
         self.proxy.startService()
         waiting = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(3)]

@@ -1,4 +1,5 @@
-"""The poller turned by hand, and the queue for what failed for want of descriptors."""
+"""The poller without a running reactor, and the queue for retries after a shortage of
+descriptors."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class PollerTests(TransportCase):
         self.poller.connectionLost(Failure(ConnectionDone()))
 
     def test_others_get_their_turn(self) -> None:
-        """One that always has something to do does not keep the reactor from all else."""
+        """A connection that always has events does not keep the reactor from its other work."""
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             self.addCleanup(end.close)
@@ -39,7 +40,7 @@ class PollerTests(TransportCase):
         self.poller.remove(ours.fileno())
 
     def test_what_follows_is_met_at_once(self) -> None:
-        """What an event leads to, if it is there at once, needs no turn of the reactor."""
+        """An event that follows at once from another is handled in the same turn of the reactor."""
         one, two = self.connect(), self.connect()
         one[1].on_data = lambda: two[0].sendall(b"x")
         two[1].on_data = lambda: one[0].sendall(b"x") if len(two[1].data) < 3 else None

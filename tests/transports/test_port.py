@@ -25,7 +25,7 @@ class PortTests(TransportCase):
         self.assertEqual((host.host, host.port), self.listener.getsockname())
 
     def test_many(self) -> None:
-        """Many who wait are all accepted, in turns."""
+        """If many connections wait, all are accepted, in several turns."""
         visitors = [self.visit() for _ in range(100)]
         self.turn(lambda: len(self.accepted) == 100)
         self.turn_all()
@@ -39,8 +39,8 @@ class PortTests(TransportCase):
         return HalfNoting()
 
     def test_many_beside_others(self) -> None:
-        """When others have come, too, as many as wait are accepted at a time, 33 at most, and none
-        once it is paused by one of them."""
+        """If others have come, too, all that wait are accepted at once, 33 at most, and none after
+        one of them has paused the port."""
         for _ in range(40):
             self.visit()
         self.poller.alone = False
@@ -58,7 +58,8 @@ class PortTests(TransportCase):
             protocol.transport.abortConnection()
 
     def test_pause(self) -> None:
-        """Paused, also by one that it accepts, it leaves who comes in the backlog."""
+        """While paused, also by a connection that it accepts, it leaves new connections in the
+        backlog."""
         visitors = [self.visit() for _ in range(2)]
         self.kind = self.pausing
         self.turn_all()
@@ -82,14 +83,14 @@ class PortTests(TransportCase):
         visitor.close()
 
     def test_refused_by_the_factory(self) -> None:
-        """Whom the factory gives no protocol is closed."""
+        """If the factory makes no protocol, the connection is closed."""
         self.kind = lambda: None
         visitor = self.visit()
         self.turn_all()
         self.assertEqual(visitor.recv(1), b"")
 
     def test_error_in_the_factory(self) -> None:
-        """One for whom the factory fails is closed, and the next one is accepted."""
+        """If the factory fails, the connection is closed, and the next one is accepted."""
         self.kind = lambda: 1 // 0
         visitor = self.visit()
         self.turn_all()
@@ -109,7 +110,7 @@ class PortTests(TransportCase):
         self.accepted[0].transport.abortConnection()
 
     def test_addresses(self) -> None:
-        """The factory is told who comes."""
+        """The factory gets the peer's address."""
         told: list[Any] = []
         self.patch(self.factory, "buildProtocol", told.append)
         visitor = self.visit()
@@ -117,7 +118,7 @@ class PortTests(TransportCase):
         self.assertEqual((told[0].host, told[0].port), visitor.getsockname())
 
     def test_adopt(self) -> None:
-        """A connection that was accepted elsewhere can be given to it, unless it has gone."""
+        """A connection that was accepted elsewhere can be adopted, unless it has gone."""
         self.port.pauseProducing()
         visitor = self.visit()
         adopt(self.poller, self.listener.accept()[0], self.factory)
@@ -166,7 +167,7 @@ class PortTests(TransportCase):
             visitor.close()
 
     def test_visitor_gone(self) -> None:
-        """A visitor who has left before being accepted keeps nobody waiting."""
+        """A visitor who left before being accepted delays nobody."""
         self.fail_to_accept(errno.ECONNABORTED, 1)
         visitor = self.visit()
         self.turn(lambda: self.accepted)
@@ -174,7 +175,7 @@ class PortTests(TransportCase):
         visitor.close()
 
     def test_another_waits(self) -> None:
-        """While somebody who was accepted waits for a descriptor, nobody else is accepted."""
+        """While an accepted visitor waits for a descriptor, no other is accepted."""
         story: list[str] = []
         self.retries.add(lambda: story.append(f"{len(self.accepted)} accepted"))
         visitor = self.visit()

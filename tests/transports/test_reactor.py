@@ -1,4 +1,4 @@
-"""The reactor that waits by the poller of the lean transports."""
+"""The reactor that waits in the poller of the lean transports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ProxyReactorTests(SynchronousTestCase):
         return made
 
     def always_ready(self) -> socket.socket:
-        """A socket with a byte that nobody reads."""
+        """A socket with a byte that is never read."""
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             self.addCleanup(end.close)
@@ -62,14 +62,14 @@ class ProxyReactorTests(SynchronousTestCase):
         return ours
 
     def test_interfaces(self) -> None:
-        """It is what a poller needs, and the poller what it needs."""
+        """It implements what a poller needs, and the poller what it needs."""
         verifyObject(IPollerHost, self.reactor)
         self.poller.open()
         self.addCleanup(self.poller.close)
         verifyObject(IPoller, self.poller)
 
     def test_poller(self) -> None:
-        """What the poller waits for comes at the first turn, without a detour by a reader."""
+        """The poller's events are handled in the first turn, without a reader in between."""
         self.poller.open()
         self.addCleanup(self.poller.close)
         self.assertNotIn(self.poller, self.reactor.getReaders())
@@ -142,7 +142,7 @@ class ProxyReactorTests(SynchronousTestCase):
         self.assertGreater(restless.turns, 1)
 
     def test_closed_meanwhile(self) -> None:
-        """What comes last may close the poller: nothing is asked of it then."""
+        """The last event may close the poller: after that, the poller is not used."""
         self.poller.open()
         ours = self.always_ready()
         last = Restless()

@@ -21,7 +21,7 @@ from ..memory import MemoryReactor, log_of
 
 
 class Noting(Protocol):
-    """Takes notes of all it is told."""
+    """Records all events."""
 
     transport: Any
 
@@ -45,7 +45,7 @@ class Noting(Protocol):
 
 @implementer(IHalfCloseableProtocol)
 class HalfNoting(Noting):
-    """Takes notes of both halves of an end, too."""
+    """Records both halves of an end, too."""
 
     def readConnectionLost(self) -> None:
         self.story.append("end of file")
@@ -55,7 +55,7 @@ class HalfNoting(Noting):
 
 
 class Restless:
-    """Is told of the same event again and again."""
+    """Gets the same event again and again."""
 
     turns = 0
 
@@ -67,7 +67,7 @@ class Restless:
 
 
 class Client(TargetFactory):
-    """Takes notes of failures, and of how many bytes were sent before each protocol was made."""
+    """Records failures, and how many bytes were sent before each protocol was made."""
 
     def __init__(self) -> None:
         self.ahead: list[int] = []
@@ -86,7 +86,7 @@ class Client(TargetFactory):
 
 
 def defect() -> Any:
-    """What has a defect raises what nobody expects."""
+    """Its defect raises an unexpected exception."""
     raise KeyError("no such key")
 
 
@@ -132,7 +132,7 @@ class TransportCase(SynchronousTestCase):
             self.assertTrue(turns, "it spins")
 
     def turn_all(self) -> None:
-        """Turn the poller until it is quiet; that it gets quiet is the proof that nothing spins."""
+        """Turn the poller until it is quiet; if it gets quiet, nothing spins."""
         for _ in range(2_000):
             if self.is_quiet(0.05):
                 return

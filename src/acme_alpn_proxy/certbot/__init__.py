@@ -1,17 +1,17 @@
-"""The certbot plugin C{alpn-proxy}: certbot loads it from here, whatever it is about to do."""
+"""The certbot plugin C{alpn-proxy}: certbot loads it from here, for every command."""
 
 import logging
 
 try:
     from .authenticator import Authenticator
-except Exception as problem:  # of a certbot unlike those that are known
-    # What is raised here would stop certbot, also where another plugin is used.
+except Exception as problem:  # a certbot unlike all known ones
+    # An exception from here would stop certbot, even if another plugin is used.
     logging.getLogger(__name__).warning(
         "acme-alpn-proxy does not fit this certbot: %s; install a newer one", problem
     )
 
     class Authenticator:  # type: ignore[no-redef]
-        """Stands for the plugin that cannot be loaded; certbot leaves out what is none."""
+        """Replaces the plugin that cannot be loaded; certbot ignores it."""
 
 
 __all__ = ["Authenticator"]

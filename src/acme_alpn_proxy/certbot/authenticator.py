@@ -1,6 +1,6 @@
-"""The authenticator: has the daemon answer the CA, and starts one if none runs.
+"""The authenticator: makes the daemon answer the CA, and starts a daemon if none runs.
 
-certbot imports it at each start, whatever it is about to do: Twisted is imported later, if at all.
+certbot imports it at each start, for every command: so Twisted is imported later, if at all.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _log = logging.getLogger(__name__)
 
 
 class TLSALPN01Response(challenges.KeyAuthorizationChallengeResponse):
-    """Tells the CA to begin (RFC 8737, section 3): an empty object."""
+    """The response that makes the CA begin (RFC 8737, section 3): an empty object."""
 
     typ = TLS_ALPN_01
 
 
 class TLSALPN01(challenges.KeyAuthorizationChallenge):
-    """A challenge of that type; certbot has none from version 5 on."""
+    """A challenge of that type; certbot itself has none since version 5."""
 
     typ = TLS_ALPN_01
     response_cls = TLSALPN01Response
 
     def validation(self, account_key: Any, **kwargs: Any) -> str:
-        """What is to be proven: the key authorization (RFC 8555, section 8.1)."""
+        """The value to prove: the key authorization (RFC 8555, section 8.1)."""
         return self.key_authorization(account_key)
 
 
-# Another class of that type, certbot's or a plugin's, does as well; to register is to replace it.
+# If certbot or a plugin has a class for that type, it is used: a second one would replace it.
 if TLS_ALPN_01 not in challenges.Challenge.TYPES:
     challenges.Challenge.register(TLSALPN01)
 
@@ -86,29 +86,30 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
         )
 
     def prepare(self) -> None:
-        """Nothing: whether a proxy runs, or can be started, is seen by L{perform}."""
+        """Nothing to do: L{perform} finds out whether a proxy runs, or can be started."""
 
     def get_chall_pref(self, identifier: str) -> Iterable[type[challenges.Challenge]]:
-        """The one type, for a name and for an IP address (RFC 8738).
+        """The only type, for a name and for an IP address (RFC 8738).
 
-        Plugins that were loaded after this one may have registered a class of their own; certbot
-        compares the classes.
+        Plugins that were loaded later may have registered a class of their own; certbot compares
+        the classes.
         """
         return [challenges.Challenge.TYPES[TLS_ALPN_01]]
 
     def perform(
         self, achalls: list[achallenges.AnnotatedChallenge]
     ) -> list[challenges.ChallengeResponse]:
-        """Have all of them answered; raises C{PluginError}, and then C{cleanup} is called."""
+        """Make the daemon answer all of them; raises C{PluginError}; certbot then calls
+        C{cleanup}."""
         try:
             return [self._answer(achall) for achall in achalls]
         except (ControlError, CannotStart) as problem:
             raise errors.PluginError(f"acme-alpn-proxy: {problem}") from None
 
     def cleanup(self, achalls: list[achallenges.AnnotatedChallenge]) -> None:
-        """Have them answered no more, and end the proxy that was started for them.
+        """Make the daemon stop answering them, and end the proxy that was started for them.
 
-        What cannot be undone is no error: the daemon forgets it within the hour.
+        If that fails, it is not an error: the daemon forgets them within an hour.
         """
         for identifier in map(_identifier, achalls):
             if identifier in self._pending:
@@ -124,7 +125,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             own.end()
 
     def auth_hint(self, failed_achalls: list[achallenges.AnnotatedChallenge]) -> str:
-        """What this host has seen of the validations that have failed, after the CA's words."""
+        """What this host has seen of the failed validations, to print after the CA's text."""
         lines = ["This is what acme-alpn-proxy has seen of it on this host."]
         dialled: Counter[str] = Counter()
         for identifier in map(_identifier, failed_achalls):
@@ -138,7 +139,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
                 if answered
                 else _UNSEEN.format(identifier)
             )
-            # Each report has them all: they may have asked for another name.
+            # Each report has all validations: they may have asked for another name.
             dialled |= Counter(
                 f"{one['peer'].rpartition(':')[0]} asked for {one['name'] or 'no name'}:"
                 f" {one['answer']}"
@@ -169,7 +170,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             self._own = OwnProxy(self._options())
             try:
                 ask(path, line)
-            except NotListening:  # one runs that was started otherwise
+            except NotListening:  # one runs, but without this control socket
                 raise ControlError(
                     f"the instance that runs has no control socket {path}; stop it, or give its"
                     " path by --alpn-proxy-control"
@@ -185,7 +186,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             ) from None
 
     def _control(self) -> str:
-        """Where the daemon listens that runs, or would."""
+        """The path of the control socket of the daemon, running or not."""
         from ..options import DEFAULT_PIDFILE, PIDFILE_VARIABLE
 
         named: str | None = self.conf("control")
@@ -193,7 +194,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
 
 
 def _identifier(achall: achallenges.AnnotatedChallenge) -> str:
-    """The name or IP address, as the CA wrote it."""
+    """The name or IP address, in the CA's spelling."""
     if hasattr(achall, "identifier"):  # certbot 5.3
         return str(achall.identifier.value)
     return str(achall.domain)

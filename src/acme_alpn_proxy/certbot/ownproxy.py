@@ -1,4 +1,4 @@
-"""An acme-alpn-proxy that steers while this process holds it, and not a moment longer."""
+"""An acme-alpn-proxy that steers only while this process holds it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from collections.abc import Sequence
 from typing import Final
 
 _PROGRAM: Final = (sys.executable, "-P", "-m", "acme_alpn_proxy")
-"""With the Python that has loaded this: a console script need not be on PATH, nor be of the same
-version. C{-P}: nothing is imported from the folder that certbot happens to be run in."""
+"""The Python that has loaded this module: a console script may not be on PATH, or have another
+version. C{-P}: import nothing from the folder in which certbot runs."""
 
 _LET_GO: Final = 60.0
-"""Seconds; C{run} gives up after half of that."""
+"""Seconds to wait; C{run} gives up after half of that."""
 
 _UNIT: Final = "INVOCATION_ID"
-"""In the environment of what runs in a unit of systemd (systemd.exec(5))."""
+"""A variable in the environment of every process of a systemd unit (systemd.exec(5))."""
 
 _LOOK_AGAIN: Final = 0.5
-"""Seconds between two looks at who still drains."""
+"""Seconds between two checks for draining proxies."""
 
 _log = logging.getLogger(__name__)
 
 
 class CannotStart(Exception):
-    """It does not steer; the text is its own line, cause and remedy."""
+    """The proxy does not steer; the text is its own line, with cause and remedy."""
 
 
 class OwnProxy:
-    """C{acme-alpn-proxy run -- cat}, with both ends of cat held by us.
+    """C{acme-alpn-proxy run -- cat}; this process holds both ends of cat.
 
     cat repeats a line once new connections are steered. It ends when its input does: when L{end}
-    closes that, or when this process ends in whatever way. Then C{run} lets go.
+    closes that, or when this process ends for any reason. Then C{run} stops steering.
 
-    If an instance without a control socket runs by now, C{--shared} has it go on meanwhile.
+    If an instance without a control socket already runs, C{--shared} keeps it running until then.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ class OwnProxy:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._told,
-            start_new_session=True,  # a ^C is for certbot, which then cleans up
+            start_new_session=True,  # Ctrl-C is for certbot, which then cleans up
             text=True,
         )
         assert self._process.stdin is not None
@@ -65,7 +65,7 @@ class OwnProxy:
             atexit.register(_await_drain)
 
     def end(self) -> None:
-        """Have it let go, and return once it has; what goes wrong is logged."""
+        """Make it stop steering, and return when it has; problems are logged."""
         try:
             self._process.communicate(timeout=_LET_GO)
         except subprocess.TimeoutExpired:
@@ -76,7 +76,7 @@ class OwnProxy:
             _log.warning("acme-alpn-proxy: %s", words)
 
     def _last_words(self) -> str:
-        """Its last line, once it has ended."""
+        """The last line of its output, once it has ended."""
         with self._told:
             self._told.seek(0)
             lines = self._told.read().splitlines()
@@ -85,10 +85,10 @@ class OwnProxy:
 
 
 def _await_drain() -> None:
-    """Outlive the connections that are still under way through proxies that have let go.
+    """Wait for the connections that are still under way through proxies that have stopped steering.
 
-    Where the end of this process is the end of a unit, systemd ends all of its processes, and so
-    these connections.
+    If the end of this process is the end of a systemd unit, systemd ends all processes of the unit,
+    and with them these connections.
     """
     from ..monitoring.status import instances
     from ..options import DEFAULT_PIDFILE, PIDFILE_VARIABLE

@@ -1,1 +1,1 @@
-"""The console script: its commands, and the daemon behind them."""
+"""The console script: its commands, and the daemon that they start and control."""

@@ -17,20 +17,21 @@ FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-"""Signals that are the command's."""
+"""Signals that are passed on to the command."""
 
 _OF_THE_KERNEL: Final = 0x80
-"""SI_KERNEL of sigaction(2): from the terminal, and so sent to the command, too."""
+"""SI_KERNEL of sigaction(2): the signal came from the terminal, which also sent it to the
+command."""
 
 _LOOK_AGAIN: Final = 0.5
-"""Seconds until the command is looked at without a signal: in a process with other threads, one of
-them may have been given SIGCHLD."""
+"""Seconds between two checks of the command without a signal: in a process with other threads, one
+of them may have received SIGCHLD."""
 
 _IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class CannotRun(Exception):
-    """The command is not there, or is no program; C{status} is what a shell would exit with."""
+    """The command does not exist or is not a program; C{status} is the exit status of a shell."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -38,16 +39,16 @@ class CannotRun(Exception):
 
 
 def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end; gives its exit status, 128 + N if signal N ended it.
+    """Run a command to its end; returns its exit status, 128 + N if signal N ended it.
 
-    It stays in the caller's process group. Signals that come meanwhile are passed on to it.
+    It stays in the caller's process group. Signals that arrive while it runs are passed on to it.
 
-    @param environment: is added to that of this process.
+    @param environment: added to the environment of this process.
 
     Raises L{CannotRun}.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [*FORWARDED, signal.SIGCHLD])
-    ignored = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would leave no status
+    ignored = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored: no exit status
     try:
         child = os.posix_spawnp(
             words[0],
@@ -57,7 +58,7 @@ def run_command(words: Sequence[str], environment: Mapping[str, str]) -> int:
             setsigdef=_IGNORED_BY_PYTHON,
         )
         return _await_end(child)
-    except (FileNotFoundError, ValueError):  # the latter for an empty word
+    except (FileNotFoundError, ValueError):  # ValueError: an empty word
         raise CannotRun(
             f"{words[0]}: command not found; name one that is on PATH", NOT_FOUND
         ) from None
@@ -76,9 +77,9 @@ def _await_end(child: int) -> int:
         got = signal.sigtimedwait([*FORWARDED, signal.SIGCHLD], _LOOK_AGAIN)
         if got is not None and got.si_signo != signal.SIGCHLD:
             if got.si_code != _OF_THE_KERNEL:
-                os.kill(child, got.si_signo)  # not reaped yet, so the PID is its own
+                os.kill(child, got.si_signo)  # not reaped yet, so the PID still belongs to it
             continue
-        pid, status = os.waitpid(child, os.WNOHANG)  # none if it was only stopped
+        pid, status = os.waitpid(child, os.WNOHANG)  # PID 0 if it was only stopped
         if pid:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else ENDED_BY_SIGNAL - code

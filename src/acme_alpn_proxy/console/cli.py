@@ -1,7 +1,7 @@
 """The commands of the console script: C{acme-alpn-proxy COMMAND}.
 
-What needs Twisted's reactor or twistd is imported by the commands that start the proxy: the others
-do without.
+Only the commands that start the proxy import Twisted's reactor and twistd: the others do not need
+them.
 """
 
 from __future__ import annotations
@@ -56,26 +56,26 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
 NOT_RUNNING: Final = 3
-"""Of C{status}, as of init scripts (LSB Core)."""
+"""Exit status of C{status}, as for init scripts (LSB Core)."""
 
 TRY_LATER: Final = os.EX_TEMPFAIL
-"""75: C{run} while an instance runs already."""
+"""75: exit status of C{run} if an instance runs already."""
 
 TARGET_VARIABLES: Final = ("ACME_ALPN_PROXY_TARGET", "LEGO_TLS_ADDRESS")
-"""Where the ACME client is to answer, for the command that C{run} runs; lego takes the second one
-from version 5 on."""
+"""Variables that tell the command of C{run} where the ACME client has to answer; lego reads the
+second one since version 5."""
 
 STOP_DEADLINE: Final = 30.0
-"""Seconds for an instance to let go of :443."""
+"""Seconds for an instance to remove its redirect."""
 
 ANSWER_DEADLINE: Final = 2.0
-"""Seconds for an instance that is just starting to be ready for questions; it takes some tenths."""
+"""Seconds until a starting instance must answer; normally some tenths of a second."""
 
 ANSWER_STEP: Final = 0.02
 
 
 def run_command_line(argv: Sequence[str] | None = None) -> int:
-    """Run the command in C{argv} and give its exit status."""
+    """Run the command in C{argv} and return its exit status."""
     fill_standard_descriptors()
     options = ConsoleOptions()
     try:
@@ -125,9 +125,9 @@ def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 
 def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Steer while a command runs, and give that one's exit status; raises L{StartError}.
+    """Steer while a command runs, and return its exit status; raises L{StartError}.
 
-    However this process ends, the proxy lets go: it holds the other end of a socket.
+    However this process ends, the proxy stops steering: it holds the other end of a socket.
     """
     from .handover import reason_of_end
 
@@ -136,7 +136,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     except AlreadyRunning as instance:
         if options["shared"] or _is_on_demand(pidfile):
             return _run_shared(options, pidfile, instance.pid)
-        tell(f"{instance}; wait until it has ended, or run the command with it by --shared")
+        tell(f"{instance}; wait until it has ended, or use it for the command, too: --shared")
         return TRY_LATER
     with connection:
         pid = pidfile.owner()
@@ -152,10 +152,10 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
                 return status or FAILED
             for line in account:
                 tell(line)
-        else:  # it was stopped, was killed, or has let go by itself
+        else:  # it was stopped or killed, or has stopped by itself
             reason = reason_of_end(connection)
             if owner is None:
-                with suppress(StartError):  # "stop" says what is the matter
+                with suppress(StartError):  # "stop" will report what is wrong
                     clean_up(options)
             if reason is not None:
                 tell(str(reason))
@@ -165,7 +165,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 
 def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Make the running instance let go of :443; raises L{StartError}."""
+    """Make the running instance stop steering; raises L{StartError}."""
     pid = pidfile.owner()
     if pid is None:
         removed = clean_up(options)
@@ -177,7 +177,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         return DONE
     try:
         with ProcessHandle(pid) as process:
-            if pidfile.owner() == pid:  # else it ended, and the PID may be another program's by now
+            if pidfile.owner() == pid:  # if not, it may be another program's PID
                 if _is_held(pidfile, pid):
                     return DONE
                 process.send(signal.SIGTERM)
@@ -193,13 +193,13 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         raise StartError(f"may not signal PID {pid}; run this as root", os.EX_NOPERM) from None
     except ProcessLookupError:
         pass
-    clean_up(options)  # it may have been killed meanwhile
+    clean_up(options)  # it may have been killed in between
     return DONE
 
 
 def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Show the instances that run or drain; raises L{StartError}."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # after "head -1" there is nothing to watch for
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly after "head -1"
     if options["watch"]:
         watch(lambda: _status(options, pidfile)[1])
     found, text = _status(options, pidfile)
@@ -208,7 +208,7 @@ def status(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 
 def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Say what was seen of the last validations; raises L{StartError}."""
+    """Show what was seen of the last validations; raises L{StartError}."""
     from ..diagnosis.check import document
     from ..diagnosis.explanation import explain_last_order
     from ..diagnosis.finding import Level, worst
@@ -226,7 +226,7 @@ def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 
 def hook(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Do for an ACME client what it asks its hook for; raises L{ControlError} or L{StartError}."""
+    """Handle a call of an ACME client's hook; raises L{ControlError} or L{StartError}."""
     from .hook import HOOKS, WrongWords
 
     client, *words = options["argv"] or [""]
@@ -245,7 +245,7 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
         return ask(path, line)
     except NotListening:
         if not line.startswith("auth "):
-            return ""  # what is to end has ended with the daemon
+            return ""  # what should end has ended with the daemon
     options["on-demand"] = True
     options.check_responder("hook")
     try:
@@ -253,7 +253,7 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
     except AlreadyRunning as instance:
         raise StartError(
             f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
-            " of its own by --control"
+            " of its own with --control"
         ) from None
     answer = ask(path, line)
     ask(path, "leave")
@@ -261,7 +261,7 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
 
 
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Look whether the proxy would work here."""
+    """Check whether the proxy would work here."""
     from ..diagnosis.check import check_this_host, document
     from ..diagnosis.finding import Level, summary, worst
 
@@ -269,7 +269,7 @@ def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
         waiting.clear()
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # visitors may be steered just now: go on to the end
+        except BrokenPipeError:  # visitors may be steered right now: go on to the end
             nobody_reads()
 
     def tell_finding(finding: Finding) -> None:
@@ -304,7 +304,7 @@ def completion(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 
 def manual(options: ConsoleOptions, pidfile: PIDFile) -> int:
-    """Show the man page; where nobody looks, or there is no man(1), print its source."""
+    """Show the man page; if the output is no terminal, or there is no man(1), print its source."""
     from .manual import manual
 
     if is_terminal(sys.stdout):
@@ -333,7 +333,7 @@ COMMANDS: Final[dict[str, Callable[[ConsoleOptions, PIDFile], int]]] = {
 
 
 def clean_up(options: ConsoleOptions) -> int:
-    """Remove what instances that were killed have left; raises L{StartError} if that fails.
+    """Remove what killed instances have left; raises L{StartError} if that fails.
 
     @return: the number of rules removed.
     """
@@ -357,7 +357,8 @@ def _await_let_go(process: ProcessHandle, pidfile: PIDFile) -> None:
 
 
 def _await_end(options: ConsoleOptions, process: ProcessHandle, pidfile: PIDFile) -> None:
-    """Wait until an instance that was stopped has ended; a terminal shows for how many it waits."""
+    """Wait until a stopped instance has ended; on a terminal, show how many connections it waits
+    for."""
     pid, seconds = process.pid, options["linger"] + options["drain-timeout"] + STOP_DEADLINE
     deadline = time.monotonic() + seconds
     with Waiting() as waiting:
@@ -367,20 +368,20 @@ def _await_end(options: ConsoleOptions, process: ProcessHandle, pidfile: PIDFile
             if process.ended(min(left, WATCH_SECONDS) if waiting else left):
                 return
     raise StartError(
-        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them by:"
+        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them with:"
         f" kill {pid}",
         os.EX_TEMPFAIL,
     )
 
 
 def _draining(pidfile: PIDFile) -> list[InstanceStatus]:
-    """The instances that were stopped before, and serve their last connections."""
+    """The instances that were stopped earlier and still serve their last connections."""
     found = instances(pidfile.path, None)
     return [answer for answer in found if answer["state"] == "draining"]
 
 
 def _await_drains(options: ConsoleOptions, pidfile: PIDFile) -> bool:
-    """Wait for the instances that were stopped before; whether there were any."""
+    """Wait for the instances that were stopped earlier; returns whether there were any."""
     found = _draining(pidfile)
     for answer in found:
         with suppress(ProcessLookupError), ProcessHandle(answer["pid"]) as process:
@@ -389,7 +390,7 @@ def _await_drains(options: ConsoleOptions, pidfile: PIDFile) -> bool:
 
 
 def _status(options: ConsoleOptions, pidfile: PIDFile) -> tuple[list[Answer], str]:
-    """What C{status} has found, and what it prints."""
+    """The answers that C{status} got, and the text that it prints."""
     found = instances(pidfile.path, pidfile.owner())
     if options["json"]:
         return found, json.dumps({"version": VERSION, "instances": found}) + "\n"
@@ -397,7 +398,7 @@ def _status(options: ConsoleOptions, pidfile: PIDFile) -> tuple[list[Answer], st
 
 
 def _ask(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
-    """What an instance answers; L{None} if it does not."""
+    """The answer of an instance; L{None} if it does not answer."""
     try:
         return ask_instance(socket_path(pidfile.path, pid))
     except OSError:
@@ -405,7 +406,7 @@ def _ask(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
 
 
 def _answer_of(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
-    """What the instance that runs answers, as soon as it does; L{None} if it does not."""
+    """The answer of the running instance, as soon as it answers; L{None} if it does not."""
     deadline = time.monotonic() + ANSWER_DEADLINE
     while pidfile.owner() == pid and time.monotonic() < deadline:
         if (answer := _ask(pidfile, pid)) is not None:
@@ -417,9 +418,9 @@ def _answer_of(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
 def _refuse_other_options(
     options: ConsoleOptions, pidfile: PIDFile, instance: AlreadyRunning
 ) -> None:
-    """Raise L{StartError} if the instance that runs was started with other options."""
+    """Raise L{StartError} if the running instance was started with other options."""
     answer = _answer_of(pidfile, instance.pid)
-    running = {} if answer is None else answer["options"]  # empty of older releases, too
+    running = {} if answer is None else answer["options"]  # also empty for older releases
     differences = [
         f"{name} is {running[name]}, not {wanted}"
         for name, wanted in of_the_proxy(options).items()
@@ -440,7 +441,7 @@ def _refuse_if_running(pidfile: PIDFile) -> None:
 
 
 def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
-    """Start the daemon; gives the socket to it, whose other end that of C{run} keeps open."""
+    """Start the daemon; returns our end of a socket to it. For C{run}, both ends stay open."""
     from ..monitoring.logs import make_log_file
     from . import daemon
     from .handover import START_DEADLINE, DaemonDied, Report, await_report
@@ -460,7 +461,7 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
             await_report(ours, child, patience, waiting.tell, waiting.show)
     except DaemonDied:
         ours.close()
-        with suppress(StartError):  # "stop" says what is the matter
+        with suppress(StartError):  # "stop" will report what is wrong
             clean_up(options)
         raise StartError(f"it died before it had started; see {options['logfile']}") from None
     except BaseException:
@@ -486,7 +487,7 @@ def _is_held(pidfile: PIDFile, pid: int) -> bool:
 
 
 def _run_shared(options: ConsoleOptions, pidfile: PIDFile, pid: int) -> int:
-    """Run the command with the instance that runs already, which goes on until it has ended."""
+    """Run the command with the running instance, which goes on until the command has ended."""
     from .handover import START_DEADLINE
 
     target = _target_of_the_running(options, pidfile)
@@ -499,7 +500,7 @@ def _run_shared(options: ConsoleOptions, pidfile: PIDFile, pid: int) -> int:
 
 
 def _answer_of_the_running(pidfile: PIDFile) -> InstanceStatus | None:
-    """What the instance that holds the PID file says of itself."""
+    """The status of the instance that holds the PID file."""
     owner = pidfile.owner()
     for answer in instances(pidfile.path, owner):
         if answer["pid"] == owner and answer["state"] != SILENT:
@@ -508,13 +509,13 @@ def _answer_of_the_running(pidfile: PIDFile) -> InstanceStatus | None:
 
 
 def _is_on_demand(pidfile: PIDFile) -> bool:
-    """Whether the instance that runs already steers for each command that needs it."""
+    """Whether the running instance steers on demand, for each command that needs it."""
     answer = _answer_of_the_running(pidfile)
     return answer is not None and answer["on_demand"]
 
 
 def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
-    """Where the instance that runs already has its ACME client."""
+    """The address of the running instance's ACME client."""
     answer = _answer_of_the_running(pidfile)
     if answer is None:
         return str(options["alpn"].host_and_port)
@@ -522,7 +523,7 @@ def _target_of_the_running(options: ConsoleOptions, pidfile: PIDFile) -> str:
 
 
 def _run_command(options: ConsoleOptions, target: str) -> int:
-    """Run the command that C{run} was given; gives its exit status."""
+    """Run the command of C{run}; returns its exit status."""
     try:
         return run_command(options["argv"], dict.fromkeys(TARGET_VARIABLES, target))
     except CannotRun as problem:

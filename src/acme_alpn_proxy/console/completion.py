@@ -1,4 +1,4 @@
-"""The completions of bash, zsh and fish, made of the options themselves."""
+"""The completions for bash, zsh and fish, made from the options themselves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..options import COMMANDS, SHELLS
 from .help import NAME, options
 
 NAMES: Final = (NAME, f"{NAME}.pyz")
-"""What the program may be called."""
+"""The names of the program."""
 
 _WORDS_AFTER: Final[dict[str, Iterable[str]]] = {
     "help": COMMANDS,
     "completion": SHELLS,
     "hook": ("uacme", "dehydrated"),
 }
-"""What may stand after a command."""
+"""The words that may follow a command."""
 
 
 def bash() -> str:
@@ -63,7 +63,7 @@ def _compgen(words: Iterable[str]) -> str:
 
 
 def zsh() -> str:
-    """For zsh, as a file of C{fpath} or to be evaluated."""
+    """For zsh, as a file in C{fpath} or for C{eval}."""
     lines = [f"#compdef {' '.join(NAMES)}", "_acme_alpn_proxy() {", "case $CURRENT$words[2] in"]
     for command, words_after in _WORDS_AFTER.items():
         lines.append(f"(3{command}) compadd {' '.join(words_after)}; return ;;")
@@ -130,4 +130,4 @@ def _quoted_for_fish(text: str) -> str:
 
 
 COMPLETIONS: Final[dict[str, Callable[[], str]]] = {"bash": bash, "zsh": zsh, "fish": fish}
-"""What makes them, for each of L{SHELLS}."""
+"""The function that makes the completions, for each of L{SHELLS}."""

@@ -1,7 +1,7 @@
 """The proxy's own process: twistd's runner, in the foreground or as a daemon.
 
-C{start} forks before there is a reactor. The child runs twistd's runner, which daemonizes. How the
-start went is sent through a socket (L{acme_alpn_proxy.console.handover}).
+C{start} forks before there is a reactor. The child runs twistd's runner, which makes itself a
+daemon. The result of the start is sent through a socket (L{acme_alpn_proxy.console.handover}).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .startup import loading_done
 from .systemd import ServiceManager
 
 _LET_GO_DEADLINE: Final = 30.0
-"""Seconds for the redirect to go, at a stop."""
+"""Seconds for removing the redirect, at a stop."""
 
 _CAP_SETGID: Final = 6
 _CAP_SETUID: Final = 7
@@ -45,7 +45,7 @@ _log = Logger()
 
 
 def be_the_daemon(options: ConsoleOptions, pidfile: PIDFile, report: Report) -> int:
-    """The child of C{start}: from here on to the end of the process; gives its exit status."""
+    """The child of C{start}, from here to the end of the process; returns its exit status."""
     _drop_descriptors(report.stream.fileno())
     globalLogPublisher.addObserver(report)
     try:
@@ -75,11 +75,11 @@ def _drop_descriptors(keep: int) -> None:
             try:
                 os.close(int(name))
             except OSError:
-                pass  # the listing's own
+                pass  # the descriptor of this listing, closed by now
 
 
 class _Started(Service):
-    """Starts last, when the proxy steers."""
+    """The last service to start: when it starts, the proxy steers."""
 
     def __init__(self, program: Program, started: Callable[[], bool]) -> None:
         self._program = program
@@ -92,7 +92,7 @@ class _Started(Service):
 
 
 class CallerWatch(ReadDescriptor):
-    """Stops the proxy when C{run}, at the other end of the socket, has ended in any way."""
+    """Stops the proxy when C{run}, at the other end of the socket, has ended for any reason."""
 
     log_prefix = "caller watch"
     _log = Logger()
@@ -103,7 +103,7 @@ class CallerWatch(ReadDescriptor):
         self._stream = stream
 
     def begin(self) -> None:
-        """Watch from now on."""
+        """Start watching."""
         self._stream.set_inheritable(False)
         self._reactor.addReader(self)
 
@@ -120,7 +120,7 @@ class CallerWatch(ReadDescriptor):
 
 @dataclass
 class _Maker:
-    """What twistd takes for a plugin."""
+    """The plugin object that twistd expects."""
 
     program: Program
     tapname = "acme-alpn-proxy"
@@ -130,10 +130,10 @@ class _Maker:
 
 
 class _OtherUser(Service):
-    """Becomes the user of C{--uid} and the group of C{--gid} when the services before it, which may
-    need privileges, have started.
+    """Becomes the user of C{--uid} and the group of C{--gid}, after the services before it, which
+    may need privileges, have started.
 
-    Not left to twistd, which keeps the bounding set and does not set no_new_privs.
+    twistd's own options are not used: twistd keeps the bounding set and does not set no_new_privs.
     """
 
     def __init__(self, program: Program, uid: int | None, gid: int | None) -> None:
@@ -150,12 +150,12 @@ class _OtherUser(Service):
                 drop_privileges(self._uid, self._gid, self._program.capabilities)
             elif self._gid is not None:
                 os.setresgid(self._gid, self._gid, self._gid)
-        except OSError:  # a filter of system calls
+        except OSError:  # a filter of system calls forbids it
             raise _may_not_become_it() from None
 
 
 def _refuse_other_user(uid: int | None, gid: int | None) -> None:
-    """Unless this process can become it: else that is known only when connections are steered."""
+    """Refuse if this process cannot become it: later, connections would already be steered."""
     is_own = uid in (None, os.geteuid()) and gid in (None, os.getegid())
     if not is_own and not has_capabilities(_CAP_SETGID, _CAP_SETUID):
         raise _may_not_become_it()
@@ -175,10 +175,10 @@ def serve(
     started: Callable[[], bool],
     caller: socket.socket | None = None,
 ) -> None:
-    """Run the proxy by twistd's runner until it ends; raises L{StartError}.
+    """Run the proxy in twistd's runner until it ends; raises L{StartError}.
 
-    @param started: is called when it steers; if it says no, the proxy stops again.
-    @param caller: a socket to C{run}; once the proxy steers, its end-of-file stops it.
+    @param started: called when it steers; if it returns C{False}, the proxy stops again.
+    @param caller: a socket to C{run}; once the proxy steers, an end-of-file on it stops the proxy.
     """
     from ..transports.reactor import install  # exists on Linux only
 

@@ -1,4 +1,4 @@
-"""What an instance answers, for people: a table, and what C{run} and C{stop} say of it."""
+"""An instance's answer, for people: a table, and the texts of C{run} and C{stop}."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _REASONS: Final = {
     "end_of_file": "ended before a whole hello",
     "crowded": "with half a hello, as too many others",
 }
-"""Why visitors took the fallback, after their number."""
+"""The reasons why visitors took the fallback, as a text after their number."""
 
 _HEADS: Final = ("route", "target", "open", "all", "not reached", "received", "sent")
 _BINARY: Final = ("KiB", "MiB", "GiB", "TiB")
 
 _MOST_CALLERS: Final = 5
-"""Addresses that are shown; a CA asks from so many."""
+"""How many addresses are shown; a CA asks from about so many."""
 
 
 def table(answers: Sequence[Answer], now: float) -> str:
-    """All instances; several lines, each with its end.
+    """All instances; several lines, each with its line end.
 
     @param now: in seconds since the epoch.
     """
@@ -84,7 +84,7 @@ def _rows(answer: InstanceStatus) -> Iterator[Sequence[str]]:
 
 
 def _aligned(rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    """The first two columns to the left, numbers to the right."""
+    """The rows as lines: the first two columns aligned left, numbers right."""
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     for row in zip(*columns, strict=True):
@@ -94,7 +94,7 @@ def _aligned(rows: Iterator[Sequence[str]]) -> Iterator[str]:
 
 
 def account(answer: InstanceStatus, now: float) -> list[str]:
-    """What came while it steered, in two lines.
+    """What has arrived while it steered, in two lines.
 
     @param now: in seconds since the epoch.
     """
@@ -123,7 +123,7 @@ def _failed(failures: int, target: str) -> str:
 
 
 def draining(answer: InstanceStatus) -> str:
-    """Of an instance that was stopped."""
+    """A text about an instance that was stopped earlier."""
     return f"PID {answer['pid']} was stopped before, and still has {_open(answer)}"
 
 
@@ -134,7 +134,7 @@ def _open(answer: InstanceStatus) -> str:
 
 
 def drain(answer: InstanceStatus | None, pid: int, now: float) -> str:
-    """What C{stop --wait} waits for.
+    """A text about what C{stop --wait} waits for.
 
     @param answer: L{None} if the instance does not answer.
     """
@@ -150,12 +150,12 @@ def drain(answer: InstanceStatus | None, pid: int, now: float) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """The number of things, in words."""
+    """A number of things, in words."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:
-    """As C{42 s}, C{5 min 3 s}, C{2 h 0 min} or C{3 d 4 h}."""
+    """A duration as C{42 s}, C{5 min 3 s}, C{2 h 0 min} or C{3 d 4 h}."""
     whole = max(0, round(seconds))
     for unit, smaller, length, part in (("d", "h", 86_400, 3_600), ("h", "min", 3_600, 60)):
         if whole >= length:
@@ -164,7 +164,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, as C{512 B}, C{1.5 KiB} and so on."""
+    """A number of bytes as C{512 B}, C{1.5 KiB} and so on."""
     if count < 1_024:
         return f"{count} B"
     power = next((at for at in range(1, 4) if count < 1_000 * 1_024**at), 4)
@@ -177,5 +177,5 @@ def _when(seconds: float) -> str:
 
 
 def _printable(text: str | None) -> str:
-    """What a peer has sent may be meant for the terminal."""
+    """Escape control characters: a peer may have sent some to change the terminal."""
     return "no name" if text is None else ascii(text)[1:-1]

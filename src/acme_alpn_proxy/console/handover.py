@@ -1,9 +1,9 @@
 """Both ends of the socket between C{start} and the daemon.
 
-The daemon sends JSON objects, one on a line: what it waits for (L{Waits}), if it does, and then how
-its start went (L{Told}). C{start} answers with one byte before it exits 0. So a C{start} that was
-killed leaves no daemon that nobody knows of, and a daemon that dies before it has told is noticed
-by the end-of-file.
+The daemon sends JSON objects, one on each line: if it has to wait, what it waits for (L{Waits}),
+and then the result of its start (L{Told}). C{start} answers with one byte before it exits with 0.
+So if C{start} is killed, no daemon keeps running unnoticed. And if the daemon dies before it has
+sent the result, C{start} notices the end-of-file.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ..errors import AlreadyRunning, StartError
 from ..host.handle import ProcessHandle
 
 START_DEADLINE: Final = 120.0
-"""Seconds for the daemon to tell how its start went. Every command it runs has 15 s and a dozen may
-be slow; a healthy start takes a few tenths."""
+"""Seconds to wait for the result of the start. Each command of the daemon has 15 s, and a dozen may
+be slow; a healthy start takes a few tenths of a second."""
 
 RUNNER_DEADLINE: Final = 2.0
-"""Seconds for the process between C{start} and the daemon to end; it takes a few milliseconds."""
+"""Seconds for the process between C{start} and the daemon to end; normally a few milliseconds."""
 
 _ACK_DEADLINE: Final = 5.0
-"""Seconds for C{start}, which does nothing but wait, to answer."""
+"""Seconds for the answer of C{start}, which only waits for the result."""
 
 _FORKS_OF_TWISTD: Final = 2
-"""After so many forks the process is the daemon."""
+"""After so many forks, the process is the daemon."""
 
 
 class Told(TypedDict):
-    """What the daemon tells.
+    """The result of the start.
 
-    @ivar lines: what else the operator is to read.
+    @ivar lines: further lines for the operator.
     @ivar error: the line and the exit status of a start that failed.
-    @ivar running: PID and PID file of the instance that runs already, where that is the reason.
+    @ivar running: if an instance that runs already is the reason, its PID and its PID file.
     """
 
     lines: list[str]
@@ -50,16 +50,16 @@ class Told(TypedDict):
 
 
 class Waits(TypedDict):
-    """What the daemon tells when it has to wait.
+    """Sent by the daemon when it has to wait.
 
-    @ivar waiting: for what, and how long at most.
+    @ivar waiting: what it waits for, and how long at most.
     """
 
     waiting: str
 
 
 class DaemonDied(Exception):
-    """The daemon ended before it had told how its start went, or before it was answered."""
+    """The daemon ended before it had sent the result of its start, or before it got the answer."""
 
 
 def await_report(
@@ -69,14 +69,14 @@ def await_report(
     tell: Callable[[str], None],
     waits: Callable[[str], None],
 ) -> None:
-    """The end of C{start}: wait for the report, and answer it.
+    """The last part of C{start}: wait for the report, and answer it.
 
     Raises L{StartError} if the report is an error, and L{DaemonDied}.
 
-    @param child: the PID of twistd's first process, this process's child; it has ended on return.
+    @param child: the PID of twistd's first process, a child of this process; ended on return.
     @param patience: seconds to wait for the report.
-    @param tell: is called with each line for the operator.
-    @param waits: is called with what the daemon waits for, each time.
+    @param tell: called with each line for the operator.
+    @param waits: called with each thing that the daemon waits for.
     """
     stream.settimeout(patience)
     with stream.makefile("rb") as reader:
@@ -96,7 +96,7 @@ def await_report(
             tell(text)
         if told["running"] is not None or told["error"] is not None:
             with contextlib.suppress(TimeoutError):
-                reader.read()  # to the end of the daemon, which also ends its listener
+                reader.read()  # until the daemon ends, which also closes its listener
             _await_runner(child)
             if told["running"] is not None:
                 raise AlreadyRunning(*told["running"])
@@ -104,20 +104,20 @@ def await_report(
             raise StartError(*told["error"])
         try:
             stream.sendall(b"1")
-        except BrokenPipeError:  # it was killed as soon as it had told
+        except BrokenPipeError:  # it was killed right after its report
             raise _died(child) from None
         _await_runner(child)
 
 
 def _died(child: int) -> DaemonDied:
-    """The daemon has died: end twistd's first process, which may wait for ever."""
+    """After the daemon has died: kill twistd's first process, which might wait for ever."""
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return DaemonDied()
 
 
 def _await_runner(child: int) -> None:
-    """Twistd's first process ends when the daemon has told it, and never if that was killed."""
+    """Wait for twistd's first process: the daemon lets it end, but cannot if it was killed."""
     with ProcessHandle(child) as process:
         if not process.ended(RUNNER_DEADLINE):
             os.kill(child, signal.SIGKILL)
@@ -125,14 +125,14 @@ def _await_runner(child: int) -> None:
 
 
 def tell_end(stream: socket.socket, problem: StartError) -> None:
-    """Tell C{run} why the proxy has ended by itself."""
+    """Report to C{run} why the proxy has stopped by itself."""
     told: Told = {"lines": [], "error": (str(problem), problem.status), "running": None}
     with contextlib.suppress(OSError):
         stream.sendall(json.dumps(told).encode() + b"\n")
 
 
 def reason_of_end(stream: socket.socket) -> StartError | None:
-    """Why the proxy has ended by itself; L{None} if it was stopped or killed."""
+    """Why the proxy has stopped by itself; L{None} if it was stopped or killed."""
     stream.settimeout(_ACK_DEADLINE)
     try:
         line = stream.makefile("rb").readline()
@@ -148,22 +148,22 @@ class Report:
 
     def __init__(self, stream: socket.socket, *, keep: bool = False) -> None:
         """
-        @param keep: leave the socket open after the start: C{run} stays at its other end.
+        @param keep: leave the socket open after the start, since C{run} waits at its other end.
         """
         self.stream = stream
         self.keep = keep
         self.lines: list[str] = []
         self._told = False
-        # The commands that run meanwhile inherit it (see L{BlockingCommands}): its end-of-file then
-        # also means that no command is about to change a rule.
+        # Commands that run during the start inherit the socket (see L{BlockingCommands}). So an
+        # end-of-file also means that no command can still change a rule.
         stream.set_inheritable(True)
-        # The processes that twistd's runner leaves behind must not keep the socket open: its
-        # end-of-file means that the daemon has died. The daemon itself forks for its commands.
+        # The processes that twistd's runner leaves must not keep the socket open: an end-of-file
+        # means that the daemon has died. The daemon itself forks, too, for its commands.
         self._forks_to_come = _FORKS_OF_TWISTD
         os.register_at_fork(after_in_parent=self._forget, after_in_child=self._count_fork)
 
     def started(self) -> bool:
-        """Tell that it steers. Whether C{start} is there and has answered."""
+        """Report that it steers. Return whether C{start} is still there and has answered."""
         try:
             self._tell(None)
             heard = self.stream.recv(1) != b""
@@ -174,13 +174,13 @@ class Report:
         return heard
 
     def failed(self, problem: StartError) -> None:
-        """Tell why it could not start. C{start} then waits for the end of this process."""
+        """Report why the start failed. C{start} then waits for the end of this process."""
         with contextlib.suppress(OSError):
             self._tell(problem)
 
     def __call__(self, event: LogEvent) -> None:
-        """As a log observer: C{start} prints warnings, and what is C{for_operator}; it shows what
-        C{is_waiting}.
+        """The report is a log observer: C{start} prints warnings and events with C{for_operator},
+        and shows events with C{is_waiting} while they last.
         """
         if self._told:
             return

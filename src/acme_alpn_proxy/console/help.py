@@ -1,6 +1,6 @@
-"""What C{help} and C{--help} print, made of the options themselves.
+"""The text of C{help} and C{--help}, made from the options themselves.
 
-The man page and the completions of shells are made of the same.
+The man page and the completions for shells are made from the same data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SYNOPSES: Final = {
     "completion": "completion bash|zsh|fish",
     "manual": "manual",
 }
-"""How to call a command that takes more, or less, than options."""
+"""The command lines of commands that take more, or less, than options."""
 
 DETAILS: Final = {
     "start": (
@@ -111,10 +111,10 @@ EXAMPLES: Final = {
         "acme-alpn-proxy manual >/usr/local/share/man/man8/acme-alpn-proxy.8",
     ),
 }
-"""What somebody wants, and the lines that do it."""
+"""For each command: a purpose, and the lines that achieve it."""
 
 _SHOWN: Final = ("run", "check")
-"""Whose examples the help as a whole shows."""
+"""The commands whose examples are in the general help."""
 
 ENVIRONMENT: Final = {
     PIDFILE_VARIABLE: f"The PID file, by default {DEFAULT_PIDFILE}",
@@ -142,7 +142,7 @@ EXIT_STATUSES: Final = {
 }
 
 KINDS: Final = {"FILE": "file", "USER": "user", "GROUP": "group"}
-"""What a shell knows the values of, by what stands for the value."""
+"""Kinds of values that a shell can complete, by the placeholder of the value."""
 
 _WIDTH: Final = 79
 """Columns of a terminal that has 80."""
@@ -152,11 +152,11 @@ _WIDEST_TERM: Final = 26
 
 @dataclass(frozen=True)
 class Option:
-    """An option as a user sees it.
+    """An option as the help shows it.
 
-    @ivar value: what stands for its value; empty for a flag.
-    @ivar topic: where it is shown.
-    @ivar choices: all the values that it may have; none where it takes any, or none at all.
+    @ivar value: the placeholder of its value; empty for a flag.
+    @ivar topic: the heading under which it is shown.
+    @ivar choices: all values that it accepts; empty if it accepts any value, or has none.
     """
 
     long: str
@@ -169,14 +169,14 @@ class Option:
 
     @property
     def kind(self) -> str:
-        """What its value is, if it takes any."""
+        """The kind of its value: C{none}, C{choice}, one of L{KINDS}, or C{any}."""
         if not self.value:
             return "none"
         return "choice" if self.choices else KINDS.get(self.value, "any")
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The commands that it goes with."""
+        """The commands that use it."""
         return GO_WITH.get(self.long, self.topic.commands)
 
     def names(self, equals: str) -> str:
@@ -185,9 +185,9 @@ class Option:
         return f"-{self.short}, {names}" if self.short else names
 
     def sentence(self, *, alone: bool = False) -> str:
-        """What it does, and its default.
+        """A description and the default.
 
-        @param alone: the reader does not see which commands it goes with: tell them.
+        @param alone: add the commands that use it, since the reader does not see them.
         """
         text = self.about
         if alone and self.long in GO_WITH:
@@ -222,7 +222,7 @@ def options() -> list[Option]:
 
 
 def _choices(coerce: Callable[[str], object] | None = None) -> tuple[str, ...]:
-    """What an option says when it is given none of its values."""
+    """The values of an option, from its error message for a wrong value."""
     try:
         if coerce is not None:
             coerce("")
@@ -233,12 +233,12 @@ def _choices(coerce: Callable[[str], object] | None = None) -> tuple[str, ...]:
 
 
 def synopsis(command: str) -> str:
-    """How to call a command, without the name of the program."""
+    """The command line of a command, without the name of the program."""
     return SYNOPSES.get(command, f"{command} [options]")
 
 
 def help_text(command: str = "") -> str:
-    """The help as a whole, or that of one command."""
+    """The general help, or the help of one command."""
     return "\n".join(_of_one(command) if command else _of_all()) + "\n"
 
 
@@ -289,7 +289,7 @@ def _by_topic(shown: Iterable[Option], *, alone: bool = False) -> Iterator[str]:
 
 
 def _table(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Terms, and what they mean beside them, or below a long one."""
+    """Terms, with their meaning next to them, or below if the term is long."""
     entries = list(entries)
     width = max(len(term) for term, _ in entries if len(term) <= _WIDEST_TERM) + 2
     for term, about in entries:

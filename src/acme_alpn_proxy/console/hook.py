@@ -1,4 +1,4 @@
-"""What C{hook} does: the words that an ACME client gives to its hook become requests.
+"""The command C{hook}: translates the words that an ACME client gives its hook into requests.
 
 See uacme(1) for C{uacme --hook}, and docs/examples/hook.sh of dehydrated.
 """
@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 Ask: TypeAlias = Callable[[str], str]
-"""Sends a line to the control socket."""
+"""Sends a line to the control socket and returns the answer."""
 
 UACME_METHODS: Final = ("begin", "done", "failed")
 
 
 class WrongWords(ValueError):
-    """These are not what the client gives to its hook; the message says what is."""
+    """The client would not give its hook these words; the message says which are right."""
 
 
 DONE: Final = 0
 DECLINED: Final = 1
-"""To uacme: try another type of challenge."""
+"""The exit status that makes uacme try another type of challenge."""
 
 
 def uacme(words: Sequence[str], ask: Ask) -> int:
@@ -35,8 +35,8 @@ def uacme(words: Sequence[str], ask: Ask) -> int:
 
 
 def dehydrated(words: Sequence[str], ask: Ask) -> int:
-    """C{deploy_challenge} and C{clean_challenge}, with C{IDENT TOKEN DIGEST} once or more often
-    (HOOK_CHAIN); whatever else there is or will be is nothing to us."""
+    """C{deploy_challenge} and C{clean_challenge}, with C{IDENT TOKEN DIGEST} one or more times
+    (HOOK_CHAIN); all other operations are ignored."""
     operation, *values = words or [""]
     if operation in ("deploy_challenge", "clean_challenge"):
         if not values or len(values) % 3:
@@ -51,7 +51,7 @@ def dehydrated(words: Sequence[str], ask: Ask) -> int:
 
 
 def client_of(words: Sequence[str]) -> str:
-    """The client that gives such words to its hook."""
+    """The client that gives its hook such words."""
     return "uacme" if words[:1] and words[0] in UACME_METHODS else "dehydrated"
 
 

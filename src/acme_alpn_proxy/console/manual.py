@@ -1,4 +1,4 @@
-"""The man page acme-alpn-proxy(8), made of the help. Its macros are those of man(7)."""
+"""The man page acme-alpn-proxy(8), made from the help. Its macros are those of man(7)."""
 
 from __future__ import annotations
 

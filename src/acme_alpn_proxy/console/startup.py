@@ -1,9 +1,9 @@
-"""A faster start and end of processes that are the program's own.
+"""A faster start and end for processes of this program.
 
-L{load_lightly} is called before Twisted is imported. It puts off the import of C{http.cookiejar},
-which C{twisted.python.compat} has a name for and nobody uses: with urllib and email it takes a
-tenth of the time of all imports. And it keeps the garbage collector from going over the loaded
-modules again and again while more are loaded, and once more at the end.
+L{load_lightly} is called before Twisted is imported. It defers the import of C{http.cookiejar},
+which C{twisted.python.compat} imports although nothing uses it: with urllib and email, that takes a
+tenth of the time of all imports. It also keeps the garbage collector from scanning the loaded
+modules again and again while more are imported, and once more at the end.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Final
 
 _USUAL_THRESHOLD: Final = gc.get_threshold()
 _LOADING_THRESHOLD: Final = 100_000
-"""More objects than imports leave (46,000; 64,000 where cryptography is installed). With Python's
-usual threshold the collector runs sixty times meanwhile."""
+"""More objects than all imports leave (46,000; 64,000 if cryptography is installed). With Python's
+default threshold, the collector runs sixty times during the imports."""
 
 
 def load_lightly() -> None:
-    """Change how this process loads modules. To be called first, by the program's own processes."""
+    """Change how this process loads modules. To be called first, and only by this program's
+    processes."""
     gc.set_threshold(_LOADING_THRESHOLD)
     load_when_used("http", "cookiejar")
     atexit.register(gc.freeze)
@@ -43,6 +44,6 @@ def load_when_used(package: str, name: str) -> None:
 
 
 def loading_done() -> None:
-    """Collect garbage as usual, but not in what has been loaded. To be called by the daemon."""
+    """Collect garbage as usual, but not among the loaded modules. To be called by the daemon."""
     gc.freeze()
     gc.set_threshold(*_USUAL_THRESHOLD)

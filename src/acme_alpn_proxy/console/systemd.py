@@ -1,4 +1,4 @@
-"""Telling systemd how the service is: the protocol of sd_notify(3), without a library."""
+"""Reporting the service's state to systemd: the protocol of sd_notify(3), without a library."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..program import Program
 SOCKET_VARIABLE: Final = "NOTIFY_SOCKET"
 
 _PATIENCE: Final = 1.0
-"""Seconds that a manager whose queue is full may hold this process up."""
+"""Seconds that a manager with a full queue may block this process."""
 
 
 def notify(environment: Mapping[str, str], **fields: object) -> None:
-    """Send C{FIELD=value} lines in one datagram; where nobody has asked for it, do nothing.
+    """Send C{FIELD=value} lines in one datagram; without C{NOTIFY_SOCKET}, do nothing.
 
-    A manager that cannot be told is no reason to fail: it has deadlines of its own.
+    If the manager cannot be reached, that is not an error: it has deadlines of its own.
 
     @param environment: has the address in C{NOTIFY_SOCKET}: a path, or C{@} and an abstract name.
     """
@@ -39,12 +39,12 @@ def notify(environment: Mapping[str, str], **fields: object) -> None:
             channel.settimeout(_PATIENCE)
             channel.connect(address)
             channel.send("".join(lines).encode())
-    except (OSError, ValueError):  # ValueError: no address at all
+    except (OSError, ValueError):  # ValueError: not an address
         pass
 
 
 def watchdog_seconds(environment: Mapping[str, str]) -> float:
-    """Within how many seconds the manager wants a sign of life (WatchdogSec=); 0: it wants none."""
+    """The interval, in seconds, for signs of life (WatchdogSec=); 0: the manager wants none."""
     try:
         microseconds = int(environment.get("WATCHDOG_USEC", "0"))
         pid = int(environment.get("WATCHDOG_PID", os.getpid()))
@@ -55,14 +55,14 @@ def watchdog_seconds(environment: Mapping[str, str]) -> float:
 
 @implementer(ILogObserver)
 class ServiceManager(Service):
-    """Tells systemd, if it has started this process, when it steers, when it stops, and what it
-    does meanwhile. Starts last, and so stops first.
+    """Reports to systemd, if that has started this process, when the proxy steers, when it stops,
+    and what it is doing. Starts last, and so stops first.
     """
 
     def __init__(self, reactor: IReactorTime, program: Program, patience: float) -> None:
         """
-        @param patience: seconds that a stop may take. systemd is told, so that its own deadline
-            does not end the drain.
+        @param patience: seconds that a stop may take. systemd gets this number, so that its own
+            deadline does not cut off the drain.
         """
         self._program = program
         self._patience = patience
@@ -75,7 +75,7 @@ class ServiceManager(Service):
             notify(os.environ, READY=1, MAINPID=os.getpid())
         seconds = watchdog_seconds(os.environ)
         if seconds and not self._alive.running:
-            # Also while it drains: systemd expects it until the process ends.
+            # Also during the drain: systemd expects a sign of life until the process ends.
             self._alive.start(seconds / 3)
 
     def stopService(self) -> None:
@@ -83,6 +83,7 @@ class ServiceManager(Service):
         notify(os.environ, STOPPING=1, EXTEND_TIMEOUT_USEC=int(self._patience * 1e6))
 
     def __call__(self, event: LogEvent) -> None:
-        """As a log observer: an event with the field C{is_status} is the service's status."""
+        """The service is a log observer: an event with C{is_status} becomes systemd's status
+        line."""
         if event.get("is_status"):
             notify(os.environ, STATUS=formatEvent(event))

@@ -1,4 +1,4 @@
-"""The operator's terminal: lines, colours, and one line that says what is waited for."""
+"""The operator's terminal: lines, colours, and one line that shows what the program waits for."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ COLOURS: Final = {
     "failed": 31,
     "silent": 31,
 }
-"""Green, yellow and red, by the word (ECMA-48 SGR)."""
+"""Green, yellow and red, by word (ECMA-48 SGR)."""
 
 _ERASE_LINE: Final = "\r\x1b[K"
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person looks at it, on a terminal that can erase a line."""
+    """Whether a stream is a terminal that can erase a line."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def coloured(word: str, stream: TextIO | None) -> str:
-    """The word, in its colour where C{stream} is a terminal and NO_COLOR (no-color.org) is unset.
+    """The word, in its colour if C{stream} is a terminal and NO_COLOR (no-color.org) is not set.
 
     @param word: may have spaces around it.
     """
@@ -41,19 +41,19 @@ def coloured(word: str, stream: TextIO | None) -> str:
 
 
 def tell(text: str) -> None:
-    """Print one line to stderr. C{sys.stderr} itself may be redirected to the log by twistd."""
+    """Print one line to stderr. The real stderr: twistd may redirect C{sys.stderr} to the log."""
     stream = sys.__stderr__
     if stream is not None:
-        line = " ".join(text.splitlines())  # a path, for one, may have several
+        line = " ".join(text.splitlines())  # a path may contain line ends
         word, colon, rest = line.partition(":")
-        with contextlib.suppress(OSError):  # the exit status says it too
+        with contextlib.suppress(OSError):  # the exit status still reports the failure
             print(f"{NAME}: {coloured(word, stream)}{colon}{rest}", file=stream, flush=True)
 
 
 class Waiting:
-    """On a terminal, one line that says what is waited for; each replaces the one before.
+    """On a terminal, one line that shows what the program waits for; a new text replaces the old.
 
-    It is gone when the C{with} block is left. Elsewhere nothing is printed.
+    The line is erased at the end of the C{with} block. Without a terminal, nothing is printed.
     """
 
     def __init__(self) -> None:
@@ -67,11 +67,11 @@ class Waiting:
         self.clear()
 
     def __bool__(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether the line is shown at all."""
         return self._stream is not None
 
     def show(self, text: str) -> None:
-        """Wait for this from now on."""
+        """Show that the program waits for this."""
         if text != self._shown:
             self._print(f"{_ERASE_LINE}{text[: self._columns() - 1]}")
             self._shown = text
@@ -82,7 +82,7 @@ class Waiting:
         tell(text)
 
     def clear(self) -> None:
-        """Nothing is waited for, or another line is about to be printed."""
+        """Erase the line: the wait is over, or another line is going to be printed."""
         if self._shown:
             self._print(_ERASE_LINE)
             self._shown = ""
@@ -101,7 +101,7 @@ class Waiting:
 
 
 def nobody_reads() -> None:
-    """Whoever read our output has seen enough, as head(1) does: let the rest go nowhere."""
+    """The reader of our output has closed it, as head(1) does: discard the rest."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

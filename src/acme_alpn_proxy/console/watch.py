@@ -1,4 +1,4 @@
-"""Showing a text again and again, until a signal comes."""
+"""Shows a text again and again until a signal arrives."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ WATCH_SECONDS: Final = 1.0
 
 OTHER_SCREEN: Final = "\x1b[?1049h\x1b[?25l"
 USUAL_SCREEN: Final = "\x1b[?25h\x1b[?1049l"
-"""To the terminal: its alternate screen without a cursor, and back (xterm's control sequences)."""
+"""Switch the terminal to its alternate screen without a cursor, and back (xterm's control
+sequences)."""
 
 HOME: Final = "\x1b[H"
 END_OF_LINE: Final = "\x1b[K\n"
 ERASE_BELOW: Final = "\x1b[J"
-"""Of ECMA-48 (CUP, EL, ED). What is written over what is there flickers less than on a blank."""
+"""Control sequences of ECMA-48 (CUP, EL, ED). Overwriting the old text flickers less than clearing
+first."""
 
 
 def watch(draw: Callable[[], str]) -> NoReturn:
-    """Print what C{draw} gives, every second.
+    """Print the result of C{draw} every second.
 
-    On a terminal each text replaces the one before, on a screen of its own; the last one stays.
+    On a terminal, each text replaces the previous one, on the alternate screen; the last text
+    stays.
     """
     if not is_terminal(sys.stdout):
         while True:

@@ -1,1 +1,1 @@
-"""C{check}: whether the proxy would work on this host."""
+"""C{check}: finds out whether the proxy would work on this host."""

@@ -1,6 +1,6 @@
-"""C{acme-alpn-proxy check}: whether it would work here, found out before the CA does.
+"""C{acme-alpn-proxy check}: finds out whether the proxy would work here, before a CA connects.
 
-It looks, and changes nothing. L{acme_alpn_proxy.diagnosis.probe} does the real thing if asked to.
+It reads and changes nothing. Only L{acme_alpn_proxy.diagnosis.probe}, on request, really steers.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ _FILES: Final = (
     ("PID file", "pidfile", "set ACME_ALPN_PROXY_PIDFILE to"),
     ("log file", "logfile", "name with --logfile"),
 )
-"""Each file's name for the operator, its option, and how to choose another one."""
+"""For each file: its name for the operator, its option, and how to choose another path."""
 
 
 def _why(problem: BaseException) -> str:
-    """On one line."""
+    """The text of the problem, on one line."""
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return " ".join(text.split()).rstrip(".")
 
 
 def _or_another_way(finding: Finding, names: Sequence[str]) -> Finding:
-    """If it failed: with the remedy to take one of the ways that work here."""
+    """A failed finding gets the remedy to take one of the ways that work here."""
     if finding.level is not Level.FAILED:
         return finding
     return replace(finding, remedy=or_another_way(names, finding.remedy))
@@ -86,9 +86,9 @@ class Check:
         doing: Doing = lambda what: None,
     ) -> None:
         """
-        @param tell: is called with each finding.
-        @param probe: does the real thing.
-        @param doing: is called with what may take a while.
+        @param tell: called with each finding.
+        @param probe: the real trial: it steers and dials.
+        @param doing: called with the name of each step that may take a while.
         """
         self._reactor = reactor
         self._options = options
@@ -105,7 +105,7 @@ class Check:
 
     @inlineCallbacks
     def look(self) -> Generator[Deferred[Any], Any, None]:
-        """Look, then probe if that is asked for and can be done."""
+        """Run the checks, then the probe if it was requested and is possible."""
         for finding in self._look_at_files():
             self._tell(finding)
         self._tell(self._look_at_port())
@@ -243,7 +243,7 @@ class Check:
 
     @inlineCallbacks
     def _look_at_ways(self) -> Generator[Deferred[Any], Any, list[Finding]]:
-        """What does not work has failed if start would not take another way instead."""
+        """A way that does not work counts as failed only if start would not take another one."""
         found: dict[str, list[Finding]] = {}
         for way in ("sk-lookup", "nftables"):
             found[way] = [(yield self._prepare(way))]
@@ -266,7 +266,7 @@ class Check:
 
     @inlineCallbacks
     def _prepare(self, way: str) -> Generator[Deferred[Any], Any, Finding]:
-        """What the redirect itself knows before it does anything."""
+        """The redirect's own checks, which change nothing."""
         one = len(self._ways) == 1 or self._options["rulespec"] is not None
         alone = one and way in self._ways
         try:
@@ -289,12 +289,12 @@ class Check:
                 return Finding.refused(name, failed(result))
         finding = Finding(name, Level.OK)
         if family == 4:
-            finding = yield self._prepare("iptables")  # which looks at both families
+            finding = yield self._prepare("iptables")  # this checks both families
         if finding.level is Level.OK and not (yield self._rules_can_expire(family)):
             return Finding(
                 name,
                 Level.WARNING,
-                f"{name} has no match 'time': should the proxy and its guard be killed together,"
+                f"{name} has no match 'time': if the proxy and its guard are killed together,"
                 " 'acme-alpn-proxy stop' must remove the rules",
                 "load the kernel's module xt_time: modprobe xt_time",
             )
@@ -302,7 +302,8 @@ class Check:
 
     @inlineCallbacks
     def _rules_can_expire(self, family: int) -> Generator[Deferred[Any], Any, bool]:
-        """Whether iptables and the kernel know the match; asked for a rule that is not there."""
+        """Whether iptables and the kernel know the match; found by a query for a rule that is not
+        there."""
         rule = [*default_rulespec(PORT), *EXPIRY, "2000-01-01T00:00:00"]
         result: Result = yield self._commands.run(command(family, "nat", "-C", "PREROUTING", *rule))
         return "time" not in result.output
@@ -320,7 +321,7 @@ class Check:
         found = []
         with claim:
             for family in self._families:
-                with suppress(StartError):  # the check of iptables has said why
+                with suppress(StartError):  # the check of iptables has reported why
                     found += yield leftovers.find(self._commands, family)
         count = len(found) + count_left()
         if not count:
@@ -330,7 +331,7 @@ class Check:
         if redirects:
             cause += ", which send visitors to a port where nobody listens"
         level = Level.FAILED if redirects else Level.WARNING
-        return Finding("leftovers", level, cause, "remove them by: acme-alpn-proxy stop")
+        return Finding("leftovers", level, cause, "remove them with: acme-alpn-proxy stop")
 
     @inlineCallbacks
     def _try_it(self) -> Generator[Deferred[Any], Any, None]:
@@ -345,7 +346,7 @@ class Check:
 
 
 def why_not_writable(path: str) -> str | None:
-    """Why a file cannot be written, or made; L{None} if it can. Nothing is made."""
+    """Why a file cannot be written or made; L{None} if it can. Makes no file."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK))
     except FileNotFoundError as problem:
@@ -359,7 +360,7 @@ def why_not_writable(path: str) -> str | None:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether nobody listens on this port, at whatever address. Does not listen there."""
+    """Whether no program listens on this port, on any address. Does not listen there itself."""
     for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104
         try:
             with socket.socket(family, socket.SOCK_STREAM) as trial:
@@ -372,14 +373,14 @@ def port_is_free(port: int) -> bool:
 
 
 class CheckDocument(TypedDict):
-    """What C{check --json} prints."""
+    """The output of C{check --json}."""
 
     verdict: str
     checks: list[FindingObject]
 
 
 def document(findings: Sequence[Finding]) -> str:
-    """All of it as JSON."""
+    """All findings as JSON."""
     about: CheckDocument = {
         "verdict": str(worst(findings)),
         "checks": [finding.as_object() for finding in findings],
@@ -390,10 +391,10 @@ def document(findings: Sequence[Finding]) -> str:
 def check_this_host(
     options: ConsoleOptions, pidfile: PIDFile, tell: Tell, doing: Doing
 ) -> list[Finding]:
-    """Check, in a reactor that this runs and ends; gives what was found.
+    """Run the checks in a reactor that this function starts and stops; returns the findings.
 
-    @param tell: is called with each finding at once.
-    @param doing: is called with what may take a while.
+    @param tell: called with each finding at once.
+    @param doing: called with the name of each step that may take a while.
     """
     from twisted.internet import reactor as installed
 
@@ -403,7 +404,7 @@ def check_this_host(
     failures: list[Failure] = []
 
     def start() -> None:
-        # Before the probe steers, there is nothing to undo: SIGTERM may end the process at once.
+        # Before the probe steers, nothing has to be undone: SIGTERM may end the process at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         commands = commands_for(reactor)
         check = Check(reactor, options, pidfile, commands, tell, probe=probe, doing=doing)
@@ -416,7 +417,7 @@ def check_this_host(
         try:
             reactor.stop()
         except ReactorNotRunning:
-            pass  # a signal has stopped it
+            pass  # a signal has already stopped it
 
     globalLogBeginner.beginLoggingTo([], discardBuffer=True, redirectStandardIO=False)
     reactor.callWhenRunning(start)

@@ -1,6 +1,7 @@
-"""Why an order failed, as far as it was seen here: C{acme-alpn-proxy explain}.
+"""C{acme-alpn-proxy explain}: why an order failed, as far as this host could see it.
 
-The CA's own message says what it saw; this says what arrived at this host and what was answered.
+The CA's own message says what the CA saw; this says what arrived at this host and how it was
+answered.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from ..responder.server import REFUSED
 from .finding import Finding, Level
 
 PERSPECTIVES: Final = 5
-"""From at least so many places Let's Encrypt validates from December 2026 on."""
+"""From December 2026 on, Let's Encrypt validates from at least so many places."""
 
 _PATIENCE: Final = 5.0
-"""Seconds for the ACME client to answer."""
+"""Seconds that the ACME client has to answer."""
 
 _LONGEST_LOG: Final = 1 << 20
-"""Bytes of the log's end that are looked at."""
+"""How many bytes at the end of the log are read."""
 
 Lookup: TypeAlias = Callable[[str], Sequence[str]]
-"""Gives the numeric addresses of a name; raises L{OSError}."""
+"""Returns the numeric addresses of a name; raises L{OSError}."""
 
 
 class Seen(NamedTuple):
-    """A validation that came in.
+    """A validation that arrived.
 
     @ivar peer: C{host:port}.
     @ivar name: the server name, or L{NO_NAME}.
-    @ivar result: what came of it, in words.
+    @ivar result: the result, in words.
     """
 
     peer: str
@@ -55,12 +56,12 @@ class Seen(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The peer without its port."""
+        """The peer's address without the port."""
         return self.peer.rpartition(":")[0].strip("[]")
 
 
 def look_up(name: str) -> Sequence[str]:
-    """The addresses of a name, as this host's resolver knows them; raises L{OSError}."""
+    """The addresses that this host's resolver has for a name; raises L{OSError}."""
     found = socket.getaddrinfo(name, 443, type=socket.SOCK_STREAM)
     return sorted({str(address[0]) for *_, address in found})
 
@@ -71,7 +72,7 @@ def explain(
     target: Callable[[str], str],
     look_up: Lookup = look_up,
 ) -> Iterator[Finding]:
-    """What was seen for each identifier; without any, for all that were asked for.
+    """The findings for each identifier; without identifiers, for all that CAs have asked for.
 
     @param seen: the last validations.
     @param target: gives the address to which validations of an identifier go.
@@ -190,7 +191,7 @@ def _records(name: str, look_up: Lookup) -> Iterator[Finding]:
 
 
 def answer_of(target: Address, identifier: str) -> Iterator[Finding]:
-    """What an ACME client at C{target} answers for C{identifier} now, as a CA would see it."""
+    """What a CA would see now if it validated C{identifier} at an ACME client at C{target}."""
     from cryptography import x509
 
     from ..responder.certificates import faults
@@ -231,7 +232,7 @@ def answer_of(target: Address, identifier: str) -> Iterator[Finding]:
 
 
 def from_log(lines: Iterable[str]) -> list[Seen]:
-    """The validations in a log, as text or JSON, since the proxy started the last time."""
+    """The validations in a log, as text or JSON, since the last start of the proxy."""
     pattern = re.compile(
         re.escape(VALIDATION_ENDED).replace(r"\{", "(?P<").replace(r"\}", ">.*?)") + "$"
     )
@@ -260,10 +261,10 @@ def last_lines(path: str) -> Sequence[str]:
 
 
 def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) -> list[Finding]:
-    """What can be said of the last order, from the instances that run, else from the log.
+    """The findings about the last order, from running instances or, if none runs, from the log.
 
-    @param options: parsed L{acme_alpn_proxy.options.ConsoleOptions}; C{argv} has identifiers.
-    @param answers: of the instances that run.
+    @param options: parsed L{acme_alpn_proxy.options.ConsoleOptions}; C{argv} has the identifiers.
+    @param answers: the answers of the running instances.
     """
     alpn, named = str(options["alpn"]), {**options["alpn-for"]}
     seen: list[Seen] = []

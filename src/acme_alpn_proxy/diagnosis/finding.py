@@ -1,4 +1,4 @@
-"""What a check has found: one line for the operator, or one object for a program."""
+"""The result of a check: one line for the operator, or one object for a program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import cause_and_remedy
 
 
 class Level(IntEnum):
-    """How bad it is, the worst last."""
+    """How serious it is; the worst is the last."""
 
     OK = 0
     WARNING = 1
@@ -32,11 +32,11 @@ class FindingObject(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict of one check.
+    """The result of one check.
 
-    @ivar name: of the check.
-    @ivar cause: what was seen; may be empty where all is well.
-    @ivar remedy: what to do; empty where all is well.
+    @ivar name: the name of the check.
+    @ivar cause: what was found; may be empty if all is well.
+    @ivar remedy: what to do; empty if all is well.
     """
 
     name: str
@@ -46,15 +46,15 @@ class Finding:
 
     @classmethod
     def refused(cls, name: str, problem: Exception | str, level: Level = Level.FAILED) -> Finding:
-        """Of an error for the operator: the cause, a semicolon, the remedy."""
+        """Make a finding from an error for the operator: the cause, a semicolon, the remedy."""
         return cls(name, level, *cause_and_remedy(str(problem)))
 
     def at_most(self, level: Level) -> Finding:
-        """The same, but no worse than this."""
+        """The same finding, with C{level} if its own is worse."""
         return replace(self, level=min(self.level, level))
 
     def parts(self) -> tuple[str, str, str]:
-        """Its line in three: the level, padded, the name, and the rest."""
+        """Its line in three parts: the padded level, the name, and the rest."""
         told = "; ".join(filter(None, [self.cause, self.remedy]))
         return f"{self.level!s:<7}", self.name, f"{': ' * bool(told)}{told}"
 
@@ -63,7 +63,7 @@ class Finding:
         return f"{level} {name}{rest}"
 
     def as_object(self) -> FindingObject:
-        """For JSON."""
+        """The finding as an object for JSON."""
         return {
             "name": self.name,
             "verdict": str(self.level),
@@ -73,7 +73,7 @@ class Finding:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """The verdict on all together, as a sentence."""
+    """The result of all checks, as a sentence."""
     count = {level: sum(each.level is level for each in findings) for level in Level}
     checks = f"{len(findings)} checks"
     if count[Level.FAILED]:
@@ -85,5 +85,5 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The verdict on all together."""
+    """The worst level of all."""
     return max((finding.level for finding in findings), default=Level.OK)

@@ -1,4 +1,4 @@
-"""A TLS handshake that goes no further: whether a target answers."""
+"""A TLS handshake without anything after it: it shows whether a target answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HANDSHAKE_DEADLINE: Final = 10.0
 
 
 class OnlyAlert(Exception):
-    """The other end speaks TLS, but no handshake comes of it."""
+    """The other end speaks TLS, but refuses the handshake with an alert."""
 
 
 class Handshake(Protocol):
-    """A TLS client that goes no further than the handshake.
+    """A TLS client that makes only the handshake.
 
-    @ivar done: fires with the application protocol that was agreed on, or fails with L{OnlyAlert},
+    @ivar done: fires with the application protocol of the handshake, or fails with L{OnlyAlert},
         L{ssl.SSLError} or L{ConnectionResetError}.
     """
 
@@ -75,10 +75,10 @@ class Handshake(Protocol):
 def handshake(
     reactor: Reactor, target: Address, patience: float, *alpn: str, header: bytes = b""
 ) -> Generator[Deferred[Any], Any, str | None]:
-    """Connect and shake hands, as a client that asks for this host's name.
+    """Connect and make a handshake, with this host's name as the server name.
 
-    @param header: what is sent before.
-    @return: a Deferred of the application protocol, which fails as connecting or L{Handshake} do.
+    @param header: bytes to send before the handshake.
+    @return: a Deferred of the application protocol; it fails like connecting or L{Handshake}.
     """
     endpoint = target.endpoint(reactor, patience)
     protocol = Handshake(server_name(), *alpn, header=header)

@@ -1,4 +1,4 @@
-"""ClientHellos for trying the path: a visitor's and that of a CA's validator."""
+"""ClientHellos that test the path: a visitor's and a CA validator's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Final
 from ..proxy.routing import ACME_TLS_1
 
 ACME_HELLO_BYTES: Final = 1_700
-"""Of a validator's hello with an ML-KEM key share: 1,490 to 1,770 are seen, more than a segment."""
+"""The size of a validator's hello with an ML-KEM key share: real ones have 1,490 to 1,770 bytes,
+more than a segment."""
 
 TLS_ANSWERS: Final = (b"\x15\x03", b"\x16\x03")
-"""How an alert and a ServerHello begin."""
+"""The first bytes of an alert and of a ServerHello."""
 
 _X25519MLKEM768: Final = 0x11EC
 _MLKEM_SHARE_BYTES: Final = 1_216
@@ -26,13 +27,13 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}(\.[A-Za-z0-9][A-Za-z0-9-
 
 
 def server_name() -> str | None:
-    """The host's name, if one can ask for it by SNI (RFC 6066 section 3)."""
+    """The host's name, if it can be sent in SNI (RFC 6066 section 3)."""
     name = socket.gethostname()
     return name if _HOST_NAME.fullmatch(name) else None
 
 
 def tls_client(name: str | None, *alpn: str) -> tuple[ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
-    """A client that takes any certificate, and the bytes to it and from it."""
+    """A client that accepts any certificate, with its incoming and outgoing bytes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -43,7 +44,7 @@ def tls_client(name: str | None, *alpn: str) -> tuple[ssl.SSLObject, ssl.MemoryB
 
 
 def visitor_hello(name: str | None) -> bytes:
-    """An ordinary hello, by OpenSSL."""
+    """An ordinary hello, made by OpenSSL."""
     client, _, outgoing = tls_client(name)
     try:
         client.do_handshake()
@@ -53,7 +54,8 @@ def visitor_hello(name: str | None) -> bytes:
 
 
 def acme_hello(name: str | None) -> bytes:
-    """A validator's, L{ACME_HELLO_BYTES} long (RFC 8446 section 4.1.2, RFC 8737 section 3)."""
+    """A validator's hello, L{ACME_HELLO_BYTES} long (RFC 8446 section 4.1.2, RFC 8737 section
+    3)."""
     shares = b"".join(
         struct.pack("!H", group) + _vector(2, os.urandom(size))
         for group, size in ((_X25519MLKEM768, _MLKEM_SHARE_BYTES), (_X25519, _X25519_SHARE_BYTES))

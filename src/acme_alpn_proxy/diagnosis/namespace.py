@@ -1,4 +1,4 @@
-"""A network namespace without a name, from which this host can be dialled."""
+"""A network namespace without a name, from which the probe connects to this host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """Two addresses, of the host and of who dials it."""
+    """Two addresses: the host's, and that of the caller in the namespace."""
 
     family: int
     host: str
@@ -34,9 +34,10 @@ class Subnet:
 
 
 def _in_use(listing: str) -> Iterator[ipaddress.IPv4Network]:
-    """The destinations in C{ip -4 route show table all}, but for those of half the world."""
+    """The destinations in C{ip -4 route show table all}, without very large networks (/16 or
+    larger)."""
     for line in listing.splitlines():
-        for word in line.split()[:2]:  # before the address may stand its type
+        for word in line.split()[:2]:  # the route's type may come before the destination
             try:
                 network = ipaddress.IPv4Network(word)
             except ValueError:
@@ -46,13 +47,13 @@ def _in_use(listing: str) -> Iterator[ipaddress.IPv4Network]:
 
 
 def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
-    """A link-local /30 (RFC 3927) that no route of the host's is about.
+    """A link-local /30 (RFC 3927) that overlaps with no route of the host.
 
     @param choices: numbers to try, of any size.
     """
     taken = list(_in_use(listing))
     for number in choices:
-        # From 192 on: below are those by which clouds serve their machines.
+        # From 192 on: in the range below, clouds offer services to their machines.
         network = ipaddress.IPv4Network((0xA9FEC000 + number % 0x3E00 // 4 * 4, 30))
         if not any(network.overlaps(each) for each in taken):
             return Subnet(4, str(network[1]), str(network[2]), 30)
@@ -60,16 +61,16 @@ def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
 
 
 def unique_local_subnet() -> Subnet:
-    """With a global ID by chance, of 40 bits (RFC 4193): it meets no other."""
+    """A subnet with a random global ID of 40 bits (RFC 4193), which collides with no other."""
     prefix = int.from_bytes(b"\xfd" + secrets.token_bytes(5), "big") << 80
     host, dialler = (str(ipaddress.IPv6Address(prefix + number)) for number in (1, 2))
     return Subnet(6, host, dialler, 64)
 
 
 class Namespace:
-    """A network namespace without a name, joined to this process's own.
+    """A network namespace without a name, connected to this process's own by a veth pair.
 
-    @ivar subnets: on the pair, by family.
+    @ivar subnets: the addresses on the pair, by family.
     """
 
     def __init__(self, link: str, families: Sequence[int]) -> None:
@@ -89,12 +90,12 @@ class Namespace:
             raise
 
     def socket(self, family: int) -> socket.socket:
-        """A TCP socket in there, for use by any thread."""
+        """A TCP socket in the namespace, for use by any thread."""
         of = {4: socket.AF_INET, 6: socket.AF_INET6}[family]
         return self._in_there(lambda: socket.socket(of, socket.SOCK_STREAM))
 
     def close(self) -> None:
-        """Remove the pair at once, and let the namespace go."""
+        """Remove the pair at once, and release the namespace."""
         if self._joined:
             self._commands.run(["ip", "link", "delete", self._link])
         self._inside.shutdown()
@@ -106,7 +107,7 @@ class Namespace:
             self.subnets[6] = unique_local_subnet()
         thread = self._in_there(_unshare)
         pair = ["type", "veth", "peer", "name", self._link, "netns", str(thread)]
-        self._ip("link", "add", self._link, *pair)  # one step: neither end is ever alone
+        self._ip("link", "add", self._link, *pair)  # one step: both ends or none
         self._joined = True
         self._number([subnet.host for subnet in self.subnets.values()])
         self._in_there(lambda: self._number([subnet.dialler for subnet in self.subnets.values()]))
@@ -135,7 +136,7 @@ class Namespace:
 
 
 def _unshare() -> int:
-    """Give this thread a network namespace of its own; its number, by which the kernel knows it."""
+    """Move this thread to a new network namespace; returns its number in the kernel."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
         problem = os.strerror(ctypes.get_errno())

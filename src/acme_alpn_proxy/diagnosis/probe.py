@@ -1,8 +1,8 @@
-"""The real thing: a visitor and a CA's validator dial :443 of this host through the kernel's path.
+"""The real trial: a visitor and a CA's validator dial :443 of this host through the kernel's path.
 
-They dial from a network namespace of their own, joined to the host by a veth pair. The namespace
-has no name: a thread and sockets of this process hold it, and so do nothing else. However this
-process ends, the namespace goes, and with it both ends of the pair.
+They dial from a network namespace of their own, connected to the host by a veth pair. The namespace
+has no name: only a thread and sockets of this process hold it. However this process ends, the
+namespace disappears, and with it both ends of the pair.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
 from .namespace import Namespace
 
 DIAL_DEADLINE: Final = 3.0
-"""Seconds for each step of a dial: time enough for a second SYN, after one. Visitors are steered
-meanwhile, so it is no more than that."""
+"""Seconds for each step of a dial: enough for a second SYN, which follows after one second. Not
+more, since visitors are steered in the meantime."""
 
 PAUSE: Final = 0.05
-"""Seconds between the two segments of the validator's hello: the first is read alone."""
+"""Seconds between the two segments of the validator's hello: the first one is read alone."""
 
 ANSWER: Final = b"\x15\x03\x03\x00\x02\x02\x50"
-"""What the throwaway responder answers: the alert internal_error (RFC 8446 section 6)."""
+"""The answer of the probe's own responder: the alert internal_error (RFC 8446 section 6)."""
 
 _RECORD_HEADER: Final = 5
 
@@ -56,21 +56,21 @@ Tell: TypeAlias = Callable[[Finding], None]
 """Reports a finding."""
 
 Doing: TypeAlias = Callable[[str], None]
-"""Reports what is being done, and may take a while."""
+"""Reports a step that may take a while."""
 
 Probe: TypeAlias = Callable[..., "Deferred[None]"]
-"""As L{probe}."""
+"""A function like L{probe}."""
 
 NamesInterfaces: TypeAlias = Callable[[ICommands, int], "Deferred[bool]"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """How a dial went.
+    """The result of a dial.
 
     @ivar source: address and port that it came from; empty if it did not connect.
-    @ivar answer: the first bytes that came back; none if the other end closed, or did not answer.
-    @ivar problem: what the kernel said, if it did.
+    @ivar answer: the first bytes that came back; empty if the other end closed, or did not answer.
+    @ivar problem: the kernel's error, if there was one.
     """
 
     source: tuple[str, int] = ("", 0)
@@ -98,7 +98,7 @@ def dial(connection: socket.socket, host: str, port: int, segments: Sequence[byt
 
 
 class Responder(Protocol):
-    """Stands in for the ACME client's: takes one hello, and answers."""
+    """Replaces the ACME client's responder: reads one hello, and answers."""
 
     def __init__(self, seen: set[bytes]) -> None:
         self._seen = seen
@@ -115,11 +115,11 @@ class Responder(Protocol):
 
 
 class _NotingFactory(ProxyServerFactory):
-    """Remembers who came.
+    """Remembers all connections.
 
-    @ivar met: address and port of each.
-    @ivar seen_as: the address that its target sees, by address and port of each that was connected
-        to it at once.
+    @ivar met: address and port of each peer.
+    @ivar seen_as: for each peer that was connected to its target at once: the address that the
+        target sees, by the peer's address and port.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -141,9 +141,9 @@ class _NotingFactory(ProxyServerFactory):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who dials: a visitor or a validator.
+    """One that dials: a visitor or a validator.
 
-    @ivar role: which of the two.
+    @ivar role: C{visitor} or C{validator}.
     @ivar segments: its hello.
     """
 
@@ -157,7 +157,7 @@ class Caller:
 
 
 def callers(families: Sequence[int]) -> list[Caller]:
-    """One of each, for each family."""
+    """One visitor and one validator for each family."""
     name, found = server_name(), []
     for family in families:
         hello = acme_hello(name)
@@ -175,11 +175,11 @@ def judge(
     redirect: str,
     seen_as: str | None = None,
 ) -> Finding:
-    """The verdict on one call.
+    """The finding for one call.
 
-    @param met: who came to the proxy.
-    @param seen: the hellos that the responder was given.
-    @param seen_as: the address that the target has seen, if that is known.
+    @param met: address and port of each connection that reached the proxy.
+    @param seen: the hellos that the responder received.
+    @param seen_as: the address that the target has seen, if known.
     """
     steered = call.source in met
     if caller.role == "validator" and b"".join(caller.segments) in seen:
@@ -209,14 +209,14 @@ def judge(
 
 
 def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
-    """Cause and remedy."""
+    """The cause and the remedy."""
     if not call.source[1]:
         port = PORT if redirect == "iptables" else 443
         remedy = f"see whether the firewall lets in port {port}"
         if redirect == "iptables":
             remedy += ", which is the one it sees here, or use another --redirect"
         return f"it cannot connect: {call.problem}", remedy
-    cause = "it connected to port 443, but not by the proxy"
+    cause = "it connected to port 443, but not through the proxy"
     if redirect == "iptables":
         return cause, (
             "see whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"
@@ -229,7 +229,8 @@ def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
 
 
 def softened(finding: Finding) -> Finding:
-    """The same where the firewall treats interfaces differently: it need not be so for visitors."""
+    """The same finding as a warning, if the firewall's rules depend on the interface: visitors may
+    be treated differently."""
     return Finding(
         finding.name,
         Level.WARNING,
@@ -241,7 +242,7 @@ def softened(finding: Finding) -> Finding:
 
 @contextmanager
 def _log_told(tell: Tell) -> Iterator[None]:
-    """What is logged meanwhile as a warning, or for the operator, is a finding too."""
+    """Turn messages that are logged as a warning, or for the operator, into findings, too."""
 
     def observe(event: LogEvent) -> None:
         if event.get("log_level") in (LogLevel.warn, LogLevel.error):
@@ -265,12 +266,12 @@ def probe(
     names: NamesInterfaces = names_interfaces,
     doing: Doing = lambda what: None,
 ) -> Generator[Deferred[Any], Any, None]:
-    """Steer for a moment, and dial. Nothing is left, by whatever end.
+    """Steer for a moment, and dial. Nothing is left behind, however it ends.
 
-    @param reactor: runs already.
-    @param tell: is called with each finding.
-    @param names: whether the firewall names interfaces, for a family.
-    @param doing: is called with what may take a while.
+    @param reactor: is already running.
+    @param tell: called with each finding.
+    @param names: returns whether the firewall names interfaces, for a family.
+    @param doing: called with the name of each step that may take a while.
     """
     families = [4]
     if options["ipv6"] and has_ipv6():
@@ -328,9 +329,9 @@ def _steer_and_dial(
         return met[0]
 
     proxy = make_proxy(options, reactor, factory=factory)
-    proxy.steering.on_loss = None  # that nobody arrives is what the probe is to find out
+    proxy.steering.on_loss = None  # the probe itself finds out whether visitors arrive
     program = Program(reactor, proxy)
-    program.on_refusal = lambda problem: None  # it is told below
+    program.on_refusal = lambda problem: None  # reported below
     who = callers(sorted(namespace.subnets))
     try:
         doing("steering")
@@ -363,7 +364,7 @@ def _steer_and_dial(
 
 
 def _dial_all(namespace: Namespace, who: Sequence[Caller]) -> Deferred[list[Dial]]:
-    """All at once, each in a thread."""
+    """Dial all at once, each in a thread."""
     calls = []
     for caller in who:
         connection = namespace.socket(caller.family)

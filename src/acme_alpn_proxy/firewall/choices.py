@@ -1,8 +1,8 @@
-"""What becomes of a packet, depending on questions that nobody can answer beforehand.
+"""What happens to a packet, depending on questions that cannot be answered beforehand.
 
 An outcome is an end, or a choice between two outcomes by the answer to a question. Equal outcomes
-are one object (a reduced, ordered binary decision diagram), so two packets to which the same
-happens have the same outcome, and the outcomes of two others differ where their answers decide.
+are one object (a reduced, ordered binary decision diagram): if the same happens to two packets,
+they have the same outcome; if not, their outcomes differ exactly where the answers matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeAlias
 class End:
     """The packet passes, or it is caught.
 
-    @ivar by: names the rule or the policy that catches it; nothing if it passes.
+    @ivar by: the text of the rule or policy that catches it; empty if it passes.
     """
 
     by: str = ""
@@ -24,7 +24,7 @@ class End:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """@ivar question: its number; those of the outcomes below are smaller."""
+    """@ivar question: its number; questions of the outcomes below it have smaller numbers."""
 
     question: int
     yes: Outcome
@@ -51,9 +51,9 @@ class Choices:
         return self._ends.setdefault(by, End(by))
 
     def question(self, text: Hashable, usual: bool | None) -> int:
-        """The number of a question.
+        """Return the number of a question.
 
-        @param usual: the answer for an ordinary visitor; L{None} if nobody can say.
+        @param usual: the answer for an ordinary visitor; L{None} if unknown.
         """
         number = self._numbers.setdefault(text, len(self._numbers))
         if number == len(self._usual):
@@ -61,7 +61,7 @@ class Choices:
         return number
 
     def choose(self, question: int, yes: Outcome, no: Outcome) -> Outcome:
-        """C{yes} where the answer to the question is yes, else C{no}."""
+        """Return C{yes} where the answer to the question is yes, and C{no} where it is no."""
         if yes is no:
             return yes
         key = question, id(yes), id(no)
@@ -77,7 +77,7 @@ class Choices:
                     self.choose(question, _below(yes, top, False), _below(no, top, False)),
                 )
             self._chosen[key] = found
-            self._kept += yes, no  # their identities are not used again
+            self._kept += yes, no  # a kept object's identity is never reused
         return found
 
     def _choice(self, question: int, yes: Outcome, no: Outcome) -> Outcome:
@@ -86,7 +86,7 @@ class Choices:
         return self._made.setdefault((question, id(yes), id(no)), Choice(question, yes, no))
 
     def lost(self, before: Outcome, after: Outcome) -> str | None:
-        """What catches C{after} though C{before} passes, for any answers; L{None}: nothing."""
+        """What catches C{after} for answers with which C{before} passes; L{None}: nothing."""
         to_do, done = [(before, after)], set()
         while to_do:
             before, after = pair = to_do.pop()
@@ -99,14 +99,14 @@ class Choices:
                 continue
             top = max(map(_question, pair))
             unusual = not self._usual[top]
-            to_do += [  # what is added last is looked at first
+            to_do += [  # the last one added is examined first
                 (_below(before, top, answer), _below(after, top, answer))
                 for answer in (unusual, not unusual)
             ]
         return None
 
     def usual_ends(self, outcome: Outcome) -> Iterator[End]:
-        """What may become of ordinary visitors."""
+        """The ends that ordinary visitors may reach."""
         to_do, done = [outcome], set()
         while to_do:
             outcome = to_do.pop()
@@ -119,7 +119,7 @@ class Choices:
                 to_do += [outcome.yes] if usual is not False else []
 
     def may_pass(self, outcome: Outcome) -> bool:
-        """Whether it passes for some answers."""
+        """Whether the packet passes for some answers."""
         to_do, done = [outcome], set()
         while to_do:
             outcome = to_do.pop()
@@ -136,7 +136,7 @@ def _question(outcome: Outcome) -> int:
 
 
 def _below(outcome: Outcome, question: int, answer: bool) -> Outcome:
-    """What is left of it with that answer."""
+    """The part of the outcome that remains when the question has that answer."""
     if isinstance(outcome, End) or outcome.question != question:
         return outcome
     return outcome.yes if answer else outcome.no

@@ -1,6 +1,6 @@
 """Whether the firewall treats interfaces differently.
 
-Then it may turn away who comes in by an interface made for a trial, and take visitors all the same.
+If it does, it may reject a probe from an interface made for the probe, and still accept visitors.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .reading import CannotLook, read_nftables
 from .xtables import command, listed
 
 _TABLES: Final = ("raw", "mangle", "filter")
-"""Those that turn away. Container engines name interfaces in the nat table."""
+"""Tables that may reject packets. nat does not count: container engines name interfaces there."""
 
 _HOOKS: Final = ("PREROUTING", "INPUT")
 
 _Rule = tuple[bool, set[str]]
-"""Whether it names an interface, and the chains that it leads to."""
+"""Whether a rule names an interface, and the chains that it leads to."""
 
 
 @inlineCallbacks
 def names_interfaces(commands: ICommands, family: int) -> Generator[Deferred[Any], Any, bool]:
-    """Whether a rule that a new visitor comes across names an interface other than C{lo}.
+    """Whether a rule that a new visitor's packet may reach names an interface other than C{lo}.
 
-    What cannot be read names none: the trial itself has said what is the matter.
+    If the rules cannot be read, the answer is no: the probe itself has reported why.
 
     @param family: 4 or 6.
     """
@@ -44,7 +44,7 @@ def names_interfaces(commands: ICommands, family: int) -> Generator[Deferred[Any
 
 
 def _reached(rules: Mapping[str, list[_Rule]], begin: Iterable[str]) -> bool:
-    """Whether a rule that names an interface can be reached from these chains."""
+    """Whether these chains lead to a rule that names an interface."""
     to_do, done = list(begin), set()
     while to_do:
         chain = to_do.pop()
@@ -102,7 +102,7 @@ def _chain(within: dict[str, Any], name: str) -> str:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in this JSON value, however deep."""
+    """Every object in this JSON value, at any depth."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())

@@ -14,7 +14,7 @@ from .rules import Action, Chain, Condition, Rule, Test, of_destination, of_fami
 from .xtables import BINARIES, listed
 
 OWN_ID: Final = ("0", "root")
-"""The user and the group that the daemon's sockets belong to."""
+"""The user and the group that own the daemon's sockets."""
 
 
 def _always(answer: Answer) -> Test:
@@ -22,7 +22,7 @@ def _always(answer: Answer) -> Test:
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
-    """C{22,80,1000:2000}; raises L{ValueError} for anything that is not a number."""
+    """Parse C{22,80,1000:2000}; raises L{ValueError} for anything that is not a number."""
     found = []
     for part in text.split(","):
         low, colon, high = part.partition(":")
@@ -48,7 +48,7 @@ def _reply_port(text: str) -> Test:
 
 
 def _number(text: str, low: int, high: int) -> Answer:
-    """Whether a number, which is from C{low} to C{high} in an ordinary packet, is C{text}."""
+    """Whether a number is C{text}, if it lies between C{low} and C{high} in ordinary packets."""
     first, colon, last = text.partition(":")
     try:
         least, most = int(first or 0), int(last or LAST_PORT if colon else first)
@@ -67,7 +67,7 @@ TTL: Final = (16, 255)
 LENGTH_OF_FIRST: Final = (40, 128)
 LENGTH: Final = (40, LAST_PORT)
 SEGMENT_SIZE: Final = (536, 9_176)
-"""What the packets of ordinary visitors have."""
+"""The values in ordinary visitors' packets."""
 
 
 def _original_address(text: str) -> Test:
@@ -125,7 +125,7 @@ def _owner(text: str) -> Test:
 
 
 def _in_set(name: str, directions: str) -> Test:
-    """A set of ipset(8), whose content is not known."""
+    """A test for a set of ipset(8) whose content is unknown."""
 
     def test(packet: Packet) -> Answer:
         text = f"set {name} {directions}"
@@ -137,7 +137,7 @@ def _in_set(name: str, directions: str) -> Test:
 
 
 def _peculiar(text: str) -> Test:
-    """What is not understood may look at anything."""
+    """A test for a condition that is not understood: it may depend on anything in the packet."""
     return lambda packet: f"{text} {packet.peculiar}"
 
 
@@ -174,7 +174,7 @@ _FLAGS: Final[Mapping[str, Callable[..., Test]]] = {
     "--dst-range": _end_address("destination"),
     "--string": lambda text: lambda packet: not packet.first and f"string {text}",
     "--hex-string": lambda text: lambda packet: not packet.first and f"string {text}",
-    "--rt-type": lambda number: _always(False),  # nobody uses a routing header
+    "--rt-type": lambda number: _always(False),  # ordinary clients send no routing header
     "--ttl-eq": _ttl,
     "--ttl-lt": _ttl_below,
     "--ttl-gt": _ttl_above,
@@ -190,7 +190,7 @@ _FLAGS: Final[Mapping[str, Callable[..., Test]]] = {
     "--transparent": lambda: lambda packet: f"transparent socket {packet.owner}",
     "--nowildcard": lambda: lambda packet: f"wildcard socket {packet.owner}",
 }
-"""Conditions, and what is asked of a packet."""
+"""Flags of conditions, with the test of a packet for each."""
 
 _READS: Final = {
     "-p": of_family,
@@ -205,7 +205,7 @@ _PLAIN: Final = (
     *("owner", "pkttype", "rt", "set", "state", "string", "tcp", "tcpmss", "ttl", "udp", "icmp"),
     *("icmp6", "connmark"),
 )
-"""Modules all of whose conditions are flags above, or are the same for all packets."""
+"""Modules whose conditions are all among the flags above, or give all packets the same result."""
 
 _SHARED: Final[Mapping[str, bool | None]] = {
     **dict.fromkeys(("limit", "hashlimit", "connlimit"), True),
@@ -215,15 +215,15 @@ _SHARED: Final[Mapping[str, bool | None]] = {
     **dict.fromkeys(("cluster", "devgroup", "dscp", "tos", "ecn", "ipp2p", "layer7"), False),
     **dict.fromkeys(("ipv6header", "frag", "dst", "hbh", "eui64", "account", "iface"), False),
 }
-"""Modules whose conditions are about nothing that a redirect changes, and what they usually say of
-an ordinary visitor."""
+"""Modules whose conditions depend on nothing that a redirect changes, with the usual result for an
+ordinary visitor."""
 
 _GO_ON: Final = (
     *("AUDIT", "CHECKSUM", "CLASSIFY", "CONNSECMARK", "CT", "DSCP", "HL", "LOG", "NFLOG"),
     *("RATEEST", "SECMARK", "SET", "TCPMSS", "TOS", "TRACE", "TTL", "ULOG", "TEE", "ECN"),
     *("TCPOPTSTRIP", "IDLETIMER", "LED", "ACCOUNT"),
 )
-"""Targets after which the next rule is consulted."""
+"""Targets after which the kernel goes on with the next rule."""
 
 _ANYTHING_FOLLOWS: Final = ("--comment", "--string", "--hex-string")
 
@@ -251,7 +251,7 @@ def _conditions(words: Sequence[str]) -> list[Condition]:
 
 
 def _flags_of(words: Sequence[str]) -> Iterator[tuple[bool, str, list[str]]]:
-    """Each flag: whether it is negated, its name and its values."""
+    """For each flag: whether it is negated, its name, and its values."""
     at = 0
     while at < len(words):
         negated = words[at] == "!"
@@ -283,7 +283,7 @@ def _condition(module: str, negated: bool, flag: str, values: Sequence[str]) -> 
 
 
 def target_of(words: Sequence[str], chains: Iterable[str]) -> tuple[Action, str]:
-    """@param words: from C{-j} or C{-g} on."""
+    """@param words: the words from C{-j} or C{-g} on."""
     if not words:
         return Action.CONTINUE, ""
     flag, name, *options = words
@@ -308,7 +308,7 @@ def target_of(words: Sequence[str], chains: Iterable[str]) -> tuple[Action, str]
 def iptables_chains(table: str, listing: str, family: int) -> dict[str, Chain]:
     """The chains of one table, by name.
 
-    @param listing: what C{iptables -S} printed of it.
+    @param listing: the output of C{iptables -S} for the table.
     """
     binary = BINARIES[family]
     commands = listed(listing)

@@ -1,10 +1,10 @@
-"""Whether visitors would be treated differently if they were steered, and why.
+"""Whether the firewall would treat visitors differently if they were steered, and why.
 
-What the firewall thinks of a visitor at :443 is known: he is served today. So two packets are
-followed through its rules, the one of today and the one that there would be, and only what lets the
-first pass and catches the other one can hurt. What both have in common (the visitor's address, a
-limit, a mark) need not be known. All that the kernel consults is looked at: the rules of nftables,
-those that iptables makes of it among them, and those of the legacy iptables.
+How the firewall treats a visitor at :443 is known: visitors are served today. So two packets are
+followed through its rules: today's packet and the steered one. Only a rule that passes the first
+and catches the second can do harm. What both have in common (the visitor's address, a limit, a
+mark) need not be known. All rules that the kernel consults are read: those of nftables, including
+those that iptables-nft has made, and those of the legacy iptables.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from .xtables import BINARIES
 _TRACKING: Final = -200
 _REDIRECT: Final = -100
 _BACK: Final = 100
-"""Where connection tracking and its translations are among the chains of a hook
-(<linux/netfilter_ipv4.h>): to another destination, and to another source for answers."""
+"""The priorities of connection tracking and its translations in a hook (<linux/netfilter_ipv4.h>):
+to another destination, and to another source for answers."""
 
 FAR: Final = {
     4: tuple(map(ip_address, ("192.0.2.1", "203.0.113.77", "1.0.0.1"))),
     6: tuple(map(ip_address, ("2001:db8:ffff::1", "2a00::1"))),
 }
-"""Visitors from afar, to ask for their routes. Nothing is sent to them."""
+"""Addresses of distant visitors, to look up their routes. Nothing is sent to them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to steer, as far as a firewall and the routes can tell.
+    """A way to steer, as far as it matters to a firewall and the routes.
 
-    @ivar port: where a redirect leads to; L{None}: the packet stays as it is.
-    @ivar keeps_address: whether the redirect changes the port alone.
-    @ivar priority: from which priority on the translations of others come after this way;
-        L{None}: wherever they are, they take visitors away from it.
+    @ivar port: the port that a redirect leads to; L{None}: the packet is not changed.
+    @ivar keeps_address: whether the redirect changes only the port.
+    @ivar priority: translations of others with this priority or a later one run after this way;
+        L{None}: all of them run before it and can take visitors away from it.
     """
 
     port: int | None = None
@@ -72,16 +72,17 @@ def iptables(port: int, *, keeps_address: bool = False) -> Way:
 
 SK_LOOKUP: Final = Way()
 NFTABLES: Final = Way(priority=_REDIRECT - 1)
-"""TPROXY in a table of its own, which also keeps visitors from being translated elsewhere."""
+"""TPROXY in a table of the program's own, which also keeps other rules from translating
+visitors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """How visitors come in.
+    """One way for visitors to come in.
 
-    @ivar address: of the interface, to which REDIRECT maps what comes in by it; L{None}: it has
-        none.
-    @ivar visitors: some that may come this way.
+    @ivar address: the address of the interface, to which REDIRECT maps visitors from this
+        interface; L{None}: it has no address.
+    @ivar visitors: some addresses of visitors that may come in this way.
     """
 
     interface: str
@@ -91,7 +92,8 @@ class Arrival:
 
 
 def arrivals(family: int) -> list[Arrival]:
-    """All ways in: to every address by its own interface, and by the one that answers leave by."""
+    """All ways in: for each address, its own interface and the interface that answers leave
+    through."""
     found = {each.name: each for each in routes.interfaces(family)}
     ways: dict[tuple[str, Address], None] = {}
     for interface in found.values():
@@ -119,12 +121,12 @@ AskRoute: TypeAlias = Callable[[Address, int, Address], Route | None]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What is known of a host beside its firewall.
+    """The facts about a host that matter besides its firewall.
 
     @ivar arrivals: by family.
-    @ivar route: as L{routes.route}.
+    @ivar route: same as L{routes.route}.
     @ivar by_mark: the families whose routes may depend on a packet's mark.
-    @ivar legacy: whether iptables is the legacy one.
+    @ivar legacy: whether the command iptables is the legacy one.
     """
 
     arrivals: Mapping[int, Sequence[Arrival]]
@@ -134,7 +136,7 @@ class Surroundings:
 
 
 class Host:
-    """What was read of a host, so that each way can be judged."""
+    """What was read on a host, so that each way can be judged."""
 
     def __init__(self, firewalls: Mapping[int, Firewall], around: Surroundings) -> None:
         """@param firewalls: by family."""
@@ -145,7 +147,7 @@ class Host:
 
     @inlineCallbacks
     def why_not(self, way: Way, commands: ICommands) -> Generator[Deferred[Any], Any, str | None]:
-        """Why this way hurts visitors here, on one line; L{None}: it does not.
+        """Why this way would hurt visitors here, on one line; L{None}: it would not.
 
         @return: a Deferred, which never fails.
         """
@@ -167,7 +169,7 @@ class Host:
     def why_spared(
         self, way: Way, commands: ICommands
     ) -> Generator[Deferred[Any], Any, str | None]:
-        """Which rule keeps some visitors out today, and would not if they were steered this way.
+        """The rule that keeps some visitors out today, but would not if they were steered this way.
 
         @return: a Deferred of one line, or of L{None}; it never fails.
         """
@@ -180,7 +182,7 @@ class Host:
         return None
 
     def not_first(self, way: Way) -> str | None:
-        """While this way steers: why visitors are sent elsewhere before; L{None}: they are not."""
+        """While this way steers: why visitors are sent elsewhere first; L{None}: they are not."""
         for family in self._firewalls:
             judge = self._judge(family, way, applied=True)
             for arrival in self._around.arrivals[family]:
@@ -196,7 +198,7 @@ class Host:
     def _read_contents(
         self, family: int, commands: ICommands
     ) -> Generator[Deferred[Any], Any, bool]:
-        """Read the sets that a packet was compared with; whether any was read."""
+        """Read the sets that a packet was compared with; returns whether any was read."""
         wanted = [each for each in self._rulesets[family].wanted() if each not in self._contents]
         contents = yield read_contents(commands, wanted)
         if contents:
@@ -209,7 +211,7 @@ class Host:
 class _Judge:
     """Judges one way for one family.
 
-    @ivar useless: what catches all visitors, steered or not.
+    @ivar useless: the rule that catches all visitors, steered or not.
     """
 
     useless: str | None = None
@@ -226,7 +228,7 @@ class _Judge:
         self._who = f"visitors by IPv{family}"
 
     def hurts(self) -> str | None:
-        """The first reason why visitors are treated differently."""
+        """The first reason why steered visitors would be treated worse."""
         ways_in = self._around.arrivals[self._family]
         several = len({each.interface for each in ways_in}) > 1
         caught: list[str | None] = []
@@ -246,7 +248,7 @@ class _Judge:
         return None
 
     def spares(self) -> str | None:
-        """The first rule that catches some visitors today, and would let them through."""
+        """The first rule that catches some visitors today, but would let them in if steered."""
         for arrival in self._around.arrivals[self._family]:
             choices = Choices()
             today, steered = (
@@ -259,7 +261,7 @@ class _Judge:
         return None
 
     def taken_away(self, arrival: Arrival) -> str | None:
-        """Which rule sends visitors elsewhere before this way has them."""
+        """The rule that sends visitors elsewhere before this way sees them."""
         choices = Choices()
         outcome = Course(
             self._packet(arrival), choices, Action.TRANSLATE, str(self._way.port or "")
@@ -271,7 +273,7 @@ class _Judge:
         return None
 
     def _translating(self) -> list[Base]:
-        """The chains that may send visitors elsewhere first."""
+        """The chains that may send visitors elsewhere before this way."""
         at, before = self._way.priority, []
         bases = self._hook("prerouting")
         if at is None:
@@ -288,18 +290,19 @@ class _Judge:
         return [*before, own] if own is not None and self._applied else before
 
     def _is_younger(self, base: Base, own: Base | None) -> bool:
-        """Of equal priority: whether the kernel consults it before ours.
+        """For two chains of equal priority: whether the kernel consults C{base} before ours.
 
-        What was registered last comes first. Ours will be, if it is not there yet.
+        The kernel consults the chain that was registered last first. That will be ours, if it does
+        not exist yet.
         """
         if own is None or self._way.port is None:
             return False
-        if base.age is None or own.age is None:  # one of them is the legacy iptables'
+        if base.age is None or own.age is None:  # one of them belongs to the legacy iptables
             return not self._applied
         return base.age > own.age
 
     def _untracked(self, arrival: Arrival) -> str | None:
-        """Which rule exempts visitors, or the answers to them, from connection tracking."""
+        """The rule that exempts visitors, or the answers to them, from connection tracking."""
         if self._way.port is None:
             return None
         before, after = self._packet(arrival), self._steered(arrival)
@@ -317,7 +320,7 @@ class _Judge:
         return None
 
     def _answered_elsewhere(self, arrival: Arrival) -> str | None:
-        """Why answers would leave by another route: until they are translated back they come from
+        """Why answers would leave by another route: until they are translated back, they come from
         another address and port."""
         if self._way.port is None:
             return None
@@ -334,8 +337,8 @@ class _Judge:
         return None
 
     def _caught(self, arrival: Arrival) -> tuple[str | None, str | None]:
-        """What catches visitors if they are steered and not otherwise; and what catches them all,
-        steered or not."""
+        """The rule that catches visitors only if they are steered, and the rule that catches them
+        all, steered or not."""
         before, after = self._packet(arrival), self._steered(arrival)
         all_caught = None
         for first in (True, False):
@@ -357,7 +360,7 @@ class _Judge:
         choices = Choices()
         courses = Course(before, choices), Course(after, choices)
         outcomes = [course.through(bases) for course in courses]
-        if courses[0].marked != courses[1].marked:  # what is asked of marks differs, too
+        if courses[0].marked != courses[1].marked:  # then answers about marks differ
             if after.reply and self._family in self._around.by_mark:
                 by, _ = min(courses[0].marked ^ courses[1].marked)
                 return f"{by}, and routes depend on marks", None
@@ -391,7 +394,7 @@ class _Judge:
         return sorted(bases, key=lambda base: base.priority)
 
     def _met(self) -> list[Base]:
-        """The chains that meet a visitor's packet after the redirect."""
+        """The chains that a visitor's packet passes after the redirect."""
         after = [
             base
             for base in self._hook("prerouting")
@@ -400,13 +403,13 @@ class _Judge:
         return after + self._hook("input")
 
     def _answered(self) -> list[Base]:
-        """The chains that meet an answer before it is translated back."""
+        """The chains that an answer passes before it is translated back."""
         before = [base for base in self._hook("postrouting") if base.priority <= _BACK]
         return [base for base in self._hook("output") + before if base.kind != "nat"]
 
 
 def _printable(text: str) -> str:
-    """A comment of a rule may hold bytes that are no UTF-8."""
+    """Escape bytes that are not UTF-8: a comment of a rule may have some."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -424,7 +427,7 @@ def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any
             by_mark=[family for family in firewalls if routes.routes_by_mark(family)],
             legacy="legacy" in version.output,
         )
-    except OSError as problem:  # a sandbox without netlink
+    except OSError as problem:  # a sandbox may forbid netlink
         raise CannotLook(
             f"the kernel does not tell this host's addresses and routes: {problem.strerror}"
         ) from None
@@ -435,9 +438,9 @@ def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any
 def require(
     way: Way, commands: ICommands, families: Iterable[int], variant: tuple[Way, str] | None = None
 ) -> Generator[Deferred[Any], Any, Host]:
-    """Refuse a way that would hurt visitors here, by failing with L{StartError}.
+    """Refuse a way that would hurt visitors here: the Deferred fails with L{StartError}.
 
-    @param variant: another form of this way, and how to have it.
+    @param variant: another form of this way, and how to choose it.
     @return: a Deferred of what was read.
     """
     try:

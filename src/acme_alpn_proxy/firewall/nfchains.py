@@ -1,7 +1,9 @@
-"""The chains of nftables, by netlink: where there are rules, even if no program shows them.
+"""The chains of nftables, through netlink: they show where rules exist, even if no program can list
+them.
 
-The rules themselves are C{nft}'s to read. But forty thousand take it a second, and most of such
-tables are lists of bans, which treat two packets of one visitor alike; that much is seen here.
+Only C{nft} can show the rules themselves. But it takes a second for forty thousand rules, and most
+tables of that size are lists of bans, which treat two packets of one visitor alike. This module can
+recognize such tables.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ _FAMILIES: Final = {1: "inet", 2: "ip", 10: "ip6"}
 _HOOKS: Final = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 
 _NO_NFTABLES: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
-"""What the kernel answers if it has none."""
+"""The error that the kernel answers if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseChain:
-    """A chain that the kernel consults, of the families inet, ip and ip6.
+    """A chain that the kernel consults, of the families inet, ip or ip6.
 
-    @ivar rules: how many its table has, more or less.
+    @ivar rules: about how many rules its table has.
     """
 
     family: str
@@ -53,7 +55,7 @@ class BaseChain:
 
 
 def base_chains() -> list[BaseChain]:
-    """All of them; raises L{OSError}."""
+    """All base chains; raises L{OSError}."""
     try:
         with Netlink(NETFILTER) as kernel:
             answers = list(kernel.dump(_GET_CHAIN, struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)))
@@ -95,11 +97,11 @@ _ALIKE: Final = (
     *(b"bitwise", b"byteorder", b"cmp", b"connlimit", b"counter", b"dynset", b"immediate"),
     *(b"last", b"limit", b"log", b"lookup", b"objref", b"quota", b"range", b"reject"),
 )
-"""Expressions that treat alike what the ones below have loaded."""
+"""Expressions whose result depends only on values that the expressions below have loaded."""
 
 _LOADS: Final = {
     b"payload": re.compile(
-        # of the network header, the source address or what comes before it
+        # in the network header: the source address, or a byte before it
         rb"\x01\0payload\0.\0\x02\0.{8}\x08\0\x02\0\0\0\0\x01\x08\0\x03\0\0\0\0"
         rb"(?:\x0c\x08\0\x04\0\0\0\0[\x01-\x04]|\x08\x08\0\x04\0\0\0\0[\x01-\x10]"
         rb"|[\0-\x09]\x08\0\x04\0\0\0\0\x01)",
@@ -116,11 +118,11 @@ _LOADS: Final = {
         re.DOTALL,
     ),
 }
-"""What is loaded that two packets of one visitor have in common (linux/netfilter/nf_tables.h)."""
+"""Loaded values that two packets of one visitor have in common (linux/netfilter/nf_tables.h)."""
 
 
 def may_tell_apart(chain: BaseChain) -> bool:
-    """Whether a rule of this table may look at more of a visitor's packet than where it is from.
+    """Whether a rule of this table may look at more in a visitor's packet than where it comes from.
 
     Raises L{OSError}.
     """

@@ -23,7 +23,7 @@ Json: TypeAlias = Any
 
 OWN_TABLE: Final = "acme_alpn_proxy"
 """The table, of the family inet, that this program makes for C{--redirect nftables}. (nft 1.0.6
-prints invalid JSON if the name of a table with an owner has more than 23 characters.)"""
+prints invalid JSON if a table with an owner has a name of more than 23 characters.)"""
 
 NFPROTO: Final = {4: ("ipv4", "ip", "2"), 6: ("ipv6", "ip6", "10")}
 
@@ -31,7 +31,7 @@ _IGNORED: Final = (
     *("counter", "log", "comment", "last", "flow", "tproxy", "fwd", "dup", "ct helper"),
     *("ct timeout", "ct expectation", "secmark", "synproxy"),
 )
-"""Statements that neither match nor judge, as far as a visitor notices."""
+"""Statements that neither match a visitor's packet nor decide about it."""
 
 _RATES: Final = ("limit", "quota", "ct count")
 
@@ -41,12 +41,12 @@ _SHARED_KINDS: Final = (
 )
 _CHANGED_META: Final = ("skuid", "skgid", "cgroup", "mark")
 _CHANGED_CT: Final = ("status", "mark", "saddr", "daddr", "src", "dst", "proto-src", "proto-dst")
-"""Of the fields of a packet, or of its entry in connection tracking, those that may differ."""
+"""Fields of a packet, or of its connection tracking entry, that may differ between two packets."""
 
 _SHARED_STATUS: Final = ("expected", "seen-reply", "assured", "confirmed", "dying")
 
 _PARTS: Final = ("&", "|", "^", "<<", ">>", "concat", "set", "range", "prefix", "elem", "jhash")
-"""Expressions that are made of others."""
+"""Expressions that consist of other expressions."""
 
 _ENDS: Final = {
     "saddr": "source",
@@ -57,7 +57,7 @@ _ENDS: Final = {
 
 
 def only(value: Mapping[str, Json]) -> tuple[str, Json]:
-    """The name and the content of an object with one member."""
+    """The name and the content of an object's only member."""
     ((name, content),) = value.items()
     return name, content
 
@@ -65,7 +65,7 @@ def only(value: Mapping[str, Json]) -> tuple[str, Json]:
 class Sets:
     """The contents of the named sets and maps of a table.
 
-    @ivar wanted: those that a packet was compared with though they are not known.
+    @ivar wanted: those that a packet was compared with but whose contents are unknown.
     """
 
     def __init__(self, known: Mapping[str, Sequence[Json] | None]) -> None:
@@ -74,9 +74,9 @@ class Sets:
         self.wanted: set[str] = set()
 
     def elements(self, right: Json, *, needed: bool) -> Sequence[Json] | None:
-        """The elements of a set or a map, named or not; of a single value, that one.
+        """The elements of a set or a map, named or not; for a single value, that value.
 
-        @return: L{None} if they are not known.
+        @return: L{None} if they are unknown.
         """
         if isinstance(right, str) and right.startswith("@"):
             found = self._known.get(right[1:])
@@ -100,7 +100,7 @@ class Table:
         self._sets = sets
 
     def rules(self, rule: Mapping[str, Json]) -> list[Rule]:
-        """A rule, as one for each verdict that it may come to."""
+        """A rule, split into one for each verdict that it may give."""
         where = f"{self._name} {rule['chain']}"
         conditions: list[Condition] = []
         found: list[Rule] = []
@@ -126,7 +126,7 @@ class Table:
     ) -> Iterator[Rule]:
         elements = self._sets.elements(content["data"], needed=False)
         if elements is None:
-            # Nobody knows what it says, or for which packets: it may drop any.
+            # The verdicts and their packets are unknown: it may drop any packet.
             what = self._asked(content["key"], content["data"])
             yield Rule(text, (*conditions, Condition(what, usual=None)), Action.DROP)
         for key, verdict in elements or ():
@@ -146,7 +146,7 @@ class Table:
             return Action.ACCEPT, ""
         if name == "mangle" and _is_mark(content["key"]):
             return Action.MARK, ""
-        if name == "xt" and (content or {}).get("type") != "match":  # as nft does not tell
+        if name == "xt" and (content or {}).get("type") != "match":  # nft does not show it
             return target_of(["-j", (content or {}).get("name", "")], ())
         return Action.CONTINUE, ""
 
@@ -178,7 +178,7 @@ class Table:
                     found.append(Condition(_is_family(protocol), reads=of_family))
                 elif protocol not in ("tcp", "th", "ether", "vlan"):
                     found.append(Condition(lambda packet: False))
-            # An answer came in by no interface, and a visitor's packet goes out by none.
+            # An answer has no incoming interface; a visitor's packet has no outgoing one.
             elif kind == "meta" and what["key"] in ("iif", "iifname"):
                 found.append(Condition(lambda packet: not packet.reply))
             elif kind == "meta" and what["key"] in ("oif", "oifname"):
@@ -198,7 +198,7 @@ class Table:
         return [*found, Condition(test, negated, usual, _reading(left))]
 
     def _asked(self, left: Json, right: Json, op: str = "==") -> Test:
-        """Whether it is one of the elements."""
+        """A test whether the packet's value is one of the elements."""
         wanted = _wanted_flags(left, right, op)
         if wanted is not None:
             return lambda packet: any_of(packet.flags(*each) for each in wanted)
@@ -220,7 +220,7 @@ _KNOWN: Final = (
 
 
 def _question(expression: Json) -> Test:
-    """What nobody can answer beforehand; the same for packets that do not differ in it."""
+    """A question without a known answer; the same for packets that do not differ in it."""
     text = json.dumps(expression)
     return lambda packet: f"{text} {_own(expression, packet)}"
 
@@ -233,11 +233,11 @@ _READS: Final = {
     "l4proto": of_family,
     "nfproto": of_family,
 }
-"""What is read of a packet for the most common fields and keys."""
+"""For the most common fields and keys: what a test reads from a packet."""
 
 
 def _reading(left: Json) -> Reads | None:
-    """What of a packet an expression reads; L{None}: something else."""
+    """What an expression reads from a packet; L{None}: something that is not in the list."""
     kind, what = only(left)
     if kind not in ("payload", "meta"):
         return None
@@ -249,7 +249,7 @@ def _unknown(statement: Json) -> Condition:
 
 
 def _peculiar(text: str) -> Test:
-    """What is not understood may look at anything."""
+    """A test for something that is not understood: it may depend on anything in the packet."""
     return lambda packet: f"{text} {packet.peculiar}"
 
 
@@ -262,7 +262,7 @@ def _is_mark(key: Json) -> bool:
 
 
 def _reads(expression: Json, kind: str, *keys: str) -> bool:
-    """Whether one of its parts is of this kind and has such a key."""
+    """Whether one of the expression's parts is of this kind and has one of these keys."""
     return any(what.get("key") in keys for name, what in _parts(expression) if name == kind)
 
 
@@ -271,7 +271,7 @@ def _payloads(expression: Json) -> list[Mapping[str, Json]]:
 
 
 def _parts(expression: Json) -> Iterator[tuple[str, Json]]:
-    """The fields of a packet that an expression is made of, by kind."""
+    """The fields of a packet that make up an expression, with their kinds."""
     if isinstance(expression, list):
         for each in expression:
             yield from _parts(each)
@@ -288,9 +288,9 @@ def _parts(expression: Json) -> Iterator[tuple[str, Json]]:
 
 
 def _own(expression: Json, packet: Packet) -> str:
-    """What of this packet a redirect may have changed, as far as an expression looks at it.
+    """The values in this packet that an expression looks at and that a redirect may have changed.
 
-    Nothing if it looks at what two packets of the same visitor share.
+    Empty if the expression looks only at what two packets of the same visitor share.
     """
     return " ".join(filter(None, (_changed(packet, *part) for part in _parts(expression))))
 
@@ -324,9 +324,9 @@ def _changed(packet: Packet, kind: str, what: Mapping[str, Json]) -> str:
 
 
 def _wanted_flags(left: Json, right: Json, op: str) -> list[tuple[list[str], list[str]]] | None:
-    """Which TCP flags are looked at, and which of these are to be set; any pair will do.
+    """Pairs of TCP flags to look at and of those among them that must be set; one pair must match.
 
-    L{None} if it is not about TCP flags.
+    L{None} if the expression is not about TCP flags.
     """
     flags = {"payload": {"protocol": "tcp", "field": "flags"}}
     if isinstance(left, dict) and "&" in left and left["&"][0] == flags:
@@ -342,7 +342,7 @@ def _wanted_flags(left: Json, right: Json, op: str) -> list[tuple[list[str], lis
 
 
 def _is(packet: Packet, left: Json, right: Json, op: str) -> Answer:
-    """Whether an expression has this value."""
+    """Whether an expression has this value for the packet."""
     if isinstance(right, dict) and "elem" in right:
         right = right["elem"]["val"]
     kind, what = only(left)
@@ -359,12 +359,12 @@ def _is(packet: Packet, left: Json, right: Json, op: str) -> Answer:
         answer = _ct(packet, what, right, op)
     elif kind == "fib":
         answer = _fib(packet, what["result"], what["flags"], right)
-    elif kind in ("exthdr", "rt"):  # nobody sends extension headers
+    elif kind in ("exthdr", "rt"):  # ordinary clients send no extension headers
         answer = right is False if kind == "exthdr" else False
     elif kind == "tcp option" and what.get("field") == "size":
         answer = packet.first and _number(right, *SEGMENT_SIZE)
     elif kind == "&" and _payloads(what[0]) == [{"protocol": "ip", "field": "frag-off"}]:
-        answer = right == 0  # fragments are put together before
+        answer = right == 0  # the kernel reassembles fragments before the rules
     if answer is None:
         return f"{json.dumps([left, right])} {_own(left, packet)}"
     return answer
@@ -391,7 +391,7 @@ def _payload(packet: Packet, protocol: str | None, name: str | None, right: Json
 
 
 def _number(right: Json, low: int, high: int) -> Answer | None:
-    """Whether a number that is from C{low} to C{high} in an ordinary packet is this."""
+    """Whether a number is this one, if it lies between C{low} and C{high} in ordinary packets."""
     least, most = right["range"] if isinstance(right, dict) and "range" in right else [right] * 2
     if isinstance(least, int) and isinstance(most, int):
         return between(least, most, low, high, f"number {least}-{most} {low}")
@@ -422,7 +422,7 @@ def _ct(packet: Packet, what: Mapping[str, Json], right: Json, op: str) -> Answe
     if key == "state":
         return packet.state([text])
     if key == "status" and text in ("dnat", "snat"):
-        # With "==" it would be this bit and no other, which never is.
+        # With "==", all other bits would have to be 0, and they never are.
         return op == "in" and text == "dnat" and packet.translated
     if key == "status" and op == "in" and text in _SHARED_STATUS:
         return f"ct status {text}"
@@ -448,7 +448,7 @@ def _fib(packet: Packet, result: str, flags: Sequence[str], right: Json) -> Answ
 
 
 def _words(value: Json) -> list[str]:
-    """Flags, one or more, in each of the ways that they are printed."""
+    """One or more flags, from each of the forms that nft prints."""
     if isinstance(value, dict):
         value = value.get("|", value.get("set", []))
     if isinstance(value, list):
@@ -465,7 +465,7 @@ def _address(value: Json) -> str:
 
 
 def is_translated(rule: Mapping[str, Json]) -> bool:
-    """Whether a rule is made by iptables with an extension, which nft cannot show."""
+    """Whether iptables made the rule with an extension that nft cannot show."""
     return any(
         "xt" in statement and (statement["xt"] or {}).get("name") != "comment"
         for statement in rule.get("expr", [])

@@ -1,8 +1,8 @@
 """A packet of a visitor's connection, as the rules of a firewall see it.
 
-What a rule asks for is known of a packet, or it is a question that nobody can answer beforehand: is
-the visitor in that network, is that limit reached? Then the answer is the question's text. Where
-two packets are asked the same question they get the same answer, whatever it is.
+The answer to a rule's condition is known for a packet, or it depends on a question without a known
+answer: is the visitor in that network, is that limit reached? Then the answer is the question's
+text. Two packets with the same question get the same answer, whatever it is.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from typing import Final, TypeAlias
 from ..host.routes import Address
 
 Answer: TypeAlias = bool | str
-"""Whether it is so, or the question."""
+"""Yes or no, or the question."""
 
 FIRST_EPHEMERAL: Final = 1024
 LAST_PORT: Final = 65535
 
 
 def _span(network: str) -> tuple[int, int]:
-    """First and last address."""
+    """The first and the last address."""
     whole = ip_network(network)
     return int(whole.network_address), int(whole.broadcast_address)
 
 
 _EVERYBODY: Final = {4: _span("0.0.0.0/0"), 6: _span("2000::/3")}
-"""All the global addresses that there are (RFC 4291, IANA)."""
+"""All global addresses (RFC 4291, IANA)."""
 
 _NOBODY: Final = {
     4: tuple(map(_span, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))),
     6: tuple(map(_span, ("::/127", "ff00::/8"))),
 }
-"""Addresses that no visitor has."""
+"""Addresses that visitors cannot have."""
 
 _LATER_FLAGS: Final = ("psh", "fin")
-"""What packets of a connection that stands may have besides ACK."""
+"""Flags that packets of an established connection may have besides ACK."""
 
 
 def any_of(answers: Iterable[Answer]) -> Answer:
-    """Whether any of these is so; of several questions, one that asks for any."""
+    """Whether any of these is true; several questions become one question for any of them."""
     questions = set()
     for answer in answers:
         if answer is True:
@@ -53,7 +53,7 @@ def any_of(answers: Iterable[Answer]) -> Answer:
 
 
 def all_of(answers: Iterable[Answer]) -> Answer:
-    """Whether all of these are so; of several questions, one that asks for all."""
+    """Whether all of these are true; several questions become one question for all of them."""
     questions = []
     for answer in answers:
         if answer is False:
@@ -65,18 +65,18 @@ def all_of(answers: Iterable[Answer]) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """From a visitor to this host, or an answer.
+    """A packet from a visitor to this host, or an answer.
 
     @ivar family: 4 or 6.
-    @ivar interface: which one it comes in or goes out by.
-    @ivar local: the host's address in it.
-    @ivar port: the host's port in it.
+    @ivar interface: the interface that it comes in or goes out through.
+    @ivar local: the host's address in the packet.
+    @ivar port: the host's port in the packet.
     @ivar dialled: the address that the visitor dialled.
     @ivar translated: whether connection tracking has a redirect for the connection.
-    @ivar owner: whose socket is at this end.
+    @ivar owner: the owner of the socket at this end.
     @ivar reply: whether it is an answer.
-    @ivar first: whether it is the first of its direction, SYN or SYN-ACK.
-    @ivar marks: differs where two packets have not been marked in the same way.
+    @ivar first: whether it is the first packet of its direction, SYN or SYN-ACK.
+    @ivar marks: different for two packets if rules have marked them differently.
     """
 
     family: int
@@ -92,7 +92,7 @@ class Packet:
 
     @property
     def peculiar(self) -> str:
-        """All that a redirect may change in it, for a question that may be about any of it."""
+        """All values that a redirect may change, for a question that may depend on any of them."""
         return f"{self.local} {self.port} {self.translated}"
 
     def protocol(self, name: str) -> Answer:
@@ -103,21 +103,21 @@ class Packet:
         return (end == "source") is self.reply
 
     def port_within(self, end: str, low: int, high: int) -> Answer:
-        """Whether the port of that end is one of these."""
+        """Whether the port of that end is between C{low} and C{high}."""
         first, last = (self.port,) * 2 if self.is_local(end) else (FIRST_EPHEMERAL, LAST_PORT)
         if low <= first and last <= high:
             return True
         return False if high < first or last < low else f"{end} port {low}-{high}"
 
     def address_within(self, end: str, text: str) -> Answer:
-        """Whether the address of that end is this one, or in this network or range."""
+        """Whether the address of that end is C{text}, or in the network or range C{text}."""
         return self.has_address(self.local if self.is_local(end) else None, end, text)
 
     def has_address(self, address: Address | None, name: str, text: str) -> Answer:
-        """@param address: L{None}: the visitor's, whatever it is."""
+        """@param address: L{None}: the visitor's, which is unknown."""
         try:
             version, low, high, whose = _network(text)
-        except ValueError:  # a mask with holes, or no address
+        except ValueError:  # a mask with holes, or not an address
             return f"{name} {text} {address}"
         if version != self.family:
             return False
@@ -126,19 +126,19 @@ class Packet:
         return f"{name} {text}" if whose is None else whose
 
     def by_interface(self, pattern: str, *, inward: bool) -> Answer:
-        """@param pattern: a name, or the beginning of one and C{+} (iptables) or C{*} (nft)."""
+        """@param pattern: a name, or the beginning of one with C{+} (iptables) or C{*} (nft)."""
         name = "" if inward is self.reply else self.interface
         return name.startswith(pattern[:-1]) if pattern[-1:] in ("+", "*") else name == pattern
 
     def state(self, names: Iterable[str]) -> Answer:
-        """Of connection tracking."""
+        """Whether its state in connection tracking is one of C{names}."""
         mine = {"new"} if self.first and not self.reply else {"established"}
         if self.translated:
             mine.add("dnat")
         return not mine.isdisjoint(name.lower() for name in names)
 
     def flags(self, mask: Iterable[str], wanted: Iterable[str]) -> Answer:
-        """Whether of the TCP flags in C{mask} just those in C{wanted} are set."""
+        """Whether the TCP flags in C{wanted} are set and the others in C{mask} are not."""
         masked = {flag.lower() for flag in mask}
         expected = {flag.lower() for flag in wanted} - {"none"}
         if "all" in masked:
@@ -161,7 +161,7 @@ class Packet:
 
 @lru_cache(maxsize=1024)
 def _network(text: str) -> tuple[int, int, int, bool | None]:
-    """Version, first and last address, and whether all visitors are in there, none, or some."""
+    """Version, first and last address, and whether all, none or some visitors are in there."""
     if "-" in text:
         first, last = map(ip_address, text.split("-"))
         version, low, high = first.version, int(first), int(last)

@@ -1,6 +1,7 @@
-"""Reads a host's firewall, without a change to it.
+"""Reads a host's firewall without changing it.
 
-What one program cannot show is asked of the next, and what none shows is still known to be there.
+If one program cannot show a part, the next one is asked. If none can show it, it is still known
+that the part exists.
 """
 
 from __future__ import annotations
@@ -32,30 +33,30 @@ _TABLES: Final = {
 """The tables of iptables, their priorities and hooks (<linux/netfilter_ipv4.h>)."""
 
 _NO_SUCH_TABLE: Final = 3
-"""Exit status of iptables where the kernel has no such table."""
+"""Exit status of iptables if the kernel has no such table."""
 
 _TERSE: Final = ("nft", "-j", "-t", "list")
-"""Without the contents of named sets, of which there may be a million."""
+"""Lists without the contents of named sets, which may have a million elements."""
 
 
 _MANY: Final = 1_000
-"""Rules of a table for which it is worth while to see whether it need be listed."""
+"""With so many rules in a table, it pays to find out first whether the table must be listed."""
 
 
 class CannotLook(Exception):
-    """What the firewall does cannot be seen."""
+    """The rules of the firewall cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Firewall:
-    """What a host's firewall consists of, for one family.
+    """The contents of a host's firewall, for one family.
 
     @ivar nftables: the objects of C{nft -j list ruleset}.
-    @ivar unreadable: base chains whose rules no program shows, each with the reason.
-    @ivar translated: what C{iptables -S} prints of those tables of nftables that are made by
-        iptables with extensions, which nft cannot show; by table.
-    @ivar iptables: the same of tables that nft does not show: those of the legacy iptables, and
-        without nft all; triples of table, listing and whether it is a legacy table.
+    @ivar unreadable: base chains whose rules no program can show, each with the reason.
+    @ivar translated: the output of C{iptables -S} for those tables of nftables that iptables made
+        with extensions, which nft cannot show; by table.
+    @ivar iptables: the same for tables that nft does not show: those of the legacy iptables and,
+        without nft, all. Triples of table, listing and whether it is a legacy table.
     """
 
     nftables: Sequence[Mapping[str, Json]] = ()
@@ -68,14 +69,14 @@ class Firewall:
 class Ruleset:
     """The base chains of a firewall, for one family.
 
-    @ivar sets: of each table, C{FAMILY NAME}.
+    @ivar sets: the sets of each table, by C{FAMILY NAME}.
     """
 
     bases: list[Base]
     sets: dict[str, Sets] = field(default_factory=dict)
 
     def wanted(self) -> list[tuple[str, str]]:
-        """The table and the name of each set that has to be known."""
+        """The table and the name of each set whose contents are needed."""
         return [(table, name) for table, sets in self.sets.items() for name in sorted(sets.wanted)]
 
 
@@ -85,7 +86,7 @@ def ruleset(
     contents: Mapping[tuple[str, str], Sequence[Json]] | None = None,
 ) -> Ruleset:
     """
-    @param contents: of sets that C{firewall} lacks, by table and name.
+    @param contents: of sets that C{firewall} does not have, by table and name.
     """
     found = Ruleset([])
     for table, listing, legacy in firewall.iptables:
@@ -107,7 +108,7 @@ def ruleset(
 
 
 def _iptables_chains(of: str, table: str) -> list[BaseChain]:
-    """Where a table of iptables may have base chains."""
+    """The base chains that a table of iptables may have."""
     priority, hooks = _TABLES[table]
     return [
         BaseChain(
@@ -123,7 +124,7 @@ def _iptables_chains(of: str, table: str) -> list[BaseChain]:
 
 
 def _unreadable(chain: BaseChain, reason: str) -> Base:
-    """One that may do anything with what a redirect changes."""
+    """A chain that may do anything with the values that a redirect changes."""
     table = f"{chain.family} {chain.table}"
     text = f"the chain '{table} {chain.name}', whose rules cannot be read: {reason}"
     anything = Condition(lambda packet: f"{text} {packet.peculiar}", usual=None)
@@ -191,7 +192,7 @@ def _chains(
 
 
 Nftables: TypeAlias = tuple[Sequence[Mapping[str, Json]], Sequence[tuple[BaseChain, str]]]
-"""The objects that C{nft} shows, of all families, and the base chains of those tables that it does
+"""The objects that C{nft} shows, of all families, and the base chains of the tables that it does
 not show, each with the reason."""
 
 
@@ -213,7 +214,7 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
         if whole is not None:
             return whole, []
         if problem is not None:
-            if shown.code == NOT_FOUND:  # it may not be asked: what needs to will say so
+            if shown.code == NOT_FOUND:  # perhaps it may not run nft: reported where nft is needed
                 return [], []
             raise CannotLook(f"what the firewall does cannot be seen: {shown.failure}")
     objects: list[Mapping[str, Json]] = []
@@ -233,16 +234,16 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
 
 
 def _tables_alike(chains: Sequence[BaseChain]) -> set[tuple[str, str]]:
-    """Large tables that treat alike all packets of one visitor, and so need not be listed."""
+    """Large tables that treat all packets of one visitor alike, and so need not be listed."""
     large = {(each.family, each.table): each for each in chains if each.rules > _MANY}
     for each in chains:
-        if each.hook in ("output", "postrouting"):  # the source of an answer is this host's
+        if each.hook in ("output", "postrouting"):  # answers come from this host
             large.pop((each.family, each.table), None)
     return {table for table, chain in large.items() if not nfchains.may_tell_apart(chain)}
 
 
 def _objects(shown: Result) -> list[Mapping[str, Json]] | None:
-    """L{None}: they cannot be read."""
+    """The objects; L{None}: the output cannot be parsed."""
     if shown.code != 0:
         return None
     if not shown.output.strip():
@@ -255,7 +256,7 @@ def _objects(shown: Result) -> list[Mapping[str, Json]] | None:
 
 
 def _is_whole(kind: str, content: Json) -> bool:
-    """Whether it is an object with what is asked of it below; raises L{KeyError} if not."""
+    """Whether the object has all members that are used below; raises L{KeyError} if not."""
     if kind == "table":
         content["family"], content["name"]
     elif kind == "chain":
@@ -273,7 +274,7 @@ def _is_whole(kind: str, content: Json) -> bool:
 def read_contents(
     commands: ICommands, wanted: Iterable[tuple[str, str]]
 ) -> Generator[Deferred[Any], Any, dict[tuple[str, str], Sequence[Json]]]:
-    """The contents of sets and maps by table and name, of those that can be read."""
+    """The contents of those sets and maps that can be read, by table and name."""
     found: dict[tuple[str, str], Sequence[Json]] = {}
     for table, name in wanted:
         for kind in ("set", "map"):
@@ -292,7 +293,7 @@ def read_contents(
 def read(
     commands: ICommands, family: int, nftables: Nftables
 ) -> Generator[Deferred[Any], Any, Firewall]:
-    """The firewall for one family."""
+    """Read the firewall for one family."""
     objects, unreadable = nftables
     translated: dict[str, str] = {}
     of = NFPROTO[family][1]
@@ -323,7 +324,7 @@ def read(
 
 
 def _listing(commands: ICommands, family: int, table: str, variant: str) -> Deferred[Result]:
-    """What a variant of iptables, C{nft} or C{legacy}, prints of a table."""
+    """The listing of a table by one variant of iptables, C{nft} or C{legacy}."""
 
     def or_by_the_other_name(result: Result) -> Result | Deferred[Result]:
         if result.code != NOT_FOUND:
@@ -335,7 +336,7 @@ def _listing(commands: ICommands, family: int, table: str, variant: str) -> Defe
 
 
 def tables_to_translate(objects: Iterable[Mapping[str, Json]], family: int) -> list[str]:
-    """The tables of nftables that only iptables can show, in part at least."""
+    """The tables of nftables that only iptables can show completely."""
     rules = [each["rule"] for each in objects if "rule" in each]
     of = NFPROTO[family][1]
     names = {rule["table"] for rule in rules if rule["family"] == of and is_translated(rule)}

@@ -1,4 +1,4 @@
-"""The rules of a firewall, whichever language they are written in, and what becomes of a packet."""
+"""The rules of a firewall, independent of their language, and what they do with a packet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Test: TypeAlias = Callable[[Packet], Answer]
 
 
 Reads: TypeAlias = Callable[[Packet], object]
-"""What of a packet a test depends on."""
+"""The part of a packet that a test depends on."""
 
 
 def of_family(packet: Packet) -> object:
@@ -31,13 +31,13 @@ def of_destination(packet: Packet) -> object:
 
 
 class Action(Enum):
-    """What a rule does with what it matches."""
+    """What a rule does with a packet that it matches."""
 
     CONTINUE = "continue"
     ACCEPT = "accept"
     DROP = "drop"
     QUEUE = "queue"
-    """A program decides."""
+    """A program in user space decides."""
     RETURN = "return"
     JUMP = "jump"
     GOTO = "goto"
@@ -47,15 +47,16 @@ class Action(Enum):
 
 
 _ENDING = frozenset(Action) - {Action.CONTINUE, Action.JUMP, Action.MARK, Action.NOTRACK}
-"""After these the next rule is not consulted."""
+"""After these actions the kernel does not consult the next rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One thing that a rule asks for.
+    """One condition of a rule.
 
-    @ivar usual: for an ordinary visitor, where C{test} has a question; L{None}: nobody can say.
-    @ivar reads: what C{test} depends on, if it is slow.
+    @ivar usual: the answer for an ordinary visitor, if C{test} returns a question; L{None}:
+        unknown.
+    @ivar reads: what C{test} depends on; given only if C{test} is slow.
     """
 
     test: Test
@@ -65,7 +66,7 @@ class Condition:
     _known: dict[object, Answer] = field(default_factory=dict, compare=False, repr=False)
 
     def answer(self, packet: Packet) -> Answer:
-        """What C{test} says."""
+        """The result of C{test}."""
         if self.reads is None:
             return self.test(packet)
         key = self.reads(packet)
@@ -76,7 +77,7 @@ class Condition:
 
 
 class Question(NamedTuple):
-    """@ivar answer: that for which a rule matches."""
+    """@ivar answer: the answer with which the rule matches."""
 
     text: str
     answer: bool
@@ -87,8 +88,8 @@ class Question(NamedTuple):
 class Rule:
     """One rule.
 
-    @ivar text: names it for the operator.
-    @ivar target: the chain, if C{action} is a jump or a goto; the port, if it translates.
+    @ivar text: describes the rule for the operator.
+    @ivar target: the chain if C{action} is a jump or a goto; the port if it translates.
     """
 
     text: str
@@ -97,7 +98,7 @@ class Rule:
     target: str = ""
 
     def matches(self, packet: Packet) -> list[Question] | None:
-        """For which answers to which questions it matches; L{None}: it never does."""
+        """The questions, with the answers for which it matches; L{None}: it never matches."""
         questions = []
         for condition in self.conditions:
             answer = condition.answer(packet)
@@ -112,7 +113,7 @@ _FEW: Final = 8
 
 
 def bundled(rules: Iterable[Rule]) -> list[Rule]:
-    """The same rules, where many in a row that ban or let in single addresses are one rule."""
+    """The same rules; many successive ones that ban or allow single addresses become one rule."""
     found: list[Rule] = []
     for (action, reads), row in groupby(rules, _bundle):
         bundle = list(row)
@@ -125,7 +126,8 @@ def bundled(rules: Iterable[Rule]) -> list[Rule]:
 
 
 def _bundle(rule: Rule) -> tuple[Action, Reads | None]:
-    """What rules of one bundle have in common; nothing to read if it is not for a bundle."""
+    """What the rules of one bundle have in common; nothing to read if the rule fits in no
+    bundle."""
     if rule.action not in (Action.ACCEPT, Action.DROP):
         return rule.action, None
     reads = {each.reads for each in rule.conditions} - {of_family}
@@ -153,9 +155,9 @@ class Chain:
 class Base:
     """A base chain, and where the kernel consults it.
 
-    @ivar chains: those of its table, by name.
+    @ivar chains: the chains of its table, by name.
     @ivar table: the name of its table, with the family: C{ip nat}.
-    @ivar age: grows with each table that is made; L{None} if that is not known.
+    @ivar age: a number that is larger for a newer table; L{None} if unknown.
     """
 
     chains: Mapping[str, Chain]
@@ -170,15 +172,15 @@ class Base:
 class Course:
     """A packet's way through base chains.
 
-    @ivar marked: by which rules it may be marked.
+    @ivar marked: the rules that may mark it.
     """
 
     def __init__(
         self, packet: Packet, choices: Choices, catches: Action = Action.DROP, own_port: str = ""
     ) -> None:
         """
-        @param catches: the action that is looked for.
-        @param own_port: to translate to this port is what is wanted.
+        @param catches: the action to look for.
+        @param own_port: a translation to this port is intended, so it does not count.
         """
         self._packet = packet
         self._choices = choices
@@ -187,7 +189,7 @@ class Course:
         self.marked: set[tuple[str, tuple[Question, ...]]] = set()
 
     def through(self, bases: Sequence[Base]) -> Outcome:
-        """What becomes of it in these, one after the other."""
+        """What happens to the packet in these chains, one after the other."""
         outcome: Outcome = PASSED
         for base in reversed(bases):
             chain = base.chains[base.name]
@@ -204,8 +206,8 @@ class Course:
         self, chains: Mapping[str, Chain], name: str, fallen: Outcome, accepted: Outcome
     ) -> Outcome:
         """
-        @param fallen: what becomes of it if it leaves the chain at its end, or returns.
-        @param accepted: what becomes of it if it is accepted.
+        @param fallen: the outcome if the packet leaves the chain at its end, or returns.
+        @param accepted: the outcome if the packet is accepted.
         """
         met = []
         for rule in chains[name].rules:
@@ -233,9 +235,9 @@ class Course:
         accepted: Outcome,
         rest: Outcome,
     ) -> Outcome:
-        """What becomes of a packet that the rule matches.
+        """The outcome for a packet that the rule matches.
 
-        @param rest: what becomes of it by the rules after this one.
+        @param rest: the outcome of the rules after this one.
         """
         action = rule.action
         if action is Action.MARK:

@@ -1,4 +1,4 @@
-"""What is common to all uses of iptables(8) and ip6tables(8)."""
+"""What all uses of iptables(8) and ip6tables(8) share."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from ..interfaces import NOT_FOUND, Result
 BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
 _VARIANTS: Final = {"xtables-nft-multi": "-nft", "xtables-legacy-multi": "-legacy"}
-"""The programs behind the links, and what the names of theirs end in."""
+"""The programs that the links lead to, and the endings of their names."""
 
 LOCK_WAIT: Final = "5"
 """Seconds that iptables waits for its lock (C{-w})."""
 
 NO_SUCH_RULE: Final = 1
-"""Exit status of C{-D} and C{-C} where the rule is not there; a lock or a wrong rule has others."""
+"""Exit status of C{-D} and C{-C} if the rule does not exist; a lock or a wrong rule has others."""
 
 NO_SUCH_TABLE: Final = 3
-"""Exit status where the kernel has no such table, or not this family."""
+"""Exit status if the kernel has no such table, or does not know this family."""
 
 
 def command(family: int, table: str, *words: str, variant: str = "") -> list[str]:
     """The command line.
 
     @param family: 4 or 6.
-    @param words: what to do, and with which rule.
-    @param variant: C{-nft} or C{-legacy}; nothing: the one that the host has chosen.
+    @param words: the operation, and the rule.
+    @param variant: C{-nft} or C{-legacy}; empty: the one that the host has chosen.
     """
     return [f"{BINARIES[family]}{variant}", "-w", LOCK_WAIT, "-t", table, *words]
 
 
 def pinned(family: int) -> str:
-    """The program that a rule of this family is made with now, by the name that stays the same.
+    """The program that makes a rule of this family now, by a name that never changes its meaning.
 
     C{iptables} is C{iptables-nft} or C{iptables-legacy}, as the host chooses
-    (update-alternatives(1)), and may become the other one while a rule stands.
+    (update-alternatives(1)); the choice may change while a rule exists.
     """
     name = BINARIES[family]
     path = shutil.which(name)
@@ -52,9 +52,9 @@ def pinned(family: int) -> str:
 
 
 def failed(result: Result, *, custom_rule: bool = False) -> StartError:
-    """A command of iptables failed.
+    """The error for a failed command of iptables.
 
-    @param custom_rule: whether the rule is the operator's own.
+    @param custom_rule: whether it is the operator's own rule.
     """
     binary = result.argv[0]
     if result.code == NOT_FOUND:
@@ -81,8 +81,8 @@ def failed(result: Result, *, custom_rule: bool = False) -> StartError:
 def listed(output: str) -> list[list[str]]:
     """The words of each command that C{iptables -S} prints, from C{-A}, C{-N} or C{-P} on.
 
-    A comment may hold anything, even line ends: a command that cannot be split into words is left
-    out, and is no rule of ours. Warnings between the rules are left out as well.
+    A comment may contain anything, even line ends: a command that cannot be split into words is
+    left out; it is not a rule of this program. Warnings between the rules are left out, too.
     """
     found = []
     for line in re.split(r"^(?=-[ANP] |#)", output, flags=re.MULTILINE):

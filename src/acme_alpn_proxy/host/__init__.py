@@ -1,1 +1,1 @@
-"""What this host says and does: processes, kernel facts, the PID file."""
+"""This host: processes, kernel facts, the PID file."""

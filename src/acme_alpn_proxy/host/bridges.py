@@ -1,4 +1,4 @@
-"""Bridges of this host whose IP packets pass the firewall as the bridge's (br_netfilter)."""
+"""Bridges of this host whose IP packets pass the firewall while they are bridged (br_netfilter)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .netlink import ROUTE, Netlink, attributes
 PROC: Final = Path("/proc")
 
 SWITCHES: Final = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
-"""By family: below C{/proc/sys/net/bridge}, for all bridges of this network namespace."""
+"""Switches for all bridges of this network namespace, by family, below C{/proc/sys/net/bridge}."""
 
 _GET_LINK: Final = 18
 _IFLA_IFNAME: Final = 3
@@ -18,11 +18,12 @@ _IFLA_LINKINFO: Final = 18
 _INFO_KIND: Final = 1
 _INFO_DATA: Final = 2
 _OWN_SWITCHES: Final = {4: 36, 6: 37}
-"""By family: IFLA_BR_NF_CALL_IPTABLES and IFLA_BR_NF_CALL_IP6TABLES of C{linux/if_link.h}."""
+"""Attributes, by family: IFLA_BR_NF_CALL_IPTABLES and IFLA_BR_NF_CALL_IP6TABLES of
+C{linux/if_link.h}."""
 
 
 def filtered_bridges(family: int, proc: Path = PROC) -> set[str]:
-    """Their names; raises L{OSError}.
+    """The names of these bridges; raises L{OSError}.
 
     @param family: 4 or 6.
     """

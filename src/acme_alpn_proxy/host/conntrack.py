@@ -1,8 +1,9 @@
-"""The kernel's connection tracking table, by ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
+"""The kernel's connection tracking table, through ctnetlink
+(linux/netfilter/nfnetlink_conntrack.h).
 
-When the last user of connection tracking goes, its entries stay for as long as their timeouts say.
-When it comes back, a connection that began meanwhile from the same address and port meets the old
-entry, with its translation, and is cut. So entries that were translated to the proxy's port are
+When the last user of connection tracking is removed, its entries stay until their timeouts. If
+tracking comes back, a connection that began in between from the same address and port meets the old
+entry, with its translation, and breaks. So entries that were translated to the proxy's port are
 deleted before tracking may go off, and before it may come on.
 """
 
@@ -38,7 +39,7 @@ _GENERIC: Final = struct.Struct("!BBH")
 class Entry(NamedTuple):
     """An entry of the table.
 
-    @ivar name: the attributes by which the kernel finds it.
+    @ivar name: the attributes that identify it to the kernel.
     """
 
     family: int
@@ -48,8 +49,8 @@ class Entry(NamedTuple):
 def translated(port: int) -> list[Entry]:
     """The entries of TCP connections that were translated to C{port} of this host.
 
-    They are known by the source port of their replies: those that were not translated have the
-    dialled port there. Empty where there is no connection tracking.
+    They are recognized by the source port of their replies: an untranslated entry has the dialled
+    port there. Empty if there is no connection tracking.
     """
     found: list[Entry] = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -59,17 +60,17 @@ def translated(port: int) -> list[Entry]:
 
 
 def forget(entries: Iterable[Entry]) -> None:
-    """Delete them, as far as they are still there."""
+    """Delete the entries; those that do not exist any more are skipped."""
     with suppress(OSError), Netlink(NETFILTER) as kernel:
         for entry in entries:
             body = _GENERIC.pack(entry.family, 0, 0) + entry.name
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(OSError):  # the entry no longer exists
                 kernel.do(_DELETE, body)
 
 
 def _translated(kernel: Netlink, family: int, port: int) -> Iterator[Entry]:
     packed = struct.pack("!H", port)
-    # Most entries are told apart by this search, which takes far less time than a parse.
+    # This search sorts out most entries; it takes far less time than parsing them.
     sign = attribute(_SOURCE_PORT, packed)[:6]
     for body in kernel.dump(_GET, _GENERIC.pack(family, 0, 0)):
         if sign not in body:

@@ -1,4 +1,4 @@
-"""Descriptors that a reactor reads."""
+"""Descriptors that a reactor can read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from zope.interface import implementer
 
 @implementer(IReadDescriptor)
 class ReadDescriptor:
-    """The part of C{IReadDescriptor} that is the same for all of ours.
+    """The part of C{IReadDescriptor} that all our descriptors share.
 
-    None of them is a transport: the reactor calls C{connectionLost} when it ends, and then there is
-    nothing left to do.
+    They are not transports: the reactor calls C{connectionLost} only when it stops, and then there
+    is nothing left to do.
     """
 
     log_prefix = "-"
@@ -24,7 +24,7 @@ class ReadDescriptor:
         raise NotImplementedError
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor ends with all its descriptors."""
+        """Nothing to do: the reactor stops, with all its descriptors."""
 
     def logPrefix(self) -> str:
         return self.log_prefix

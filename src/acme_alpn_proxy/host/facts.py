@@ -1,4 +1,4 @@
-"""What the kernel says of this host (of this network namespace), read from proc(5)."""
+"""Facts about this host (this network namespace), as the kernel shows them in proc(5)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_USABLE: Final = 0x48
 _CAP_NET_ADMIN: Final = 12
 
 _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
-"""Its inode, PROC_PID_INIT_INO of linux/proc_ns.h."""
+"""The inode of that namespace, PROC_PID_INIT_INO of linux/proc_ns.h."""
 
 _ROUTE_UP: Final = 0x0001
 _ROUTE_REJECT: Final = 0x0200
@@ -40,7 +40,7 @@ def has_ipv6(proc: Path = PROC) -> bool:
 
 
 def ipv6_to_listen_on(proc: Path = PROC) -> str:
-    """The loopback address; where IPv6 is off on C{lo}, one of the host's global addresses."""
+    """The loopback address; if IPv6 is off on C{lo}, one of the host's global addresses."""
     addresses = []
     for line in _lines(proc / "net/if_inet6"):
         digits, _, _, scope, flags, _ = line.split()
@@ -59,7 +59,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _default_route_interfaces_v4(proc: Path) -> set[str]:
-    """Interfaces of the default routes, else of all routes (/proc/net/route)."""
+    """The interfaces of the default routes; without default routes, of all routes
+    (/proc/net/route)."""
     routes: list[tuple[str, bool]] = []
     for line in (proc / "net/route").read_text().splitlines()[1:]:
         fields = line.split()
@@ -94,10 +95,10 @@ def _has_address_v4(interface: str) -> bool:
 
 
 def _numbered_interfaces_v6(proc: Path) -> set[str]:
-    """Interfaces with a global address.
+    """The interfaces that have a global address.
 
-    From Linux 6.7 on, REDIRECT takes an address of the scope of the dialled one, so that a
-    link-local address does not serve visitors from afar.
+    Since Linux 6.7, REDIRECT takes an address with the same scope as the dialled one, so a
+    link-local address is no use for visitors from elsewhere.
     """
     return {
         fields[5]
@@ -107,7 +108,7 @@ def _numbered_interfaces_v6(proc: Path) -> set[str]:
 
 
 def visitor_interfaces(family: int, proc: Path = PROC) -> set[str]:
-    """Interfaces that visitors come in by, to judge by the routes; none if that cannot be said.
+    """The interfaces that visitors come in through, going by the routes; empty if unknown.
 
     @param family: 4 or 6.
     """
@@ -119,10 +120,10 @@ def visitor_interfaces(family: int, proc: Path = PROC) -> set[str]:
 
 
 def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
-    """Interfaces that visitors come in by, to judge by the routes, and that have no address.
+    """The interfaces that visitors come in through, going by the routes, and that have no address.
 
-    REDIRECT maps to the incoming interface's address (iptables-extensions(8)); where there is none
-    the kernel drops the packet.
+    REDIRECT leads to the incoming interface's address (iptables-extensions(8)); if it has none, the
+    kernel drops the packet.
 
     @param family: 4 or 6.
     """
@@ -133,7 +134,7 @@ def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
 
 
 def legacy_tables(family: int, proc: Path = PROC) -> list[str]:
-    """The tables of the legacy iptables that there are (/proc/net/ip_tables_names)."""
+    """The existing tables of the legacy iptables (/proc/net/ip_tables_names)."""
     try:
         return (proc / f"net/{'ip' if family == 4 else 'ip6'}_tables_names").read_text().split()
     except OSError:  # not loaded
@@ -148,17 +149,17 @@ def _number(path: Path) -> int | None:
 
 
 def new_interfaces_have_ipv6(proc: Path = PROC) -> bool:
-    """Whether an interface that is made now will have IPv6."""
+    """Whether an interface that is made now gets IPv6."""
     return _number(proc / "sys/net/ipv6/conf/default/disable_ipv6") == 0
 
 
 def tracked_connections(proc: Path = PROC) -> int:
-    """Entries in the connection tracking table; 0 where it is not loaded."""
+    """Entries in the connection tracking table; 0 if it is not loaded."""
     return _number(proc / "sys/net/netfilter/nf_conntrack_count") or 0
 
 
 def max_tracked_connections(proc: Path = PROC) -> int | None:
-    """How many the table takes (nf_conntrack_max), or L{None} where it is not loaded."""
+    """The largest number of entries (nf_conntrack_max); L{None} if the table is not loaded."""
     return _number(proc / "sys/net/netfilter/nf_conntrack_max")
 
 
@@ -179,7 +180,8 @@ def tcp_connections(proc: Path = PROC) -> int:
 
 
 def has_capabilities(*numbers: int, proc: Path = PROC) -> bool:
-    """Whether this process has them all in effect (capabilities(7), <linux/capability.h>)."""
+    """Whether all of these are in effect for this process (capabilities(7),
+    <linux/capability.h>)."""
     status = (proc / "self/status").read_text()
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
     return all(effective >> number & 1 for number in numbers)
@@ -193,19 +195,19 @@ def may_administer_network() -> bool:
 def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
     """When a process started, in clock ticks since boot (proc_pid_stat(5), field 22).
 
-    With the PID it names a process for good: PIDs come again. L{None} if there is no such process,
-    or only what is left of it until its parent asks (state Z).
+    PID and start time together identify a process for ever: the kernel uses PIDs again. L{None} if
+    there is no such process, or if it has ended and its parent has not waited for it yet (state Z).
     """
     try:
         stat = (proc / str(pid) / "stat").read_text()
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    state, *fields = stat.rpartition(")")[2].split()  # the name may contain blanks and brackets
     return None if state == "Z" else fields[18]
 
 
 def pid_namespace(proc: Path = PROC) -> int:
-    """Names this process's PID namespace (the inode of namespaces(7)); 0 if unknown."""
+    """A number for this process's PID namespace (the inode of namespaces(7)); 0 if unknown."""
     try:
         return (proc / "self/ns/pid").stat().st_ino
     except OSError:
@@ -213,5 +215,5 @@ def pid_namespace(proc: Path = PROC) -> int:
 
 
 def in_first_pid_namespace(proc: Path = PROC) -> bool:
-    """Whether this is the PID namespace that the kernel started with; a container has another."""
+    """Whether this is the first PID namespace of the kernel; a container has another one."""
     return pid_namespace(proc) in (0, _FIRST_PID_NAMESPACE)

@@ -1,4 +1,4 @@
-"""Another process, which a signal reaches only as long as it is the same one."""
+"""A handle on another process: a signal cannot reach a later process with the same PID."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .facts import process_start_time
 
 _PIDFD_SEND_SIGNAL: Final = 424
 _PIDFD_OPEN: Final = 434
-"""System calls of Linux 5.1 and 5.3, with the same number on every machine. Some Pythons were built
-without functions for them."""
+"""System calls of Linux 5.1 and 5.3, with the same number on every machine. Some builds of Python
+have no functions for them."""
 
 _POLL_SECONDS: Final = 0.02
 
 
 class ProcessHandle:
-    """A handle on a process: a pidfd (pidfd_open(2)), or before Linux 5.3 its start time."""
+    """A handle on a process: a pidfd (pidfd_open(2)); before Linux 5.3, its start time."""
 
     def __init__(self, pid: int) -> None:
         """Raises C{ProcessLookupError} if there is no such process."""
@@ -43,7 +43,7 @@ class ProcessHandle:
             os.close(self._descriptor)
 
     def ended(self, seconds: float) -> bool:
-        """Whether it ends within that time."""
+        """Return whether it ends within that time."""
         if self._descriptor is not None:
             poll = select.poll()
             poll.register(self._descriptor, select.POLLIN)
@@ -56,7 +56,8 @@ class ProcessHandle:
         return True
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; raises C{ProcessLookupError} if it has ended, or C{PermissionError}."""
+        """Send a signal; raises C{ProcessLookupError} if the process has ended, or
+        C{PermissionError}."""
         if self._descriptor is None:
             if process_start_time(self.pid) != self._started:
                 raise ProcessLookupError

@@ -1,4 +1,4 @@
-"""Questions to the kernel by netlink(7), without a program."""
+"""Requests to the kernel through netlink(7), without a program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACKNOWLEDGE: Final = 0x04
 EXCLUSIVE: Final = 0x200
 CREATE: Final = 0x400
 APPEND: Final = 0x800
-"""Flags of a message. EXCLUSIVE: fail if it is there already."""
+"""Flags of a message. EXCLUSIVE: fail if the object exists already."""
 
 _DUMP: Final = 0x300
 _MULTI: Final = 0x02
@@ -31,30 +31,30 @@ _END: Final = struct.Struct("=IHHIIi")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
-"""Without the flags that say "nested" and "network byte order"."""
+"""Masks out the flags "nested" and "network byte order" of an attribute's type."""
 _SOL_NETLINK: Final = 270
 _CAP_ACK: Final = 10
 _EXT_ACK: Final = 11
-"""Options of a socket: an answer does not repeat the message, and says which attribute is wrong."""
+"""Options of a socket: answers do not repeat the message, and they say which attribute is wrong."""
 _ANSWER_OFFSET: Final = 2
 """NLMSGERR_ATTR_OFFS."""
 _LARGEST: Final = 1 << 18
 _PATIENCE: Final = 2.0
-"""Seconds; the kernel answers within milliseconds."""
+"""Seconds to wait; the kernel answers within milliseconds."""
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
+    """One attribute, with its padding."""
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def nested(kind: int, *inner: bytes) -> bytes:
-    """An attribute that is made of attributes."""
+    """An attribute that contains attributes."""
     return attribute(kind | _NESTED, b"".join(inner))
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes in C{data}, by type; of several of one type the last."""
+    """The attributes in C{data}, by type; if a type occurs more than once, the last one."""
     found = {}
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
@@ -67,7 +67,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 class Message(NamedTuple):
-    """One message of several that are sent together."""
+    """One of several messages that are sent together."""
 
     kind: int
     flags: int
@@ -77,9 +77,8 @@ class Message(NamedTuple):
 class Refused(OSError):
     """The kernel refuses one of several messages.
 
-    @ivar message: the one it refuses.
-    @ivar offset: where in its body the wrong attribute begins, or L{None} if the kernel does not
-        say so.
+    @ivar message: the refused message.
+    @ivar offset: where in its body the wrong attribute begins; L{None} if the kernel does not say.
     """
 
     def __init__(self, number: int, message: Message, offset: int | None) -> None:
@@ -106,7 +105,7 @@ class Netlink:
         self._socket.close()
 
     def ask(self, kind: int, body: bytes) -> bytes:
-        """What the kernel answers to a question with one answer."""
+        """The kernel's answer to a request that has one answer."""
         return next(self._answers(kind, body, REQUEST))
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
@@ -114,9 +113,9 @@ class Netlink:
         return self._answers(kind, body, REQUEST | _DUMP)
 
     def dump_packets(self, kind: int, body: bytes) -> Iterator[bytes]:
-        """The same as the kernel sends it, in packets of many answers with their headers.
+        """The same, in packets as the kernel sends them: each has many answers, with their headers.
 
-        To search in them takes a fraction of the time that it takes to divide them.
+        Searching a packet takes a fraction of the time that splitting it takes.
         """
         self._number += 1
         self._socket.send(_packed(self._number, kind, REQUEST | _DUMP, body))
@@ -128,17 +127,17 @@ class Netlink:
                 return
 
     def do(self, kind: int, body: bytes) -> None:
-        """Have something done, and wait until it is."""
+        """Send a command, and wait until the kernel has carried it out."""
         for _ in self._answers(kind, body, REQUEST | ACKNOWLEDGE):
             pass
 
     def send(self, messages: Sequence[Message]) -> None:
-        """Send all messages in one packet, and wait for those that ask to be acknowledged.
+        """Send all messages in one packet, and wait for the acknowledgements that they request.
 
         Raises L{Refused} for the first one that the kernel refuses.
         """
         for option in (_CAP_ACK, _EXT_ACK):
-            with suppress(OSError):  # before Linux 4.12 there is no EXT_ACK
+            with suppress(OSError):  # Linux before 4.12 has no EXT_ACK
                 self._socket.setsockopt(_SOL_NETLINK, option, 1)
         sent = dict(enumerate(messages, self._number + 1))
         self._number += len(messages)
@@ -171,7 +170,7 @@ class Netlink:
                     return
 
     def _received(self) -> Iterable[tuple[int, int, int, bytes]]:
-        """The messages of one packet: kind, flags, number of the question, and body."""
+        """The messages of one packet: kind, flags, sequence number of the request, and body."""
         data = self._socket.recv(_LARGEST)
         found = []
         at = 0
@@ -185,7 +184,7 @@ class Netlink:
 
 
 def _raise_error(packet: bytes) -> None:
-    """Raises L{OSError} if the kernel's answer is one."""
+    """Raise L{OSError} if the kernel's answer is an error."""
     _, kind, *_ = _HEADER.unpack_from(packet)
     if kind == _ERROR:
         (code,) = struct.unpack_from("=i", packet, _HEADER.size)
@@ -198,6 +197,6 @@ def _packed(number: int, kind: int, flags: int, body: bytes) -> bytes:
 
 
 def _offset(error: bytes) -> int | None:
-    """Where the wrong attribute begins in the body of the message that this answer refuses."""
+    """Where the wrong attribute begins in the body of the message that was refused."""
     told = attributes(error[4 + _HEADER.size :]).get(_ANSWER_OFFSET)
     return None if told is None else int(struct.unpack("=I", told)[0]) - _HEADER.size

@@ -1,14 +1,15 @@
-"""The PID file: which instance runs.
+"""The PID file: it shows which instance runs.
 
-The instance that runs holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers.
-So a file left behind, one with garbage in it, or one whose PID belongs to another program by now is
-told from a live one for sure: no process holds its lock. It is a write lock until the PID is
-written and a read lock from then on, so that meanwhile a PID left behind is not taken for the new
-owner's.
+The running instance holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers. So
+a live file can be told for certain from a file that was left over, that has garbage in it, or whose
+PID now belongs to another program: on those, no process holds a lock. The lock is a write lock
+until the PID is written, and a read lock after that. So nobody takes the PID of a previous owner
+for the new owner's.
 
-The PID in it may be signalled by root. So a file that other users could have opened or written
-counts as none: a claim replaces it. And the process that claims it keeps a descriptor that can read
-it only: should it drop its privileges and be taken over, it cannot write another PID there.
+Root may send signals to the PID in the file. So a file that other users could have opened or
+written does not count: a claim replaces it. And the process that claims it keeps only a read-only
+descriptor: if it drops its privileges and is taken over by an attacker, it cannot write another PID
+there.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from ..errors import AlreadyRunning, StartError
 from ..interfaces import IPIDFile
 
 _MODE: Final = 0o600
-"""A user who may open the file may lock it, and so pass for an instance."""
+"""Only its owner may open the file: a user who can open it can lock it, and so look like an
+instance."""
 _LONGEST: Final = 32
-"""Bytes read of a PID file: a PID has seven digits at most (proc(5), pid_max)."""
+"""Bytes read from a PID file: a PID has seven digits at most (proc(5), pid_max)."""
 _FLOCK: Final = "hhqqi"
 _PATIENCE: Final = 200
 _PATIENCE_STEP: Final = 0.005
@@ -38,7 +40,7 @@ _PATIENCE_STEP: Final = 0.005
 
 @implementer(IPIDFile)
 class NoPIDFile:
-    """Where twistd, or an application of its own, keeps the PID."""
+    """For twistd or another application that keeps the PID itself."""
 
     def claim(self) -> None:
         pass
@@ -76,7 +78,7 @@ class PIDFile:
                 os.close(descriptor)
             if pid is not None:
                 return pid
-            time.sleep(_PATIENCE_STEP)  # it has the lock and is about to write
+            time.sleep(_PATIENCE_STEP)  # it has the lock and will write its PID soon
         raise StartError(
             f"{self.path} is locked by a program that does not write its PID there; end that one"
             f" (see: fuser {self.path})"
@@ -88,7 +90,7 @@ class PIDFile:
             self._descriptor = self._claim()
 
     def _claim(self) -> int:
-        """Gives a descriptor that only reads, and holds the lock."""
+        """Return a read-only descriptor that holds the lock."""
         while True:
             try:
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
@@ -102,7 +104,7 @@ class PIDFile:
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
             _lock(descriptor, fcntl.F_RDLCK)
             reading = self._open(os.O_RDONLY)
-        except OSError as problem:  # no plain file, or a full disk
+        except OSError as problem:  # not a plain file, or a full disk
             raise self._refusal("write", problem) from None
         else:
             _lock(reading, fcntl.F_RDLCK)
@@ -111,12 +113,12 @@ class PIDFile:
             os.close(descriptor)
 
     def _take(self, descriptor: int) -> bool:
-        """Whether the file is ours now. If not, the cause is gone: try again."""
+        """Return whether the file is ours now. If not, the reason no longer exists: try again."""
         if not _is_private(descriptor):
             self._remove_strange(descriptor)
             return False
         if _lock(descriptor, fcntl.F_WRLCK):
-            return self._is_at_path(descriptor)  # its owner may have removed it meanwhile
+            return self._is_at_path(descriptor)  # its owner may have removed it in between
         if (pid := self.owner()) is not None:
             os.close(descriptor)
             raise AlreadyRunning(pid, self.path)
@@ -140,12 +142,13 @@ class PIDFile:
             if self._is_at_path(self._descriptor):
                 os.unlink(self.path)
         except OSError:
-            pass  # its lock goes all the same, and that is what counts
+            pass  # closing releases the lock, and only the lock counts
         os.close(self._descriptor)
         self._descriptor = None
 
     def remove_of(self, pid: int) -> None:
-        """Remove the file that an instance has left which could not itself: it had dropped root."""
+        """Remove the file of an instance that has dropped root and so could not remove it
+        itself."""
         try:
             descriptor = self._open(os.O_RDWR)
         except OSError:
@@ -158,8 +161,8 @@ class PIDFile:
             os.close(descriptor)
 
     def _open(self, flags: int) -> int:
-        # Not through a symbolic link, and not waiting for a FIFO's other end: the folder may be one
-        # that others write to.
+        # Other users may be able to write to the folder: do not follow a symbolic link, and do not
+        # wait for the other end of a FIFO.
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         return os.open(self.path, flags, _MODE)
 
@@ -184,7 +187,7 @@ class PIDFile:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Whether the lock could be taken. It belongs to the open file, and so outlives a fork."""
+    """Return whether the lock was taken. It belongs to the open file, so it survives a fork."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(kind))
     except BlockingIOError:
@@ -193,13 +196,13 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def _is_private(descriptor: int) -> bool:
-    """Whether no user but root and this one can have opened the file."""
+    """Whether only root and this user can have opened the file."""
     about = os.fstat(descriptor)
     return about.st_uid in (0, os.geteuid()) and not stat.S_IMODE(about.st_mode) & 0o077
 
 
 def _held_lock(descriptor: int) -> int:
-    """Which kind of lock another process holds."""
+    """The kind of lock that another process holds."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK))
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind
@@ -211,6 +214,6 @@ def _flock(kind: int) -> bytes:
 
 
 def _read_pid(descriptor: int) -> int | None:
-    """The PID in the file, or L{None} if there is none."""
+    """The PID in the file; L{None} if there is none."""
     text = os.pread(descriptor, _LONGEST, 0)
     return int(text) if re.fullmatch(rb"[1-9][0-9]{0,9}\n?", text) else None

@@ -1,4 +1,4 @@
-"""Giving up all privileges, for good."""
+"""Dropping all privileges, for good."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ addresses."""
 
 
 def drop_privileges(uid: int, gid: int | None = None, keep: Collection[int] = ()) -> None:
-    """Become another user, keep no capability but those named, and let no program bring one back.
+    """Become another user, keep only the named capabilities, and let no program bring others back.
 
-    Capabilities and no_new_privs belong to a thread: call this while there is only one; later ones
-    inherit. Other processes of the user cannot look into this one (ptrace(2)) from then on. They
-    can still signal it.
+    Capabilities and no_new_privs belong to a thread: call this while there is only one; later
+    threads inherit them. From then on, other processes of the user cannot inspect this one
+    (ptrace(2)); they can still send it signals.
 
-    Raises C{OSError} if this process may not become that user. Where it lacks CAP_SETPCAP (in some
-    containers) the bounding set stays, without effect: no_new_privs keeps all capabilities away.
+    Raises C{OSError} if this process may not become that user. If it lacks CAP_SETPCAP (in some
+    containers), the bounding set stays, but without effect: no_new_privs prevents all new
+    capabilities.
 
-    @param gid: the group; by default that of the user.
-    @param keep: the capabilities that stay, for this process alone: no program that it runs has
-        them.
+    @param gid: the group; by default the user's group.
+    @param keep: the capabilities that this process keeps; programs that it runs do not get them.
     """
     user = pwd.getpwuid(uid)
     group = user.pw_gid if gid is None else gid
@@ -63,14 +63,14 @@ def _empty_bounding_set() -> None:
         try:
             _prctl(_DROP_FROM_BOUNDING_SET, capability)
         except OSError as problem:
-            if problem.errno in (errno.EINVAL, errno.EPERM):  # it was the last one; or may not
+            if problem.errno in (errno.EINVAL, errno.EPERM):  # no more of them; not permitted
                 return
             raise
 
 
 def _set_capabilities(keep: Collection[int]) -> None:
-    """The effective and the permitted set; the inheritable set, and with it the ambient one, are
-    emptied (capset(2))."""
+    """Set the effective and the permitted set; empty the inheritable set and with it the ambient
+    one (capset(2))."""
     kept = sum(1 << number for number in keep)
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
     halves = (kept & 0xFFFFFFFF, kept >> 32)

@@ -1,6 +1,6 @@
-"""Running commands and waiting: blocking until the reactor runs, on the reactor from then on.
+"""Running commands and waiting: blocking before the reactor runs, through the reactor afterwards.
 
-Both ways give Deferreds, so what uses them is written once.
+Both ways return Deferreds, so the code that uses them is written only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zope.interface import implementer
 from ..interfaces import CANNOT_RUN, KILLED, NOT_FOUND, ICommands, Reactor, Result
 
 DEADLINE: Final = 15.0
-"""Seconds a command may take: longer than the 5 s that iptables is told to wait for its lock."""
+"""Seconds a command may take: more than the 5 s for which iptables may wait for its lock."""
 
 
 def _too_slow(argv: Sequence[str]) -> Result:
@@ -33,7 +33,7 @@ def _too_slow(argv: Sequence[str]) -> Result:
 
 @implementer(ICommands)
 class BlockingCommands:
-    """For the time before the reactor runs: each Deferred has fired when it is returned."""
+    """For the time before the reactor runs: each Deferred has already fired when it is returned."""
 
     def run(self, argv: Sequence[str]) -> Deferred[Result]:
         if shutil.which(argv[0]) is None:
@@ -45,7 +45,7 @@ class BlockingCommands:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=DEADLINE,
-                close_fds=False,  # whoever waits for our end waits for the command's too
+                close_fds=False,  # our inheritable sockets close only when the command ends, too
             )
         except subprocess.TimeoutExpired:
             return succeed(_too_slow(argv))
@@ -61,7 +61,7 @@ class BlockingCommands:
 
 
 class _Collector(ProcessProtocol):
-    """Gathers what a process writes, and how it ends."""
+    """Collects a process's output and how it ends."""
 
     def __init__(self, argv: Sequence[str], clock: IReactorTime) -> None:
         self.ended: Deferred[Result] = Deferred()
@@ -98,14 +98,14 @@ class _Collector(ProcessProtocol):
 
 
 def _inheritable() -> list[int]:
-    """The descriptors beyond the standard ones that a child is to have."""
+    """The descriptors, besides the standard ones, that a child inherits."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
             if int(name) > 2 and os.get_inheritable(int(name)):
                 found.append(int(name))
         except OSError:
-            pass  # the listing's own
+            pass  # the descriptor of this listing, closed by now
     return found
 
 
@@ -121,7 +121,7 @@ class SpawningCommands:
         if program is None:
             return succeed(Result.not_found(argv))
         collector = _Collector(argv, self._reactor)
-        # As with blocking ones, whoever waits for our end waits for the command's too.
+        # As above, our inheritable sockets close only when the command ends, too.
         descriptors = {0: "w", 1: "r", 2: "r"} | {each: each for each in _inheritable()}
         self._reactor.spawnProcess(collector, program, argv, env=None, childFDs=descriptors)
         return collector.ended
@@ -131,5 +131,5 @@ class SpawningCommands:
 
 
 def commands_for(reactor: Reactor) -> BlockingCommands | SpawningCommands:
-    """The way that fits the reactor's state."""
+    """The right one of both for the reactor's state."""
     return SpawningCommands(reactor) if reactor.running else BlockingCommands()

@@ -1,24 +1,24 @@
-"""The way back: answers of the web server to visitors, where it believes they come to it directly.
+"""The way back: the web server's answers to visitors, if it sees the visitors' own addresses.
 
 A connection to the web server on loopback that comes from the visitor's address has its other end
-in this process; but the kernel would send the web server's answers to the visitor, far away. Two
-things keep what comes B{from} the web server's loopback address and port on this host:
+in this process; but the kernel would send the web server's answers to the distant visitor. Two
+things keep packets B{from} the web server's loopback address and port on this host:
 
   - IPv4: a rule, C{from 127.0.0.1 iif lo ipproto tcp sport 443 lookup TABLE}, where TABLE says
     C{local default dev TUN}. IPv4 has no routes by source.
   - IPv6: a route, C{local default from ::1 dev TUN}, and C{local ::1 dev TUN}, both in the table
     "local".
 
-No packet with such a source may leave a host, so nothing else is concerned: there is no mark, no
-setting of the host, no rule of the firewall and no connection tracking. TUN is a device without
-persistence. No packet passes it, since a local route delivers by C{lo}, but its routes live as long
-as this process has its descriptor: after SIGKILL nothing is left for IPv6, and for IPv4 a rule
-whose table is empty. A small process, whose program is L{main}, waits for the end of this one and
-removes the rule; it can, too, where this one has given up the privilege. Should both be killed, the
-next start or stop does (L{sweep}).
+No packet with such a source may leave a host, so nothing else is affected: there is no mark, no
+change to the host's settings, no firewall rule and no connection tracking. TUN is a device without
+persistence. No packet passes it, since a local route delivers by C{lo}, but its routes exist as
+long as this process has its descriptor: after SIGKILL nothing is left for IPv6, and for IPv4 a rule
+with an empty table. A small process, whose program is L{main}, waits for the end of this one and
+removes the rule; it can do that even if this one has dropped the privilege. If both are killed, the
+next start or stop removes the rule (L{sweep}).
 
-Imports nothing but the standard library and modules that do the same: the program may be removed
-while that process runs.
+This module imports only the standard library and modules that do the same: the program may be
+removed while that process runs.
 
 Sources: ip-rule(8), ip-route(8), rtnetlink(7), the kernel's C{Documentation/networking/tuntap.rst}.
 """
@@ -55,15 +55,15 @@ from .netlink import (
 TUN: Final = "/dev/net/tun"
 
 _NAME: Final = "acme-alpn"
-"""What the device is called, with the first number that is free."""
+"""The beginning of the device's name; the first free number follows."""
 
 _TABLES: Final = 0x41430000
-"""The table of the device C{acme-alpn0}; that of C{acme-alpn1} is the next one."""
+"""The table of the device C{acme-alpn0}; C{acme-alpn1} has the next one."""
 
 _MOST_TABLES: Final = 0x10000
 
 _PREFERENCE: Final = 1
-"""The first rule after that of the table "local": other programs' begin far behind it."""
+"""The priority right after the table "local"; rules of other programs come much later."""
 
 _SET_INTERFACE: Final = 0x400454CA
 _TUN_WITHOUT_HEADER: Final = 0x1001
@@ -108,7 +108,7 @@ _FRA_SOURCE_PORTS: Final = 23
 """FR_ACT_TO_TBL, and attributes of a rule (linux/fib_rules.h); the last two are of Linux 4.17."""
 
 _METRIC: Final = 1024
-"""The usual one of IPv6. Two instances need two: each adds the index of its device."""
+"""The default metric of IPv6. Two instances need two: each adds the index of its device."""
 
 _RULE_HEADER: Final = 12
 
@@ -117,18 +117,19 @@ _PROGRAM: Final = (
     "import sys; sys.path.insert(0, sys.argv[2]);"
     " from acme_alpn_proxy.host.returnpath import main; main()"
 )
-"""Its words: its name in the list of processes, and the folder (or zip file) of the package."""
+"""Its command line: its name in the list of processes, and the folder (or zip file) of the
+package."""
 
 _LOOK: Final = 0.01
 _LOOKS: Final = 1_000
-"""Seconds between two looks of that process whether the device has gone, and how many."""
+"""Seconds between two checks of that process whether the device has gone, and their number."""
 
 _PATIENCE: Final = 2.0
-"""Seconds to wait for that process; it takes some hundredths."""
+"""Seconds to wait for that process; normally some hundredths."""
 
 
 class WebServer(NamedTuple):
-    """Where a web server listens.
+    """The listening address of a web server.
 
     @ivar host: a numeric loopback address.
     """
@@ -143,18 +144,19 @@ class WebServer(NamedTuple):
 
 
 class ReturnPath:
-    """Brings the answers of web servers back, from when it is made until it is closed."""
+    """Brings the answers of web servers back, until it is closed."""
 
     def __init__(self, servers: Iterable[WebServer]) -> None:
-        """Raises C{OSError}; then nothing is left. Where the kernel cannot do it for IPv6, answers
-        do not come back.
+        """Raises C{OSError}; then nothing is left. If the kernel cannot do it for IPv6, IPv6
+        answers do not come back.
 
-        C{FileNotFoundError}: there is no /dev/net/tun; C{PermissionError}: it takes CAP_NET_ADMIN.
+        C{FileNotFoundError}: there is no /dev/net/tun; C{PermissionError}: CAP_NET_ADMIN is
+        missing.
         """
         self._rules: list[bytes] = []
         self._sweeper: _Sweeper | None = None
         sweep()
-        self._device = os.open(TUN, os.O_RDWR | os.O_CLOEXEC)  # no child may hold it
+        self._device = os.open(TUN, os.O_RDWR | os.O_CLOEXEC)  # no child may inherit it
         try:
             self._open(servers)
             if self._rules:
@@ -165,7 +167,8 @@ class ReturnPath:
             raise
 
     def close(self) -> None:
-        """Take the rules away, then the device with its routes. After the last connection."""
+        """Remove the rules, then the device with its routes. To be called after the last
+        connection."""
         if self._rules:
             with suppress(OSError), Netlink(ROUTE) as kernel:
                 for rule in self._rules:
@@ -190,7 +193,7 @@ class ReturnPath:
                         kernel.send(_by_source(server, index))
                 else:
                     rule = _rule(server, table)
-                    # The rule comes last: its table is complete.
+                    # The rule is added last, when its table is complete.
                     route = _route(socket.AF_INET, table, index)
                     kernel.send([_new(_NEW_ROUTE, route), _new(_NEW_RULE, rule)])
                     self._rules.append(rule)
@@ -205,7 +208,8 @@ def _number(kind: int, value: int) -> bytes:
 
 
 def _bring_up(kernel: Netlink, name: str, index: int) -> None:
-    """Without any address, so that nothing is sent by it: no solicitation, no report."""
+    """Bring the device up without any address, so that it sends nothing: no solicitation, no
+    report."""
     link = struct.pack("=BxHiII", 0, 0, index, 0, 0)
     mode = nested(socket.AF_INET6, attribute(_ADDRESS_MODE, bytes([_NO_ADDRESSES])))
     with suppress(OSError):  # no IPv6 in this kernel
@@ -221,8 +225,8 @@ def _bring_up(kernel: Netlink, name: str, index: int) -> None:
 
 
 def _by_source(server: WebServer, index: int) -> list[Message]:
-    """The routes for IPv6. The second one is for answers from sockets in TIME_WAIT, which the
-    kernel binds to the device that the packet came from, which is this one."""
+    """The routes for IPv6. The second one is for answers from sockets in TIME_WAIT: the kernel
+    binds these to the device that the packet came from, which is this one."""
     metric = _number(_RTA_METRIC, _METRIC + index)
     routes = (
         _route(socket.AF_INET6, _TABLE_LOCAL, index, source=server.host),
@@ -243,10 +247,10 @@ def _route(
 ) -> bytes:
     """C{struct rtmsg} and its attributes.
 
-    @param index: of the device.
-    @param by: who has made it; 0: anybody.
-    @param to: address and length; all destinations if empty.
-    @param source: an address; all sources if empty.
+    @param index: the device's index.
+    @param by: the program that made it; 0: any.
+    @param to: address and length; empty: all destinations.
+    @param source: an address; empty: all sources.
     """
     destination, _, length = to.partition("/")
     body = struct.pack(
@@ -270,13 +274,13 @@ def _route(
 
 
 def _packed(host: str) -> bytes:
-    """A numeric address; nothing for nothing."""
+    """A numeric address as bytes; empty for an empty text."""
     return ip_address(host).packed if host else b""
 
 
 def _rule(server: WebServer, table: int) -> bytes:
-    """C{struct fib_rule_hdr} and its attributes. As the kernel's own it is not removed by a program
-    that tidies up the rules of others, such as systemd-networkd."""
+    """C{struct fib_rule_hdr} and its attributes. It is marked as a rule of the kernel, so that
+    programs that remove rules of others, such as systemd-networkd, leave it."""
     source = _packed(server.host)
     header = struct.pack("=BBBBBBBBI", server.family, 0, 8 * len(source), 0, 0, 0, 0, _TO_TABLE, 0)
     return header + b"".join(
@@ -293,7 +297,7 @@ def _rule(server: WebServer, table: int) -> bytes:
 
 
 def _own_rules(kernel: Netlink) -> Iterator[tuple[bytes, str]]:
-    """Rules of this program, whoever made them, and the device that each one needs."""
+    """The rules of this program, of any instance, with the device that each needs."""
     for body in kernel.dump(_GET_RULE, struct.pack("=B11x", socket.AF_INET)):
         told = attributes(body[_RULE_HEADER:])
         if told.get(_FRA_PREFERENCE) == struct.pack("=I", _PREFERENCE) and _FRA_TABLE in told:
@@ -311,9 +315,10 @@ def _is_there(device: str) -> bool:
 
 
 def sweep() -> int:
-    """Remove the rules of instances that were killed: their device is gone, and their table empty.
+    """Remove the rules of killed instances: their device no longer exists, and their table is
+    empty.
 
-    @return: how many. Those that it may not remove, or not see, stay.
+    @return: the number removed. Rules that this process may not remove, or not list, stay.
     """
     count = 0
     with suppress(OSError), Netlink(ROUTE) as kernel:
@@ -325,14 +330,14 @@ def sweep() -> int:
 
 
 def count_left() -> int:
-    """How many rules L{sweep} would remove."""
+    """The number of rules that L{sweep} would remove."""
     with suppress(OSError), Netlink(ROUTE) as kernel:
         return sum(not _is_there(device) for _, device in _own_rules(kernel))
     return 0
 
 
 class _Sweeper:
-    """The process that removes the rules of a device once that has gone."""
+    """The process that removes the rules of a device after the device has gone."""
 
     def __init__(self, device: str) -> None:
         """Start it; raises C{OSError}."""
@@ -353,14 +358,14 @@ class _Sweeper:
                 raise
 
     def close(self) -> None:
-        """Wait until it has done its work: when this process has ended, systemd kills the rest."""
+        """Wait until it has finished: when this process has ended, systemd kills all others."""
         self._line.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)
 
 
 def main() -> None:
-    """Wait for the end of the line, which is standard input, and for that of the device."""
+    """Wait until standard input is closed, and until the device has gone."""
     for number in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "PIPE"):
         signal.signal(getattr(signal, f"SIG{number}"), signal.SIG_IGN)
     with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Which addresses this host has, and which way its packets leave: rtnetlink(7).
+"""The addresses of this host, and the routes of its packets: rtnetlink(7).
 
-The kernel is asked, with all its rules and tables. Nothing is sent to anybody.
+The kernel answers with all its rules and tables in mind. Nothing is sent to the network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GET_ADDRESS: Final = 22
 _GET_ROUTE: Final = 26
 _GET_RULE: Final = 34
 _FIB_MATCH: Final = 0x2000
-"""RTM_F_FIB_MATCH: the route as it was entered, with all its next hops, not the one chosen."""
+"""RTM_F_FIB_MATCH: return the configured route with all its next hops, not only the chosen hop."""
 
 _SCOPE_UNIVERSE: Final = 0
 
@@ -50,10 +50,10 @@ _NO_ARP: Final = 0x80
 class Interface:
     """An interface and its addresses of one family.
 
-    @ivar addresses: with global scope, in the kernel's order: to the first one REDIRECT maps what
-        comes in here.
-    @ivar neighbours: an address in each of its subnets, which is not its own.
-    @ivar apart: whether nothing comes in by it: the loopback, or a dummy that carries an address.
+    @ivar addresses: those with global scope, in the kernel's order: REDIRECT leads visitors from
+        this interface to the first one.
+    @ivar neighbours: an address in each of its subnets that is not the interface's own.
+    @ivar apart: whether nothing comes in through it: the loopback, or a dummy with an address.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a packet leaves.
+    """The way on which a packet leaves.
 
-    @ivar hops: all of its next hops and their interfaces; two routes with the same ones are the
-        same way.
+    @ivar hops: all its next hops with their interfaces; two routes with the same hops are the same
+        way.
     """
 
     interface: str
@@ -122,10 +122,10 @@ def _with_address(to: Interface, own: bytes, peer: bytes, length: int) -> Interf
 
 
 def route(source: Address, port: int, destination: Address) -> Route | None:
-    """Where a TCP packet of this host leaves; L{None} if it cannot leave.
+    """The route of a TCP packet that this host sends; L{None} if there is none.
 
     @param source: one of this host's addresses.
-    @param port: the port that it comes from.
+    @param port: the source port of the packet.
     """
     family = _FAMILIES[source.version]
     bits = source.max_prefixlen
@@ -159,11 +159,12 @@ def routes_by_mark(family: int) -> bool:
 
 
 def only_go_out(family: int, with_default_route: Iterable[str]) -> bool:
-    """Whether no visitor comes in by an interface without an address, whatever leaves by it.
+    """Whether no visitor comes in through an interface without an address, even if packets leave
+    through it.
 
-    So it is with a VPN that takes the default route and has no address of this family: the host's
-    addresses are on another interface, which has a default route, too. Where one is on the loopback
-    visitors come in by an interface without an address.
+    This is the case with a VPN that has the default route but no address of this family: the host's
+    addresses are on another interface, which has a default route, too. If the host has a global
+    address on the loopback, visitors do come in through an interface without an address.
     """
     try:
         numbered = [each for each in interfaces(family) if each.addresses]

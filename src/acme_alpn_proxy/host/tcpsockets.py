@@ -1,7 +1,7 @@
-"""The TCP sockets of this network namespace: who listens, who is half-way through a handshake.
+"""The TCP sockets of this network namespace: listeners, and handshakes that are under way.
 
-By the sock_diag(7) family of netlink (linux/inet_diag.h), which gives the wanted states alone: a
-busy host has many thousands in others.
+They come from the sock_diag(7) family of netlink (linux/inet_diag.h), which can return only the
+wanted states: a busy host has many thousands of sockets in others.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _CGROUP: Final = 21
 
 
 class TCPSocket(NamedTuple):
-    """One of them.
+    """A TCP socket.
 
     @ivar local: address and port.
-    @ivar remote: the peer's.
-    @ivar uid: of the owner.
-    @ivar inode: names the socket, as in C{/proc/PID/fd}.
-    @ivar cgroup: names the control group (version 2) that it was made in; 0 if unknown.
+    @ivar remote: address and port of the peer.
+    @ivar uid: its owner.
+    @ivar inode: identifies the socket, as in C{/proc/PID/fd}.
+    @ivar cgroup: the number of the control group (version 2) that it was made in; 0 if unknown.
     """
 
     family: int
@@ -54,7 +54,7 @@ class TCPSocket(NamedTuple):
 
 
 def tcp_sockets(*states: int) -> Iterator[TCPSocket]:
-    """Those in one of C{states}, both families; raises C{OSError} where they cannot be seen."""
+    """The sockets in one of C{states}, both families; raises C{OSError} if they cannot be read."""
     mask = sum(1 << state for state in states)
     with Netlink(SOCK_DIAG) as kernel:
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -100,7 +100,7 @@ def listeners(port: int) -> list[str]:
 
 
 def taken_by_another_user(port: int) -> bool:
-    """Whether a program of another user than root and this one listens on C{port}."""
+    """Whether a program of a user other than root and this one listens on C{port}."""
     try:
         owners = {found.uid for found in tcp_sockets(LISTENING) if found.local[1] == port}
     except OSError:
@@ -109,7 +109,7 @@ def taken_by_another_user(port: int) -> bool:
 
 
 def port_taken(port: int) -> StartError:
-    """The refusal where the proxy cannot listen on its port; it says who has the port."""
+    """The error if the proxy cannot listen on its port; it names what uses the port."""
     if not listeners(port) and (peers := connections_from(port)):
         return StartError(
             f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"
@@ -138,9 +138,9 @@ def shown(end: tuple[str, int]) -> str:
 
 
 def served_from_elsewhere(port: int) -> bool:
-    """Whether a process of another PID namespace, which this one cannot see, listens on C{port}.
+    """Whether a process of another PID namespace, not visible from this one, listens on C{port}.
 
-    L{False}, too, where it cannot be told: this process may not look at others (ptrace(2)).
+    Also L{False} if that cannot be found out: this process may not inspect others (ptrace(2)).
     """
     try:
         os.readlink("/proc/1/exe")

@@ -1,4 +1,4 @@
-"""A Unix socket that listens for its owner alone."""
+"""A listening Unix socket that only its owner can connect to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .unixsockets import short
 class UnixListener(ReadDescriptor):
     """Accepts connections at a path, with mode 0600.
 
-    Not a port of Twisted's: those look for the socket at the name that it was bound to. Here it is
-    bound to another name first, so that a socket at the path is only ever seen when it listens.
+    This is not one of Twisted's ports: those expect the socket at the name that it was bound to.
+    Here it is bound to another name and renamed, so that a socket at the path always listens.
     """
 
     log_prefix = "Unix socket"
@@ -25,14 +25,14 @@ class UnixListener(ReadDescriptor):
         self, reactor: Reactor, path: str, accepted: Callable[[socket.socket], None]
     ) -> None:
         """
-        @param accepted: is given each connection, which does not block.
+        @param accepted: called with each connection, a non-blocking socket.
         """
         self._reactor = reactor
         self._path = path
         self._accepted = accepted
 
     def open(self) -> None:
-        """Listen; replaces what is at the path. Raises L{OSError}."""
+        """Start listening; replaces what is at the path. Raises L{OSError}."""
         unfinished = f"{self._path}.new"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -54,14 +54,14 @@ class UnixListener(ReadDescriptor):
         self._reactor.addReader(self)
 
     def close(self) -> None:
-        """Listen no more, and remove the socket, unless another one has taken the path."""
+        """Stop listening, and remove the socket, unless another one is at the path now."""
         self._reactor.removeReader(self)
         self._listener.close()
         try:
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
         except OSError:
-            pass  # privileges were dropped: whoever cleans up after dead instances removes it
+            pass  # privileges were dropped: the clean-up after dead instances removes it
 
     def fileno(self) -> int:
         return self._listener.fileno()

@@ -1,7 +1,8 @@
-"""Unix sockets: short names for their paths; those with an abstract name in this network namespace,
-and whose they are.
+"""Unix sockets: short names for their paths; the abstract names in this network namespace, with
+their owners.
 
-The latter by the sock_diag(7) family of netlink, with C{UNIX_DIAG_UID} (Linux 5.3).
+The abstract names come from the sock_diag(7) family of netlink, the owners with C{UNIX_DIAG_UID}
+(Linux 5.3).
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _CREDENTIALS: Final = struct.Struct("iII")
 
 
 class BoundName(NamedTuple):
-    """An abstract name that is bound.
+    """An abstract name to which a socket is bound.
 
-    @ivar name: without the zero byte that begins it.
+    @ivar name: without the zero byte at its beginning.
     @ivar inode: of the socket.
-    @ivar uid: of the socket's owner; L{None} where the kernel does not say.
+    @ivar uid: of the socket's owner; L{None} if the kernel does not say.
     """
 
     name: bytes
@@ -47,7 +48,7 @@ class BoundName(NamedTuple):
 
 
 def abstract_names(prefix: bytes) -> Iterator[BoundName]:
-    """Those that begin with C{prefix}; raises C{OSError} where the kernel does not tell."""
+    """The names that begin with C{prefix}; raises C{OSError} if the kernel cannot list them."""
     request = _REQUEST.pack(
         socket.AF_UNIX, 0, 0, _ALL_STATES, 0, _SHOW_NAME | _SHOW_UID, 0xFFFFFFFF, 0xFFFFFFFF
     )
@@ -63,7 +64,7 @@ def abstract_names(prefix: bytes) -> Iterator[BoundName]:
 
 @contextmanager
 def short(path: str) -> Iterator[str]:
-    """Another name for C{path}: those of sockets have 107 bytes at most (unix(7))."""
+    """Another name for C{path}, since names of sockets have at most 107 bytes (unix(7))."""
     folder, name = os.path.split(path)
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -73,7 +74,7 @@ def short(path: str) -> Iterator[str]:
 
 
 def program_at_other_end(stream: socket.socket) -> str:
-    """Which program has connected to this Unix socket, for people (SO_PEERCRED of unix(7))."""
+    """The program that has connected to this Unix socket, for people (SO_PEERCRED of unix(7))."""
     pid, _, _ = _CREDENTIALS.unpack(
         stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )

@@ -1,1 +1,1 @@
-"""What the proxy tells: status, metrics, log."""
+"""What operators can watch: status, metrics, log."""

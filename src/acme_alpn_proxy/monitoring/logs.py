@@ -27,7 +27,7 @@ from twisted.python.logfile import LogFile
 from ..errors import StartError
 
 ROTATED_FILES: Final = 9
-"""Full log files that are kept, of 1 MB each (L{LogFile}): the log must not fill a disk."""
+"""How many full log files of 1 MB each are kept (L{LogFile}): the log must not fill a disk."""
 
 _PRIORITIES: Final = {
     LogLevel.debug: 7,
@@ -36,7 +36,7 @@ _PRIORITIES: Final = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
-"""Of syslog(3), as journald reads them in front of a line (sd-daemon(3))."""
+"""Priorities of syslog(3), as journald reads them at the beginning of a line (sd-daemon(3))."""
 
 _NOT_FIELDS: Final = {"format", "for_operator", "isError", "message", "system", "time"}
 _PLAIN: Final = (str, int, float, type(None))
@@ -51,10 +51,11 @@ _CUT: Final = b"... (cut)\n"
 
 
 class _BoundedLogFile(LogFile):
-    """Keeps its newest half where full files cannot be moved aside, as nobody in a folder of
-    root's, and the beginning of a line that is too long.
+    """A log file with a limit on its size, also where full files cannot be renamed (only root may
+    do that in a folder of root's): then it keeps its newest half. Of a line that is too long, it
+    keeps the beginning.
 
-    Another instance, which drains, may write to the same file: what is written goes to its end.
+    An instance that drains may write to the same file, so everything is appended to its end.
     """
 
     def _openFile(self) -> None:
@@ -81,7 +82,7 @@ class _BoundedLogFile(LogFile):
 
 
 def make_log_file(path: str) -> None:
-    """See to it that there is one which can be written; raises L{StartError}."""
+    """Make sure that the file exists and can be written; raises L{StartError}."""
     try:
         _make(path)
     except OSError as problem:
@@ -89,7 +90,7 @@ def make_log_file(path: str) -> None:
 
 
 def open_log_file(path: str) -> LogFile:
-    """Opens it to be added to; full ones are moved aside. Raises L{StartError}."""
+    """Open the file for appending; full files are renamed. Raises L{StartError}."""
     try:
         file: LogFile = _BoundedLogFile.fromFullPath(path, maxRotatedFiles=ROTATED_FILES)
     except OSError as problem:
@@ -98,7 +99,7 @@ def open_log_file(path: str) -> LogFile:
 
 
 def _make(path: str) -> None:
-    # Not waiting for a FIFO's other end.
+    # Does not wait for the other end of a FIFO.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     os.close(os.open(path, flags, 0o644))
 
@@ -117,7 +118,7 @@ def _refusal(path: str, problem: OSError) -> StartError:
 
 
 def reopen(file: LogFile) -> None:
-    """Go on in a file at the same path: the one so far may have been moved aside."""
+    """Open the file at the same path again: logrotate(8) may have renamed the open one."""
     try:
         _make(file.path)
     except OSError as problem:
@@ -133,10 +134,10 @@ def reopen(file: LogFile) -> None:
 def observer(
     stream: Any, form: str, level: str, environment: Mapping[str, str] = os.environ
 ) -> ILogObserver:
-    """Writes events to C{stream}.
+    """A log observer that writes events to C{stream}.
 
-    @param form: C{text} or C{json}. Text to the journal has a priority instead of a time.
-    @param level: the least; one of L{LogLevel}'s names.
+    @param form: C{text} or C{json}. For the journal, text lines begin with a priority, not a time.
+    @param level: the lowest level to write; a name of L{LogLevel}.
     """
     line: Callable[[LogEvent], str | None] = formatEventAsClassicLogText
     if form == "json":
@@ -157,14 +158,14 @@ def is_journal(stream: Any, environment: Mapping[str, str]) -> bool:
 
 
 def for_journal(event: LogEvent) -> str | None:
-    """The journal has the time and who it was."""
+    """A line for the journal, which itself adds time and program."""
     text = eventAsText(event, includeTimestamp=False, includeSystem=False)
     priority = _PRIORITIES[event.get("log_level", LogLevel.info)]
     return f"<{priority}>{text}\n" if text else None
 
 
 def as_json(event: LogEvent) -> str | None:
-    """One object a line: time, level, source, message, traceback if there is one, and fields."""
+    """One object on a line: time, level, source, message, traceback if there is one, and fields."""
     fields = {
         name: value if isinstance(value, _PLAIN) else str(value)
         for name, value in event.items()

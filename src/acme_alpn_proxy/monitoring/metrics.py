@@ -1,4 +1,4 @@
-"""The numbers of C{status} for Prometheus, by HTTP. Needs prometheus_client."""
+"""The numbers of C{status} for Prometheus, over HTTP. Needs prometheus_client."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..errors import StartError
 from .status import ProxyStatus, RouteStatus
 
 MOST_CONNECTIONS: Final = 8
-"""At a time; the proxy has so many descriptors for them that visitors cannot have."""
+"""Connections at a time; their descriptors are reserved, so visitors cannot use them."""
 
 DEADLINE: Final = 10.0
-"""Seconds for a connection."""
+"""Seconds that a connection may last."""
 
 _TOO_LARGE: Final = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\n"
 
 
 class Collector:
-    """What C{CollectorRegistry} takes: asks the proxy whenever it is asked."""
+    """A collector for C{CollectorRegistry}: each time it is asked, it asks the proxy."""
 
     def __init__(self, describe: Callable[[], ProxyStatus]) -> None:
         self._describe = describe
 
     def describe(self) -> list[Any]:
-        """Part of the registry's contract: no name is taken twice."""
+        """Part of the registry's contract: the names that it checks for duplicates, here none."""
         return []
 
     def collect(self) -> Iterator[Any]:
@@ -117,17 +117,17 @@ class _Page(Resource):
 
     def render_HEAD(self, request: Request) -> bytes:
         request.setHeader(b"content-length", b"%d" % len(self.render_GET(request)))
-        return b""  # else there would be a warning in the log each time
+        return b""  # otherwise each HEAD request would log a warning
 
 
 class _Request(Request):
-    """The only request of its connection, and without a body: one with a body is refused before
-    any of that is kept."""
+    """The only request of its connection, without a body: a request with a body is refused before
+    any of the body is stored."""
 
     def process(self) -> None:
         self.setHeader(b"connection", b"close")
         channel: Any = self.channel
-        channel.persistent = False  # else one connection could keep the proxy at work
+        channel.persistent = False  # one connection must not keep the proxy busy
         super().process()
 
     def gotLength(self, length: int | None) -> None:
@@ -138,18 +138,18 @@ class _Request(Request):
             channel.loseConnection()
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
 
 class _Site(Site):
     noisy = False
 
     def log(self, request: Any) -> None:
-        """Not a line for each time that it is asked."""
+        """Log nothing: there would be a line for each request."""
 
 
 class _Deadline(ProtocolWrapper):
-    """Ends a connection after L{DEADLINE}, whatever it does."""
+    """Closes a connection after L{DEADLINE}, whatever happens on it."""
 
     def makeConnection(self, transport: Any) -> None:
         self._end = self.factory.clock.callLater(DEADLINE, transport.abortConnection)
@@ -162,7 +162,7 @@ class _Deadline(ProtocolWrapper):
 
 
 class _Bounded(WrappingFactory):
-    """Takes L{MOST_CONNECTIONS} at a time; one more is closed at once."""
+    """Accepts L{MOST_CONNECTIONS} at a time; any further connection is closed at once."""
 
     noisy = False
     protocol = _Deadline
@@ -178,7 +178,7 @@ class _Bounded(WrappingFactory):
 
 
 class MetricsService(Service):
-    """Listens while the proxy steers: its successor may want the same port."""
+    """Listens while the proxy steers. Not longer: its successor may need the same port."""
 
     def __init__(
         self,
@@ -189,11 +189,12 @@ class MetricsService(Service):
     ) -> None:
         """
         @param text: the endpoint as a string.
-        @param describe: gives the numbers, as L{acme_alpn_proxy.service.ProxyService.status}.
+        @param describe: returns the numbers, as L{acme_alpn_proxy.service.ProxyService.status}
+            does.
         """
         registry = CollectorRegistry()
         registry.register(Collector(describe))
-        # Without a timeout of its own, which would be by the global reactor.
+        # No timeout of Twisted's own, which would use the global reactor.
         site = _Site(_Page(registry), requestFactory=_Request, timeout=None)
         self._site = _Bounded(site, clock)
         self._endpoint = endpoint

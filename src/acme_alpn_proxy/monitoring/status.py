@@ -1,8 +1,9 @@
-"""Asking instances how they are, by their sockets.
+"""Asking instances for their status, through their sockets.
 
-An instance listens on a Unix socket beside its PID file that only root, or who started it, may
-connect to. The name has its PID, so that one that drains is found beside its successor. To whoever
-connects it writes one line, a JSON object. docs/operations.md describes it.
+An instance listens on a Unix socket next to its PID file. Only root and the user who started the
+instance may connect. The socket's name contains the PID, so that a draining instance and its
+successor can both be found. The instance writes one line, a JSON object, to each connection.
+docs/operations.md describes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..errors import StartError
 from ..host.unixsockets import short
 
 VERSION: Final = 1
-"""Of the answer. It grows when a field goes or changes its meaning, not when one is added."""
+"""The version of the answer. It grows when a field is removed or changes its meaning, not when one
+is added."""
 
 
 class ValidationStatus(TypedDict):
@@ -42,14 +44,14 @@ class RouteStatus(TypedDict):
 
 
 class AcmeStatus(RouteStatus):
-    """The same of the ACME client, and how many validations the proxy has reset."""
+    """The numbers of the ACME client's route, and how many validations the proxy has reset."""
 
     cut_short: int
 
 
 class FallbackStatus(RouteStatus):
-    """The same of the fallback, why connections took it, and how many of them the web server saw
-    come from the visitor's own address, and from one of this host."""
+    """The numbers of the fallback's route, the reasons why connections took it, and how many of
+    them the web server saw with the visitor's own address, and how many with one of this host."""
 
     reasons: dict[str, int]
     from_visitor_address: int
@@ -68,9 +70,9 @@ class RoutesStatus(TypedDict):
 
 
 class PendingStatus(TypedDict):
-    """An identifier that is answered for; see L{acme_alpn_proxy.responder.pending.Authorization}.
+    """A pending identifier; see L{acme_alpn_proxy.responder.pending.Authorization}.
 
-    @ivar seconds_left: until it is pending no more.
+    @ivar seconds_left: seconds until it is no longer pending.
     """
 
     identifier: str
@@ -84,7 +86,7 @@ State: TypeAlias = Literal["starting", "idle", "running", "draining"]
 
 
 class ProxyStatus(TypedDict):
-    """What a proxy says of itself; see L{acme_alpn_proxy.proxy.statistics.Statistics}."""
+    """What a proxy reports about itself; see L{acme_alpn_proxy.proxy.statistics.Statistics}."""
 
     state: State
     since: float
@@ -96,11 +98,11 @@ class ProxyStatus(TypedDict):
 
 
 class DaemonStatus(ProxyStatus):
-    """What a proxy in a process of its own says of itself.
+    """What a proxy with a process of its own reports about itself.
 
     @ivar on_demand: whether it steers only while something needs it.
-    @ivar pending: the identifiers that it answers for, L{PENDING_SHOWN} at most.
-    @ivar pending_count: how many there are.
+    @ivar pending: the identifiers that it answers for, at most L{PENDING_SHOWN} of them.
+    @ivar pending_count: the number of all these identifiers.
     """
 
     on_demand: bool
@@ -111,8 +113,8 @@ class DaemonStatus(ProxyStatus):
 class InstanceStatus(DaemonStatus):
     """The answer of an instance.
 
-    @ivar holders: how many commands of C{run --shared} it serves.
-    @ivar options: what C{start} was told; see L{acme_alpn_proxy.options.of_the_proxy}.
+    @ivar holders: how many commands of C{run --shared} use it.
+    @ivar options: the options of its C{start}; see L{acme_alpn_proxy.options.of_the_proxy}.
     """
 
     version: int
@@ -123,7 +125,7 @@ class InstanceStatus(DaemonStatus):
 
 
 class SilentInstance(TypedDict):
-    """Stands for the answer of an instance that runs and does not answer."""
+    """Used in place of an answer for an instance that runs but does not answer."""
 
     version: int
     pid: int
@@ -133,10 +135,10 @@ class SilentInstance(TypedDict):
 Answer: TypeAlias = InstanceStatus | SilentInstance
 
 SILENT: Final = "silent"
-"""The state of an instance that runs and does not answer."""
+"""The state of an instance that runs but does not answer."""
 
 PENDING_SHOWN: Final = 50
-"""A whole answer stays well below L{_LONGEST_ANSWER}."""
+"""How many pending identifiers an answer has: it must stay well below L{_LONGEST_ANSWER}."""
 
 _COUNTS: Final = ("live", "total", "failures", "bytes_from_visitors", "bytes_to_visitors")
 _PENDING_NUMBERS: Final[tuple[Literal["seconds_left", "answered"], ...]] = (
@@ -156,19 +158,19 @@ _LONGEST_ANSWER: Final = 1_048_576
 """Bytes; a name with a target of its own takes 500 at most."""
 
 _LIMIT: Final = 2**53
-"""Of a number in an answer; all below it are exact in JSON (RFC 8259 section 6)."""
+"""The limit for numbers in an answer: JSON is exact below it (RFC 8259 section 6)."""
 
 _PATIENCE: Final = 2.0
-"""Seconds for an answer; it takes a millisecond."""
+"""Seconds to wait for an answer; a normal one takes a millisecond."""
 
 
 def socket_path(pidfile: str, pid: int) -> str:
-    """Where the instance C{pid} with that PID file listens."""
+    """The path of the socket of the instance C{pid} with that PID file."""
     return f"{pidfile.removesuffix('.pid')}.{pid}.sock"
 
 
 def sockets(pidfile: str) -> dict[int, str]:
-    """The sockets of all instances with that PID file, dead ones' too, by PID."""
+    """The sockets of all instances with that PID file, dead ones included, by PID."""
     folder, stem = os.path.split(pidfile.removesuffix(".pid"))
     pattern = re.compile(re.escape(stem) + r"\.([0-9]+)\.sock")
     try:
@@ -180,7 +182,7 @@ def sockets(pidfile: str) -> dict[int, str]:
 
 
 def remove_stale(pidfile: str) -> None:
-    """Remove the sockets of instances that were killed, as far as that is allowed."""
+    """Remove the sockets of killed instances, if this process may do that."""
     for path in sockets(pidfile).values():
         try:
             ask(path)
@@ -194,10 +196,10 @@ def remove_stale(pidfile: str) -> None:
 
 
 def ask(path: str) -> InstanceStatus | None:
-    """The answer of the instance at that socket; L{None} if it is just ending, or the answer makes
-    no sense. Raises L{OSError}.
+    """The answer of the instance at that socket; L{None} if the instance is ending, or if the
+    answer cannot be understood. Raises L{OSError}.
 
-    C{ConnectionRefusedError}: its process has ended.
+    C{ConnectionRefusedError} means that its process has ended.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream, short(path) as name:
         stream.settimeout(_PATIENCE)
@@ -214,9 +216,10 @@ def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> s
 
     @param patience: seconds to wait for each line of the answer.
 
-    @return: the connection, which holds the instance until it is closed; L{None} if there is none.
+    @return: the connection, which holds the instance until it is closed; L{None} if there is no
+        instance.
 
-    Raises L{StartError} if the instance cannot do it.
+    Raises L{StartError} if the instance cannot do what is asked.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     answer = b""
@@ -226,7 +229,7 @@ def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> s
             stream.connect(name)
             stream.sendall(f"{word}\n".encode())
             reader = stream.makefile("rb")
-            reader.readline(_LONGEST_ANSWER)  # its status, which every connection gets
+            reader.readline(_LONGEST_ANSWER)  # every connection first gets the status line
             answer = reader.readline(_LONGEST_ANSWER)
     except OSError:
         pass
@@ -235,12 +238,12 @@ def request(pidfile: str, pid: int, word: str, patience: float = _PATIENCE) -> s
     stream.close()
     refusal = re.fullmatch(rb"ERR ([0-9]{1,3}) (.*)\n", answer)
     if refusal is not None and (why := refusal[2].decode(errors="replace")).isprintable():
-        raise StartError(*(why, int(refusal[1])))  # made, and documented, where it comes from
+        raise StartError(*(why, int(refusal[1])))  # the documented error of the instance, passed on
     return None
 
 
 def _checked(line: bytes) -> InstanceStatus | None:
-    """The answer, if it has all that one has: another release may run, or another program."""
+    """The answer, if it has all fields: another release, or another program, may run there."""
     try:
         answer: InstanceStatus = json.loads(line)
         acme, fallback = answer["routes"]["acme"], answer["routes"]["fallback"]
@@ -248,7 +251,7 @@ def _checked(line: bytes) -> InstanceStatus | None:
         routes = (acme, fallback, *named.values())
         counts = [value for route in routes for value in map(route.get, _COUNTS)]
         last = answer["last_validation"]
-        for field, nothing in _NEW_FIELDS.items():  # older releases have none
+        for field, nothing in _NEW_FIELDS.items():  # older releases do not have them
             answer.setdefault(field, nothing)  # type: ignore[misc]
         numbers = [answer["pid"], answer["since"], answer["undecided"], answer["holders"], *counts]
         numbers += [each[field] for each in answer["pending"] for field in _PENDING_NUMBERS]
@@ -271,7 +274,7 @@ def _checked(line: bytes) -> InstanceStatus | None:
 
 
 def instances(pidfile: str, owner: int | None) -> list[Answer]:
-    """The answers of all live instances; raises L{StartError} where one may not be asked.
+    """The answers of all live instances; raises L{StartError} if one may not be asked.
 
     @param owner: the PID of the instance that holds the PID file. It is in the list even if it does
         not answer.
@@ -283,7 +286,7 @@ def instances(pidfile: str, owner: int | None) -> list[Answer]:
         except PermissionError:
             raise StartError(f"may not ask PID {pid}; run this as root", os.EX_NOPERM) from None
         except (OSError, ValueError):
-            continue  # it has ended, or is just ending
+            continue  # it has ended or is ending
         if answer:
             found[pid] = answer
     if owner is not None and owner not in found:

@@ -1,13 +1,13 @@
-"""The socket by which C{status} asks, and other commands hold an instance.
+"""The socket through which C{status} asks an instance, and through which other commands hold it.
 
-Every connection gets the status, one line. It may then send a word on a line, answered by C{OK}, or
-by C{ERR STATUS WHY} where the proxy cannot steer:
+Every connection gets the status, one line. The client may then send lines of one word. The answer
+is C{OK}, or C{ERR STATUS WHY} if the proxy cannot steer:
 
-  - C{hold}: go on until this connection is closed, even if C{leave} comes meanwhile;
+  - C{hold}: go on until this connection is closed, even if a C{leave} comes in between;
   - C{leave}: stop when nothing holds the instance;
   - C{keep}: forget an earlier C{leave}.
 
-L{acme_alpn_proxy.monitoring.status} is the other end.
+The client's side is L{acme_alpn_proxy.monitoring.status}.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LONGEST_REQUEST: Final = 64
 
 
 class Holders:
-    """What holds an instance, and whether it is to stop when nothing does."""
+    """The commands that hold an instance, and whether it stops when none of them is left."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class Holders:
         proxy: ISteerable,
     ) -> None:
         """
-        @param stop: is called then.
-        @param proxy: is needed by each of them.
+        @param stop: called when the instance has to stop.
+        @param proxy: must steer while something holds the instance.
         """
         self._stop = stop
         self._proxy = proxy
@@ -55,18 +55,19 @@ class Holders:
         return len(self._holders)
 
     def hold(self, holder: object) -> Deferred[None]:
-        """Hold it until C{holder} is released; fires when the proxy steers."""
+        """Hold the instance until C{holder} is released; the Deferred fires when the proxy
+        steers."""
         self._holders.add(holder)
         return self._proxy.need(holder)
 
     def release(self, holder: object) -> None:
-        """C{holder} needs it no longer; it need not have held it."""
+        """C{holder} does not need it any more; no error if it never held it."""
         self._holders.discard(holder)
         self._proxy.needed_no_more(holder)
         self._look()
 
     def leave(self) -> None:
-        """Stop when nothing holds the instance; perhaps that is now."""
+        """Stop as soon as nothing holds the instance, which may be now."""
         self._leaving = True
         self._look()
 
@@ -81,7 +82,7 @@ class Holders:
 
 
 class _Client(ReadDescriptor):
-    """A connection."""
+    """The connection of one client."""
 
     log_prefix = "status client"
 
@@ -126,7 +127,8 @@ class _Client(ReadDescriptor):
 
 
 class StatusService(Service):
-    """Listens from the start, with the privileges of then, until the last connection has ended."""
+    """Listens from its start, when the process still has its privileges, until the last connection
+    has ended."""
 
     _log = Logger()
 
@@ -139,9 +141,9 @@ class StatusService(Service):
         options: Mapping[str, str],
     ) -> None:
         """
-        @param pidfile: its path; the socket goes beside it.
-        @param describe: gives the numbers.
-        @param options: what C{start} was told.
+        @param pidfile: the path of the PID file; the socket is made next to it.
+        @param describe: returns the numbers.
+        @param options: the options of C{start}.
         """
         self._reactor = reactor
         self._pidfile = pidfile
@@ -162,7 +164,7 @@ class StatusService(Service):
                 why=problem.strerror,
             )
             return
-        # Not when this service stops: live connections are to be seen for as long as they drain.
+        # Not when this service stops: status must show live connections as long as they drain.
         self._reactor.addSystemEventTrigger("during", "shutdown", listener.close)
 
     def _answer(self, stream: socket.socket) -> None:
@@ -175,7 +177,7 @@ class StatusService(Service):
             **self._describe(),
         }
         try:
-            stream.sendall(json.dumps(answer).encode() + b"\n")  # far less than its buffer takes
+            stream.sendall(json.dumps(answer).encode() + b"\n")  # the socket's buffer is larger
         except OSError:  # the client has gone
             stream.close()
         else:

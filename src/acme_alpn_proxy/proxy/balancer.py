@@ -1,6 +1,6 @@
-"""Connections that come by a load balancer, which says who the visitor is (PROXY protocol).
+"""Connections that come through a load balancer, which says who the visitor is (PROXY protocol).
 
-Only the networks that the operator names may say so: anybody could claim any address.
+Only the networks that the operator names may do that: a stranger could claim any address.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Balancers:
         self._reported = False
 
     def new_server(self) -> ProxyServer:
-        """What takes a connection, from wherever it comes."""
+        """Make the protocol for a connection from any address."""
         return BalancedServer(self)
 
     def __contains__(self, host: str) -> bool:
@@ -48,7 +48,7 @@ class Balancers:
         return any(address in network for network in self._networks)
 
     def report(self, balancer: tuple[str, int], why: str) -> None:
-        """A connection is refused. The first one is logged."""
+        """A connection was refused. Only the first one is logged."""
         if not self._reported:
             self._reported = True
             self._log.warn(
@@ -61,10 +61,10 @@ class Balancers:
 
 
 class BalancedServer(ProxyServer):
-    """A visitor's connection. If it comes by a load balancer, its header is read first.
+    """A visitor's connection. If it comes through a load balancer, its header is read first.
 
-    The deadline for the hello is the one for the header, too. Whatever is wrong with the header,
-    the connection is reset: who the visitor is must not be guessed (section 2 of the protocol).
+    The deadline for the hello includes the header. If anything is wrong with the header, the
+    connection is reset: the visitor's address must not be guessed (section 2 of the protocol).
     """
 
     _arrival: Arrival | None = None
@@ -109,7 +109,7 @@ class BalancedServer(ProxyServer):
             super().readConnectionLost()
         elif self._awaited:
             self._refuse("it ended before the header did")
-        else:  # as load balancers do to see whether somebody listens
+        else:  # load balancers do this to check whether a program listens
             self.transport.loseConnection()
 
     def give_up(self, reason: str, kind: str) -> None:
@@ -121,7 +121,7 @@ class BalancedServer(ProxyServer):
     def _announce(self, header: bytes) -> None:
         visitor, dialled = addresses_in(header)
         here = self._here()
-        if visitor is None or dialled is None:  # the load balancer's own connection
+        if visitor is None or dialled is None:  # a connection of the load balancer itself
             self._arrival = Arrival(end_of(self.transport.getPeer()), here, here, header)
         else:
             self._visitor = visitor
@@ -133,15 +133,15 @@ class BalancedServer(ProxyServer):
         self.transport.abortConnection()
 
 
-# Twisted's parser is reached by the one public way there is: an endpoint whose factory reads the
-# header and then says by getPeer() and getHost() what that said. It refuses a header whose first
-# 16 bytes come in two pieces, and does not tell when a header has ended with nothing behind it; so
-# it is given whole headers. It also refuses UNKNOWN without more words, which HAProxy sends.
+# Twisted's parser has only one public interface: an endpoint whose factory reads the header and
+# then returns its addresses from getPeer() and getHost(). The parser refuses a header whose first
+# 16 bytes come in two pieces, and does not report the end of a header without bytes after it. So
+# it gets whole headers. It also refuses UNKNOWN without further words, which HAProxy sends.
 
 
 @implementer(IStreamServerEndpoint)
 class _Nowhere:
-    """An endpoint that keeps the factory that is to listen."""
+    """An endpoint that only keeps the factory that should listen."""
 
     factory: Any
 
@@ -151,30 +151,31 @@ class _Nowhere:
 
 
 class _Header:
-    """The transport of a connection that is nothing but a header."""
+    """The transport of a connection that consists only of a header."""
 
     def getPeer(self) -> None:
-        """Asked if the header names nobody."""
+        """Called if the header has no addresses."""
 
     def getHost(self) -> None:
-        """Likewise."""
+        """Called if the header has no addresses."""
 
     def loseConnection(self) -> None:
         raise BadHeader(_NONSENSE)
 
 
 def _unmapped(host: str) -> Any:
-    """An address; an IPv4 one that is mapped to IPv6 (RFC 4291 section 2.5.5.2) as IPv4."""
+    """An address; an IPv4 address that is mapped to IPv6 (RFC 4291 section 2.5.5.2) becomes
+    IPv4."""
     address = ip_address(host)
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def addresses_in(header: bytes) -> tuple[Any, Any]:
-    """The visitor's address, and the one that it dialled, as Twisted has them.
+    """The visitor's address and the address that it dialled, in Twisted's form.
 
-    @return: L{None} for both if the header names nobody: the connection is the load balancer's
-        own, or not by IP.
-    @param header: a whole one, and nothing more. Raises L{BadHeader}.
+    @return: C{None} for both if the header has no addresses: the connection is the load balancer's
+        own, or not over IP.
+    @param header: a whole header, without further bytes. Raises L{BadHeader}.
     """
     if header.split()[1:2] == [b"UNKNOWN"]:
         return None, None
@@ -190,7 +191,7 @@ def addresses_in(header: bytes) -> tuple[Any, Any]:
         source, destination = (_unmapped(each.host) for each in told)
     except BadHeader:
         raise
-    except ValueError as problem:  # no address, no number, not ASCII
+    except ValueError as problem:  # not an address, not a number, or not ASCII
         raise BadHeader(_NONSENSE) from problem
     ports = [each.port for each in told]
     if source.version != destination.version or not all(0 <= port < 65_536 for port in ports):

@@ -1,8 +1,8 @@
 """ClientHello parsing without I/O: bytes in, a verdict out.
 
 The first flight of a TLS connection is a handshake message of type ClientHello (RFC 8446 section
-4.1.2), carried by one or more records (section 5.1). L{ClientHelloParser} takes it in pieces of any
-size and says, as soon as it can be said, what it is; nothing is looked at again when more comes.
+4.1.2), in one or more records (section 5.1). L{ClientHelloParser} takes it in pieces of any size
+and returns a verdict as soon as the bytes allow one; it reads no byte twice.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 MAX_MESSAGE: Final = 65_536
-"""Bytes of handshake message accepted: what Go's crypto/tls takes, the strictest of the usual web
-servers' libraries that real hellos (36 KB seen) still fit into."""
+"""Bytes of handshake message accepted: as in Go's crypto/tls, the strictest of the usual web
+servers' TLS libraries that still accepts real hellos (the largest seen has 36 KB)."""
 
 MAX_WIRE: Final = 131_072
-"""Bytes accepted on the wire. Records may be one byte long, so headers can outweigh the message;
-this leaves room for a largest message in records of six bytes and more."""
+"""Bytes accepted on the wire. Records may be one byte long, so their headers can be larger than the
+message; this is enough for the largest message in records of six bytes or more."""
 
 MAX_SERVER_NAME: Final = 255
-"""Bytes of a server name that are kept: no name is longer (RFC 1035 section 2.3.4), and it goes to
-the log and to C{status}."""
+"""Bytes of a server name that are kept, since the log and C{status} show it: no name is longer (RFC
+1035 section 2.3.4)."""
 
 MAX_RECORD: Final = 16_384
 """Bytes of a record's fragment (RFC 8446 section 5.1: at most 2^14)."""
@@ -37,7 +37,8 @@ _BOTH_HEADERS: Final = _RECORD_HEADER + _MESSAGE_HEADER
 _SERVER_NAME: Final = 0
 _HOST_NAME: Final = 0
 _both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
-"""Of a record (content type, version, length) and of a message (type, length, 8 + 16 bits)."""
+"""Header of a record (content type, version, length) and of a message (type, length in 8 + 16
+bits)."""
 
 _number: Final = struct.Struct("!H").unpack_from
 _extension_header: Final = struct.Struct("!HH").unpack_from
@@ -47,7 +48,7 @@ _ALPN: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class NeedMore:
-    """The bytes so far begin a ClientHello, or nothing has come yet."""
+    """The bytes so far are the beginning of a ClientHello, or no bytes have come yet."""
 
 
 class ClientHello(NamedTuple):
@@ -55,9 +56,9 @@ class ClientHello(NamedTuple):
 
     @ivar alpn: the protocol names offered, in order (RFC 7301 section 3.1); empty without the
         extension.
-    @ivar server_name: the host name asked for (RFC 6066 section 3), or L{None}. It is the peer's
-        word and may hold any byte; what is not printable ASCII is backslash-escaped, and what
-        follows L{MAX_SERVER_NAME} bytes is left out.
+    @ivar server_name: the host name that the peer asks for (RFC 6066 section 3), or L{None}. The
+        peer may send any bytes; those that are not printable ASCII are backslash-escaped, and those
+        after L{MAX_SERVER_NAME} bytes are left out.
     """
 
     alpn: tuple[bytes, ...] = ()
@@ -66,9 +67,9 @@ class ClientHello(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OtherClientHello:
-    """A whole ClientHello message without the ALPN name that is looked for.
+    """A whole ClientHello message without the ALPN name that the parser looks for.
 
-    The name is nowhere in its bytes, so that what else they say need not be read.
+    Its bytes contain that name nowhere, so the rest is not parsed.
     """
 
 
@@ -76,8 +77,8 @@ class OtherClientHello:
 class NotClientHello:
     """The bytes are not, and cannot become, a ClientHello that this parser takes.
 
-    @ivar reason: which field says so, for a log line.
-    @ivar kind: a word for statistics; the parser itself only gives L{NOT_TLS}.
+    @ivar reason: what is wrong, with the name of the field, for a log line.
+    @ivar kind: a word for the statistics; the parser itself uses only L{NOT_TLS}.
     """
 
     reason: str
@@ -91,16 +92,16 @@ OTHER: Final = OtherClientHello()
 
 
 _SMALL: Final = 32
-"""Bytes of fragment in a record that counts as small."""
+"""Up to so many bytes of fragment, a record counts as small."""
 
 
 def _each_small(record: str) -> str:
-    """Alternatives: C{record}, a format, for each size."""
+    """A pattern with one alternative for each size, made from the format C{record}."""
     return "|".join(record.format(size=size) for size in range(1, _SMALL + 1))
 
 
-# Real hellos have a few records; a stranger's may have 20,000. Small ones are taken many at a time:
-# a regular expression costs a tenth of a microsecond for each, a loop several times as much.
+# Real hellos have a few records; a stranger's may have 20,000. A regular expression matches many
+# small records at once: that takes a tenth of a microsecond per record, a loop several times that.
 # A header is the type, the version 3.x, and the length, whose first byte is 0 here.
 _small_records: Final = re.compile(
     rb"(?s:\x16\x03.\0(?:%b))++" % _each_small(r"\x{size:02x}.{{{size}}}").encode()
@@ -111,7 +112,7 @@ _their_fragments: Final = re.compile(
 
 
 class _Malformed(Exception):
-    """A length field points outside what holds it, or a value is not allowed."""
+    """A length field points outside its structure, or a value is not allowed."""
 
 
 # No length field is trusted. Reading past the end raises, and the caller turns that into a verdict;
@@ -119,7 +120,7 @@ class _Malformed(Exception):
 
 
 def _list_end(content: bytes, field: str) -> int:
-    """The end of a list which has to fill its extension."""
+    """The position where a list ends, which must be the end of its extension."""
     end = len(content)
     if _number(content, 0)[0] != end - 2:
         raise _Malformed(f"{field} does not fill its extension")
@@ -127,7 +128,7 @@ def _list_end(content: bytes, field: str) -> int:
 
 
 def _parse_alpn(content: bytes) -> tuple[bytes, ...]:
-    """ProtocolNameList of RFC 7301 section 3.1: one name or more, none of them empty."""
+    """ProtocolNameList of RFC 7301 section 3.1: one or more names, none of them empty."""
     at, end = 2, _list_end(content, "ALPN list")
     names = []
     while at < end:
@@ -142,7 +143,7 @@ def _parse_alpn(content: bytes) -> tuple[bytes, ...]:
 
 
 def _parse_server_name(content: bytes) -> str | None:
-    """ServerNameList of RFC 6066 section 3: its host name, the only type there is."""
+    """ServerNameList of RFC 6066 section 3: its host name; no other type is defined."""
     at, end = 2, _list_end(content, "server name list")
     host = None
     while at < end:
@@ -171,7 +172,7 @@ def _parse_body(hello: bytes) -> ClientHello:
         raise _Malformed("cipher suites have an odd length")
     at += 2 + cipher_suites
     at += 1 + hello[at]  # compression methods
-    if at == end:  # so a hello without extensions ends (RFC 5246 section 7.4.1.2)
+    if at == end:  # a hello without extensions may end here (RFC 5246 section 7.4.1.2)
         return ClientHello()
     if _number(hello, at)[0] != end - at - 2:
         raise _Malformed("extensions do not fill the hello")
@@ -195,7 +196,7 @@ def _parse_body(hello: bytes) -> ClientHello:
 
 
 def _body_in_one_record(wire: bytes) -> bytes | None:
-    """The body of a hello that has come whole and in one record, as nearly every hello does."""
+    """The body of a hello that has arrived whole and in one record, as nearly all hellos do."""
     if len(wire) < _BOTH_HEADERS:
         return None
     content, version, record, message, high, low = _both_headers(wire)
@@ -213,21 +214,21 @@ def _body_in_one_record(wire: bytes) -> bytes | None:
 
 
 class ClientHelloParser:
-    """Takes the first bytes of a connection, in pieces, until a verdict.
+    """Takes the first bytes of a connection, in pieces, until there is a verdict.
 
-    The verdict depends on the bytes alone, not on how they were cut. Once it is there it stays.
-    A hello is taken apart only if the name that is looked for may be in its ALPN list: visitors
-    come by the thousand, and to read all that theirs say takes ten times as long as to search it.
+    The verdict depends only on the bytes, not on how they were split, and it never changes later. A
+    hello is parsed in full only if its bytes contain the name that is looked for: visitors come in
+    thousands, and a full parse takes ten times as long as a search.
 
-    @ivar received: all the bytes fed, to be replayed to the target; the parser changes none of
-        them. Bytes after the hello are kept and not looked at.
+    @ivar received: all bytes fed so far, unchanged, to be sent to the target. Bytes after the hello
+        are kept but not read.
     """
 
     __slots__ = ("_at", "_in_record", "_message", "_name", "received", "verdict")
 
     def __init__(self, name: bytes = b"") -> None:
         """
-        @param name: the ALPN name that is looked for; none: every hello is taken apart.
+        @param name: the ALPN name to look for; if empty, every hello is parsed in full.
         """
         self._name = name
         self.received: bytes | bytearray = b""
@@ -237,7 +238,7 @@ class ClientHelloParser:
         self._message: bytes | bytearray = b""
 
     def feed(self, data: bytes) -> Verdict:
-        """Add C{data} and say what is known now. Raises nothing, whatever the bytes."""
+        """Add C{data} and return the verdict so far. Never raises, whatever the bytes."""
         if not self.received:
             self.received = data
             hello = _body_in_one_record(data)
@@ -253,12 +254,12 @@ class ClientHelloParser:
 
     def _advance(self) -> Verdict:
         problem = self._read_records(min(len(self.received), MAX_WIRE))
-        # The records before the one with the problem may hold a whole message, which decides.
+        # The records before the faulty one may hold a whole message; then that decides.
         verdict = self._judge_message()
         return verdict if problem is None or verdict is not NEED_MORE else problem
 
     def _read_records(self, end: int) -> NotClientHello | None:
-        """Add what the records up to C{end} hold to the message; gives what is wrong with them."""
+        """Add the contents of the records up to C{end} to the message; returns what is wrong."""
         wire = self.received
         while self._at < end:
             if not self._in_record:

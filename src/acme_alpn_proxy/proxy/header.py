@@ -1,4 +1,4 @@
-"""The header of the PROXY protocol: who connects to whom, said before the first byte.
+"""The header of the PROXY protocol: the addresses of a connection, sent before its first byte.
 
 Bytes in, values out. The specification is HAProxy's "The PROXY protocol, Versions 1 & 2".
 """
@@ -16,8 +16,8 @@ End: TypeAlias = tuple[str, int]
 """A numeric address and a port."""
 
 MAX_HEADER: Final = 4_096
-"""Bytes of a header that are accepted, as many as nginx takes. The addresses need 52; the rest are
-what a load balancer says besides, such as the name of a client's certificate."""
+"""Bytes of a header that are accepted, as many as nginx accepts. The addresses need 52; the rest is
+for other fields of a load balancer, such as the name of a client's certificate."""
 
 _Address: TypeAlias = IPv4Address | IPv6Address
 
@@ -28,7 +28,7 @@ _V1_MAX: Final = 107
 
 _V2_START: Final = b"\r\n\r\n\0\r\nQUIT\n"
 _V2_FIXED: Final = struct.Struct("!12sBBH")
-"""Signature, version and command, family and protocol, and how many bytes follow."""
+"""Signature, version and command, family and protocol, and the number of bytes that follow."""
 
 _V2: Final = 0x20
 _LOCAL: Final = 0x20
@@ -38,7 +38,7 @@ _TCP: Final = {4: 0x11, 6: 0x21}
 
 
 class BadHeader(ValueError):
-    """The bytes are no header that this program takes; the message says why."""
+    """The bytes are not a header that this program accepts; the message says why."""
 
 
 def encode_v1(visitor: End, dialled: End) -> bytes:
@@ -63,12 +63,12 @@ def encode_v2(visitor: End, dialled: End) -> bytes:
 
 
 def unknown_v1() -> bytes:
-    """A header of version 1 that names nobody: the connection is the sender's own (section 2.1)."""
+    """A header of version 1 without addresses: the connection is the sender's own (section 2.1)."""
     return _V1_START + b"UNKNOWN" + _V1_END
 
 
 def unknown_v2() -> bytes:
-    """The same of version 2: the command LOCAL (section 2.2)."""
+    """The same in version 2: the command LOCAL (section 2.2)."""
     return _V2_FIXED.pack(_V2_START, _LOCAL, _UNSPECIFIED, 0)
 
 
@@ -82,10 +82,10 @@ def version_of(header: bytes) -> str:
 
 
 def size_of(data: bytes) -> int | NeedMore:
-    """How many of the bytes that a connection begins with are its header.
+    """The size of the header that a connection begins with, in bytes.
 
-    @return: L{NEED_MORE} as long as C{data} may begin one and does not hold it. The header's
-        addresses are not looked at. Raises L{BadHeader}.
+    @return: L{NEED_MORE} if C{data} may be the beginning of a header and is not all of it. The
+        addresses in the header are not checked. Raises L{BadHeader}.
     """
     if data.startswith(_V1_START):
         end = data.find(_V1_END, 0, _V1_MAX)
@@ -106,6 +106,6 @@ def size_of(data: bytes) -> int | NeedMore:
 
 
 def _pair(visitor: End, dialled: End) -> tuple[_Address, _Address] | None:
-    """Both addresses, if they are of one family; without the interface of a link-local one."""
+    """Both addresses, if they are of one family; without the interface of a link-local address."""
     source, destination = (ip_address(host.partition("%")[0]) for host, _ in (visitor, dialled))
     return (source, destination) if source.version == destination.version else None

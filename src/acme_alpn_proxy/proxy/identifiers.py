@@ -1,7 +1,7 @@
 """ACME identifiers (RFC 8555 section 7.1.4, RFC 8738) and the server names that ask for them.
 
-An identifier is a DNS name or an IP address. Here it is text in one spelling: a name in lower case
-without a last dot, an address as L{ipaddress} writes it. Pure: no I/O.
+An identifier is a DNS name or an IP address. Here it is text in one normal form: a DNS name in
+lower case without the last dot, an IP address as L{ipaddress} writes it. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _IPV6_ZONE: Final = ".ip6.arpa"
 
 
 class BadIdentifier(ValueError):
-    """The text is no identifier that TLS-ALPN-01 can validate; the message says why."""
+    """The text is not an identifier that TLS-ALPN-01 can validate; the message says why."""
 
 
 def parse_identifier(text: str) -> str:
-    """The identifier that C{text} spells; raises L{BadIdentifier}."""
+    """The normal form of the identifier in C{text}; raises L{BadIdentifier}."""
     try:
-        if "%" not in text:  # an address of one interface only, which no CA can dial
+        if "%" not in text:  # a scoped address, valid on one interface only: no CA can dial it
             return str(ipaddress.ip_address(text))
     except ValueError:
         pass
@@ -50,10 +50,10 @@ def parse_identifier(text: str) -> str:
 def identifier_asked_for(server_name: str | None) -> str | None:
     """The identifier that a validation with this server name is for.
 
-    For an IP address the server name is its name in C{in-addr.arpa} or C{ip6.arpa} (RFC 8738
-    section 6).
+    For an IP address, the server name is the address's name in C{in-addr.arpa} or C{ip6.arpa} (RFC
+    8738 section 6).
 
-    @return: L{None} if the server name can belong to no identifier.
+    @return: L{None} if no identifier has this server name.
     """
     name = (server_name or "").removesuffix(".").lower()
     try:
@@ -67,7 +67,7 @@ def identifier_asked_for(server_name: str | None) -> str | None:
 
 
 def server_name_for(identifier: str) -> str:
-    """The server name with which a CA asks for C{identifier}."""
+    """The server name that a CA sends to validate C{identifier}."""
     try:
         return ipaddress.ip_address(identifier).reverse_pointer
     except ValueError:

@@ -1,4 +1,4 @@
-"""The listening sockets, and how many connections they may bring at a time."""
+"""The listening sockets, and the limit on simultaneous connections."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..interfaces import ICommands, INetwork, Reactor
 from .protocols import Limits
 
 BACKLOG: Final = 4_096
-"""Connections that may wait to be accepted. The kernel takes net.core.somaxconn at most, which is
-this number since Linux 5.4."""
+"""Connections that may wait to be accepted. The kernel limits this to net.core.somaxconn, which has
+the same value since Linux 5.4."""
 
 _RESERVE: Final = 42
-"""Descriptors for all but connections: the log, a pipe, commands and the reactor take a dozen."""
+"""Descriptors for everything but connections: log, pipe, commands and reactor need about twelve."""
 
 WAITING_ROOM: Final = 2_048
-"""Connections that may be here without a target."""
+"""How many accepted connections may be without a target."""
 
 _INFO_BYTES: Final = 28
 
@@ -40,8 +40,8 @@ _BIND_RETRY: Final = 0.05
 def listening_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket, non-blocking; raises C{OSError}.
 
-    For C{"::"} it takes IPv4 too, whatever net.ipv6.bindv6only says, and where there is no IPv6 it
-    is one for IPv4 alone.
+    C{"::"} takes IPv4 too, whatever the value of net.ipv6.bindv6only. On a host without IPv6, it
+    listens on IPv4 only.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -64,9 +64,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def _raise_descriptor_limit() -> None:
-    """A connection takes two descriptors, and the usual soft limit is 1,024."""
+    """Raise the soft limit, usually 1,024: a connection takes two descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # where the hard limit is over fs.nr_open
+    with contextlib.suppress(OSError, ValueError):  # if the hard limit is over fs.nr_open
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -75,10 +75,10 @@ def _descriptor_limit() -> int:
 
 
 def limits_of(descriptors: int) -> Limits:
-    """The limits that so many open files allow.
+    """The limits for this number of open files.
 
-    A visitor takes two of them, one of them for the target. Half of them, L{WAITING_ROOM} at most,
-    are for connections that have not said yet what they want, or wait.
+    A visitor takes two of them, one for the connection to the target. Half of them, at most
+    L{WAITING_ROOM}, are for connections whose target is not known yet or not connected.
     """
     free = descriptors - _RESERVE
     waiting = min(free // 2, WAITING_ROOM)
@@ -87,7 +87,7 @@ def limits_of(descriptors: int) -> Limits:
 
 
 def highest_limits(max_connections: int) -> Limits:
-    """Raise the limit on open files, and give the limits that it allows.
+    """Raise the limit on open files, and return the limits that it allows.
 
     @param max_connections: how many visitors to allow; 0: as many as the open files allow.
     """
@@ -100,7 +100,7 @@ def highest_limits(max_connections: int) -> Limits:
 
 
 def _waiting(listener: socket.socket) -> int:
-    """How many connections wait to be accepted: tcpi_unacked of a listening socket's TCP_INFO."""
+    """How many connections wait to be accepted: tcpi_unacked in TCP_INFO of a listening socket."""
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
     waiting: int = struct.unpack_from("=I", info, _INFO_BYTES - 4)[0]
     return waiting
@@ -117,8 +117,8 @@ def _host_and_port(text: str, port: int) -> tuple[str, int]:
 class ListenerService(Service):
     """Listens while it runs.
 
-    @ivar hosts: where to listen, set before the start; L{IRedirect.prepare} tells.
-    @ivar sockets: the listening sockets, while there are any.
+    @ivar hosts: where to listen, set before the start; see L{IRedirect.prepare}.
+    @ivar sockets: the listening sockets; empty when it does not listen.
     @ivar ready: fires when it listens, or fails with L{StartError}.
     """
 
@@ -134,8 +134,8 @@ class ListenerService(Service):
         patience: float,
     ) -> None:
         """
-        @param patience: seconds for which a port that is taken is tried again: an instance that
-            ends keeps it for its linger.
+        @param patience: how many seconds to try again if the port is taken: an instance that stops
+            keeps it during its linger.
         """
         self._reactor = reactor
         self._factory = factory
@@ -170,7 +170,7 @@ class ListenerService(Service):
             self._ports.append(self._network.listen(listener, self._factory))
 
     def pause(self) -> None:
-        """Leave new connections in the backlog."""
+        """Accept nothing: new connections wait in the backlog."""
         for port in self._ports:
             port.pauseProducing()
 
@@ -185,7 +185,7 @@ class ListenerService(Service):
         return any(_waiting(listener) for listener in self.sockets)
 
     def _try_to_open(self) -> bool:
-        """Whether it listens; C{False} while the port is taken."""
+        """Return whether it listens now; C{False} if the port is taken."""
         missing = None
         for host in self.hosts:
             try:
@@ -205,7 +205,7 @@ class ListenerService(Service):
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
-        """Stop listening; the connections that wait to be accepted are accepted first."""
+        """Stop listening, after accepting the connections that wait to be accepted."""
         super().stopService()
         ports, self._ports = self._ports, []
         for port in ports:
@@ -215,7 +215,7 @@ class ListenerService(Service):
         self._close_sockets()
 
     def abandon(self) -> None:
-        """Stop listening at once: no connection has been steered here."""
+        """Stop listening at once: no connection was steered here yet."""
         super().stopService()
         ports, self._ports = self._ports, []
         for port in ports:

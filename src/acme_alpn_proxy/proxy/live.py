@@ -11,10 +11,10 @@ from twisted.internet.interfaces import IReactorTime
 
 
 class Abortable(Protocol):
-    """What can be in the set."""
+    """An element of the set."""
 
     def abort(self) -> None:
-        """End at once, by a reset on every side."""
+        """Reset every side now."""
 
     def dialled(self) -> tuple[tuple[str, int], tuple[str, int]] | None:
         """See L{acme_alpn_proxy.proxy.protocols.ProxyServer.dialled}."""
@@ -24,7 +24,7 @@ class Abortable(Protocol):
 
 
 def _no_limit() -> None:
-    """Nothing happens when there is no limit."""
+    """Do nothing: there is no limit."""
 
 
 class LiveConnections:
@@ -48,8 +48,8 @@ class LiveConnections:
         return iter(self._live)
 
     def bound(self, limit: int, full: Callable[[], None], room: Callable[[], None]) -> None:
-        """Call C{full()} when the set has grown to C{limit} connections, C{room()} when it has
-        fewer again."""
+        """Call C{full()} when the set reaches C{limit} connections, and C{room()} when it is
+        smaller again."""
         self._limit, self._full, self._room = limit, full, room
 
     def enter(self, connection: Abortable) -> None:
@@ -60,7 +60,7 @@ class LiveConnections:
             self._full()
 
     def leave(self, connection: Abortable) -> None:
-        """C{connection} has ended on all its sides; leaving twice does no harm."""
+        """C{connection} has ended on all its sides; a second call is harmless."""
         if connection not in self._live:
             return
         self._live.remove(connection)
@@ -77,7 +77,7 @@ class LiveConnections:
             connection.abort()
 
     def drained(self, clock: IReactorTime, seconds: float) -> Deferred[None]:
-        """Fires when the set is empty; after C{seconds} those that are left are reset."""
+        """Return a Deferred that fires when the set is empty; after C{seconds}, reset the rest."""
         if not self._live:
             return succeed(None)
         done: Deferred[None] = Deferred()

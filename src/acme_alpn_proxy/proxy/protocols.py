@@ -1,4 +1,4 @@
-"""One connection: take the first bytes, decide the route, connect its target, relay.
+"""One connection: read the first bytes, decide the route, connect its target, relay.
 
 L{ProxyServer} is the visitor's side, L{ProxyClient} the target's.
 """
@@ -38,23 +38,23 @@ TOO_MANY_HELLOS: Final = "crowded"
 """Why a connection went to the fallback without a whole hello, for statistics."""
 
 MAX_HELD: Final = 67_108_864
-"""Bytes of half hellos held over all connections. Over that, the oldest go to the fallback: a
-visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
+"""Bytes of half hellos that all connections together may hold. Above this, the oldest go to the
+fallback: a visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
 
 MAX_OWN_ADDRESSES: Final = 65_536
-"""Addresses of this host that are known, some 10 MB of them."""
+"""How many addresses of this host are remembered; so many take about 10 MB."""
 
 IDLE_LOOKS: Final = 4
-"""How often an established connection is looked at within its idle timeout."""
+"""How often an established connection is checked within its idle timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much there may be at a time.
+    """How many connections there may be at a time.
 
-    @ivar connections: all of them; more wait in the backlog.
-    @ivar visitors: those that have the fallback as their target. Those above wait with their hello,
-        so that the ones after them can still say that they are validations.
+    @ivar connections: all of them; any others wait in the backlog.
+    @ivar visitors: those with the fallback as their target. Visitors above this number wait with
+        their hello, so that later connections can still show that they are validations.
     """
 
     connections: int
@@ -62,13 +62,13 @@ class Limits:
 
 
 def end_of(address: Any) -> tuple[str, int]:
-    """Host and port of an address of Twisted's; an IPv4 one of the dual-stack listener as IPv4."""
+    """Host and port of one of Twisted's addresses; IPv4 at the dual-stack listener becomes IPv4."""
     host = address.host
     return (host.removeprefix("::ffff:") if "." in host else host), address.port
 
 
 def _own_addresses() -> set[str]:
-    """This host's addresses; none if the kernel does not tell."""
+    """This host's addresses; empty if the kernel does not report them."""
     try:
         return {str(address) for address in own_addresses()}
     except OSError:
@@ -80,7 +80,8 @@ Dial: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
 
 @implementer(IHalfCloseableProtocol)
 class ProxyClient(Protocol):
-    """The connection to a target. Its events go to the relay, which the server side holds."""
+    """The connection to a target. It passes its events to the relay, which the server side
+    holds."""
 
     __slots__ = ("_sent_ahead", "_server", "connected", "factory", "transport")
 
@@ -134,13 +135,13 @@ class ProxyClientFactory(TargetFactory):
 class ProxyServer(Protocol):
     """A visitor's connection.
 
-    Undecided, it feeds the parser; decided, it is not read until its target is connected; then
-    the relay has it. It is in the live set until the ends on both sides are gone.
+    While it is undecided, it feeds the parser; then it is not read until its target is connected;
+    after that, the relay uses it. It is in the live set until both sides have ended.
 
-    @ivar relay: only when the target is connected.
+    @ivar relay: exists only while the target is connected.
     @ivar host: the visitor's address, IPv4 as IPv4; empty if unknown.
-    @ivar may_be: connections to targets that this one may be, if it comes from this host.
-    @ivar lead: what its target is sent before its bytes.
+    @ivar may_be: which connections to targets this one may be, if it comes from this host.
+    @ivar lead: bytes that its target gets before the visitor's.
     """
 
     factory: ProxyServerFactory
@@ -160,12 +161,12 @@ class ProxyServer(Protocol):
 
     @property
     def visitor(self) -> Any:
-        """The visitor's address, as Twisted has it."""
+        """The visitor's address, in Twisted's form."""
         return self.transport.getPeer()
 
     @property
     def target(self) -> str:
-        """Where it goes, as the operator wrote it."""
+        """The address of its target, as the operator wrote it."""
         return self._route.target
 
     def arrival(self) -> Arrival:
@@ -193,13 +194,13 @@ class ProxyServer(Protocol):
         if verdict is not NEED_MORE:
             self._decide(verdict)
         else:
-            size = 2 * len(data)  # the parser has it twice, with and without the record headers
+            size = 2 * len(data)  # the parser holds it twice, with and without the record headers
             self._held += size
             self.factory.hold(size)
 
     def readConnectionLost(self) -> None:
-        # Before the verdict the end-of-file is not remembered: the socket tells it again when the
-        # relay starts to read, behind the bytes so far.
+        # Before the verdict the end-of-file is not stored: the socket reports it again when the
+        # relay starts to read, after the bytes so far.
         if self._parser is None:
             self.relay.finished(self.transport)
         else:
@@ -217,8 +218,8 @@ class ProxyServer(Protocol):
         self.end_lost(self.transport)
 
     def _came_back(self) -> bool:
-        """Whether this is the proxy's own connection to a target, which would go round for ever. A
-        client of this host may have the same port, but then it has dialled another address."""
+        """Whether this is the proxy's own connection to a target, which would loop for ever. A
+        client on this host may have the same port, but then it has dialled another address."""
         dialled = {end_of(self.transport.getHost()), self._here()}
         return any(there in dialled for _, there in self.may_be)
 
@@ -226,7 +227,7 @@ class ProxyServer(Protocol):
         """The address of this host that was dialled."""
         here = self.transport.getHost()
         found = original_destination(self.transport.fileno(), here.host) or end_of(here)
-        # A local route may make a whole network this host's, of which no list has the addresses.
+        # A local route may make a whole network this host's; no list has all its addresses.
         if len(self.factory.own_addresses) < MAX_OWN_ADDRESSES:
             self.factory.own_addresses.add(found[0])
         return found
@@ -241,7 +242,7 @@ class ProxyServer(Protocol):
         )
 
     def end_lost(self, transport: object) -> None:
-        """One of the two ends is gone."""
+        """One of the two ends has closed."""
         if self._parser is None:
             self.relay.lost(transport)
         self._ends -= 1
@@ -259,11 +260,11 @@ class ProxyServer(Protocol):
             self.transport.abortConnection()
 
     def give_up(self, reason: str, kind: str) -> None:
-        """Do not wait for the hello any longer."""
+        """Stop waiting for the hello."""
         self._decide(NotClientHello(reason, kind))
 
     def look(self) -> None:
-        """Reset both ends if nothing has moved since the last few looks."""
+        """Reset both ends if nothing has moved during the last few checks."""
         if self._parser is None:
             self.relay.quiet += 1
             if self.relay.quiet > IDLE_LOOKS:
@@ -277,32 +278,33 @@ class ProxyServer(Protocol):
         first, self._parser = bytes(self._parser.received), None
         factory = self.factory
         self.relay = relay_between(self.transport, transport, factory.hangups, factory.pipe)
-        if self.lead:  # which is not the visitor's, and so not counted
+        if self.lead:  # it is not the visitor's, so it is not counted
             self.relay.count(self.transport, -len(self.lead))
             first = self.lead + first
         self.relay.start(first, sent_ahead)
 
     def target_failed(self, route: Route, failure: Failure) -> None:
-        """The target cannot be connected."""
+        """The target could not be connected."""
         if self._connecting:
             self._end_wait()
             self.factory.unreachable(self._record, route, failure)
             self.abort()
 
     def told(self, answer: str) -> None:
-        """What came of this validation, in words."""
+        """Note the result of this validation, in words."""
         assert self._record is not None
         self.factory.statistics.told(self._record, answer)
 
     def dialled(self) -> Dial | None:
-        """Both ends of the connection to the target, if there is one: here, and there."""
+        """Both ends of the connection to the target, if it exists: the local one, the remote
+        one."""
         if self._parser is not None or not self.relay.back.connected:
             return None
         here, there = self.relay.back.getHost(), self.relay.back.getPeer()
         return ((here.host, here.port), (there.host, there.port)) if hasattr(here, "port") else None
 
     def connect_target(self) -> None:
-        """There is room: connect the route's target."""
+        """Connect the route's target: there is room now."""
         assert self._parser is not None
         connector = self.factory.connect(self._route, self, bytes(self._parser.received))
         if self._connecting:  # still
@@ -331,7 +333,8 @@ class ProxyServer(Protocol):
             self.factory.hangups.add(self.transport, self.abort)
 
     def _end_wait(self) -> Any:
-        """The wait for the target has ended, well or badly; gives the connector, if any."""
+        """The wait for the target is over, with or without success; returns the connector, if
+        any."""
         self._connecting = False
         if self._held_back:
             self._held_back = False
@@ -352,19 +355,20 @@ def statistics_for(routing: Routing) -> Statistics:
 
 
 class ProxyServerFactory(ServerFactory):
-    """Makes a L{ProxyServer} for each visitor, and holds what they share.
+    """Makes a L{ProxyServer} for each visitor, and holds what all of them share.
 
     @ivar live: the connections that have not ended.
-    @ivar hellos: those among them that have not sent a whole hello.
+    @ivar hellos: those of them that have not sent a whole hello.
     @ivar held: bytes of memory that their half hellos take.
-    @ivar waiting: visitors whose turn for a target has not come, the first one first.
+    @ivar waiting: visitors that wait for room before their target is connected, the first one
+        first.
     @ivar pipe: for relays.
     @ivar statistics: the numbers of all connections.
-    @ivar validations: those under way.
+    @ivar validations: the validations under way.
     @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: reports resets on connections that are not being read.
-    @ivar own_addresses: of this host, as far as they are known: what comes from one of them may be
-        a connection to a target that has come back.
+    @ivar own_addresses: the known addresses of this host: a connection from one of them may be a
+        connection to a target that has come back.
     """
 
     noisy = False
@@ -387,10 +391,10 @@ class ProxyServerFactory(ServerFactory):
         @param hello_timeout: seconds until a connection without a whole hello goes to the fallback.
         @param idle_timeout: seconds without a byte until an established connection is reset; 0:
             never.
-        @param log_visitors: log a line for each visitor, at C{debug}. An event that no observer
-            takes would cost more time than the parser and the choice of the route together.
-        @param statistics: to count in, where several factories have one of the same routing.
-        @param protocol: makes what takes a visitor.
+        @param log_visitors: log a line for each visitor, at C{debug}. Even without an observer for
+            it, the event would cost more time than the parser and the choice of the route together.
+        @param statistics: the counters, if several factories with the same routing share them.
+        @param protocol: makes the protocol for a visitor.
         """
         self.new_server = protocol
         self.routing = routing
@@ -419,7 +423,7 @@ class ProxyServerFactory(ServerFactory):
         full: Callable[[], None],
         room: Callable[[], None],
     ) -> None:
-        """Be ready for connections.
+        """Get ready for connections.
 
         @param full: called when there are as many connections as C{limits} allow.
         @param room: called when there are fewer again.
@@ -452,12 +456,12 @@ class ProxyServerFactory(ServerFactory):
     def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
         """Connect the route's target to C{server}, whose visitor has sent C{first}.
 
-        @return: the connector, if there is something to wait for.
+        @return: the connector, if the connection attempt has to wait.
         """
         return self._targets[route].connect(ProxyClientFactory(server, route), first)
 
     def has_room(self, route: Route) -> bool:
-        """Whether the connection that was counted last may have its target now."""
+        """Whether the connection that was counted last may get its target now."""
         if route is not self.routing.fallback:
             return True
         return self.statistics.fallback.live - len(self.waiting) <= self._most_visitors
@@ -480,7 +484,7 @@ class ProxyServerFactory(ServerFactory):
         self.let_in()
 
     def let_in(self) -> None:
-        """A connection has ended: the first visitor that waits may have its place."""
+        """A connection has ended: the first waiting visitor may take its place."""
         while self.waiting and self.statistics.fallback.live - len(self.waiting) < (
             self._most_visitors
         ):
@@ -490,7 +494,7 @@ class ProxyServerFactory(ServerFactory):
         self._full_reported &= bool(self.waiting)
 
     def hold(self, size: int) -> None:
-        """C{size} more bytes of half hellos are held."""
+        """Count C{size} more bytes of half hellos as held."""
         self.held += size
         while self.held > MAX_HELD:
             self.hellos.oldest().give_up("too many half hellos", TOO_MANY_HELLOS)
@@ -501,7 +505,7 @@ class ProxyServerFactory(ServerFactory):
             connection.look()
 
     def close(self) -> None:
-        """Give back what is kept for connections. All have ended."""
+        """Free what is kept for connections. All have ended."""
         if self._looking.running:
             self._looking.stop()
         self.hellos.close()
@@ -537,8 +541,7 @@ class ProxyServerFactory(ServerFactory):
         return self.statistics.visitor(verdict)
 
     def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
-        """A connection has ended, after so many bytes each way. What came of a validation is
-        logged."""
+        """A connection has ended, after so many bytes each way. Log the result of a validation."""
         self.statistics.ended(record, from_visitor, to_visitor)
         validation = record.validation
         if validation is not None:
@@ -550,7 +553,7 @@ class ProxyServerFactory(ServerFactory):
             )
 
     def unreachable(self, record: ConnectionRecord | None, route: Route, failure: Failure) -> None:
-        """Count it, and log which target, and why."""
+        """Count the failure, and log the target and the reason."""
         assert record is not None
         why = failure.getErrorMessage()
         self.statistics.unreachable(record, why)

@@ -1,7 +1,7 @@
 """Moves bytes both ways between two connected transports.
 
-What a direct connection would do, the relay does: a FIN is passed on as a FIN, behind the bytes
-before it, and a reset as a reset. What one side cannot take yet is not read from the other.
+The relay behaves like a direct connection: it passes a FIN on as a FIN, after all earlier bytes,
+and a reset as a reset. While one side cannot take more bytes, the relay does not read the other.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from ..transports.sockets import tune_transport
 class IRelay(Interface):
     """Moves the bytes of one connection between its two ends until both have ended.
 
-    The transports belong to their protocols, which pass their events on to the relay. Only the
-    relay writes to the transports and closes them.
+    The transports belong to their protocols, which pass their events to the relay. Only the relay
+    writes to the transports and closes them.
     """
 
     def start(first: bytes, sent_ahead: int = 0) -> None:
         """Begin to move bytes.
 
         @param first: what the visitor has sent so far.
-        @param sent_ahead: how many bytes of it the target has been sent already.
+        @param sent_ahead: how many of these bytes the target has already been sent.
         """
 
     def received(source: object, data: bytes) -> None:
-        """C{source} gave C{data}: pass it on."""
+        """C{data} came from C{source}: pass it on."""
 
     def finished(source: object) -> None:
-        """C{source} sent its FIN: pass it on at once, behind the bytes before it."""
+        """C{source} sent its FIN: pass it on at once, after all earlier bytes."""
 
     def lost(source: object) -> None:
-        """C{source} is gone; unless it was closed here, the other end gets a reset."""
+        """C{source} is closed; unless the relay closed it, reset the other end."""
 
     def abort() -> None:
         """Reset both ends now."""
@@ -50,10 +50,11 @@ class IRelay(Interface):
 
 @implementer(IPushProducer)
 class Source:
-    """One end, as the producer of what is written to the other.
+    """One end, as the producer of the bytes that are written to the other end, the sink.
 
-    The sink asks for a pause when over 64 KiB wait in it (C{FileDescriptor.bufferSize} of
-    L{twisted.internet.abstract}); with one read of 64 KiB more that bounds a direction's memory.
+    The sink asks for a pause when more than 64 KiB wait in it (C{FileDescriptor.bufferSize} of
+    L{twisted.internet.abstract}). One more read of 64 KiB can follow, so the memory for each
+    direction is bounded.
     """
 
     __slots__ = ("_end", "_relay")
@@ -69,14 +70,14 @@ class Source:
         self._relay.resume(self._end)
 
     def stopProducing(self) -> None:
-        """The sink is gone: its protocol tells the relay."""
+        """The sink is closed; its protocol reports that to the relay."""
 
 
 @implementer(IRelay)
 class Relay:
     """The relay between two transports that report a reset even while they are not read.
 
-    @ivar quiet: set to 0 whenever bytes move; whoever looks for idle relays counts it up.
+    @ivar quiet: set to 0 whenever bytes move; the code that looks for idle relays increases it.
     """
 
     __slots__ = ("_back", "_ended", "_finished", "_from_back", "_from_front", "_front", "quiet")
@@ -96,7 +97,7 @@ class Relay:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """Bytes passed on so far, from the front and from the back."""
+        """Bytes passed on so far: those from the front, and those from the back."""
         return self._from_front, self._from_back
 
     def start(self, first: bytes, sent_ahead: int = 0) -> None:
@@ -113,7 +114,7 @@ class Relay:
         self.pass_on(source, self._other(source), data)
 
     def count(self, source: object, size: int) -> None:
-        """So many bytes of C{source} are passed on."""
+        """Count C{size} bytes of C{source} as passed on."""
         self.quiet = 0
         if source is self._front:
             self._from_front += size
@@ -121,12 +122,12 @@ class Relay:
             self._from_back += size
 
     def _take_over(self) -> None:
-        """Each end is held back while the other one is behind."""
+        """Pause each end while the other one has bytes waiting."""
         self._back.registerProducer(Source(self, self._front), True)
         self._front.registerProducer(Source(self, self._back), True)
 
     def pass_on(self, source: Any, sink: Any, data: bytes) -> None:
-        """Write what C{source} gave to C{sink}; it has been counted."""
+        """Write C{data} from C{source} to C{sink}; it is already counted."""
         sink.write(data)
 
     def finished(self, source: Any) -> None:
@@ -137,7 +138,7 @@ class Relay:
             sink.loseWriteConnection()
         else:
             self._ended = True
-            sink.loseConnection()  # which sends the FIN
+            sink.loseConnection()  # this sends the FIN
             source.loseConnection()
 
     def lost(self, source: object) -> None:
@@ -150,11 +151,11 @@ class Relay:
         self._front.abortConnection()
 
     def pause(self, source: Any) -> None:
-        """The other end does not take what C{source} sends."""
+        """Stop reading C{source}: the other end does not take its bytes."""
         source.pauseProducing()
 
     def resume(self, source: Any) -> None:
-        """It has taken all."""
+        """Read C{source} again: the other end has taken all waiting bytes."""
         self.quiet = 0
         source.resumeProducing()
 
@@ -162,9 +163,9 @@ class Relay:
         return self._back if end is self._front else self._front
 
     def _reset(self, sink: Any) -> None:
-        """Pass a reset on, behind as many of the waiting bytes as the kernel takes at once.
+        """Pass a reset on, after as many of the waiting bytes as the kernel takes at once.
 
-        They came before the reset: on a direct connection they would have been delivered.
+        They came before the reset: a direct connection would have delivered them.
         """
         self._ended = True
         sink.unregisterProducer()
@@ -174,8 +175,8 @@ class Relay:
 
 
 class TransportRelay(Relay):
-    """The relay over transports of any kind: while a side is not read, a hangup watch reports its
-    reset."""
+    """The relay for transports of any kind: while it does not read a side, a hangup watch reports
+    that side's reset."""
 
     __slots__ = ("_hangups",)
 
@@ -208,9 +209,9 @@ class TransportRelay(Relay):
         super().resume(source)
 
     def _watch(self, transport: object) -> None:
-        """Learn of a reset while C{transport} is not read.
+        """Notice a reset while C{transport} is not read.
 
-        A Unix socket is left out: there EPOLLHUP also means an orderly close.
+        Not for Unix sockets: there, EPOLLHUP also means an orderly close.
         """
         if not self._ended and not IUNIXTransport.providedBy(transport):
             self._hangups.add(transport, lambda: self._hung_up(transport))
@@ -222,9 +223,9 @@ class TransportRelay(Relay):
 
 
 def _has_error(transport: Any) -> bool:
-    """Whether its socket has an error to tell.
+    """Whether its socket has a pending error.
 
-    The kernel sets a socket's error before it shuts the socket down. Who looks in between sees
+    The kernel sets a socket's error before it shuts the socket down. Between the two, epoll reports
     EPOLLERR alone, and Twisted's reactor takes that for an orderly end.
     """
     if not ISystemHandle.providedBy(transport):

@@ -1,4 +1,4 @@
-"""The relay that moves bytes within the kernel, by splice(2) and a pipe."""
+"""The relay that moves bytes within the kernel, with splice(2) and a pipe."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from ..transports.interfaces import IDescriptorTransport, IHangupWatch
 from .relay import Relay, Source, TransportRelay
 
 PIPE_SIZE: Final = 1_048_576
-"""Bytes of the pipe (fs.pipe-max-size, which root may exceed): fewer system calls a byte."""
+"""Bytes of the pipe (root may exceed fs.pipe-max-size): a large pipe needs fewer system calls."""
 
 _ENOUGH: Final = 16_384
-"""Below this, bytes are copied as fast as pages are moved, and a pipe is not worth its calls."""
+"""For fewer bytes, copying is as fast as moving pages, so the pipe's system calls do not pay."""
 
 _READS_ON: Final = 8_388_608
-"""Bytes after which a receiver has shown that it goes on reading. To bound what waits for it costs
-CPU time with each gigabyte."""
+"""After so many bytes a receiver has shown that it keeps reading, and the limit on what waits for
+it is lifted: the limit costs CPU time with each gigabyte."""
 
 Pipe: TypeAlias = tuple[int, int]
 """The end to read from and the end to write to."""
 
 
 class SharedPipe:
-    """The pipe by which all relays move bytes, one move at a time.
+    """The pipe through which all relays move bytes, one move at a time.
 
-    It is empty between two moves: bytes that a receiver does not take do not wait in it, so one is
-    enough, and visitors that stop reading cannot take it from the others.
-
-    @ivar lent: whether a move is under way.
+    It is empty between two moves: bytes that a receiver does not take never wait in it. So one pipe
+    is enough, and visitors that stop reading cannot block it for others.
+    @ivar lent: whether a move is using it.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class SharedPipe:
         self._kept: Pipe | None = None
 
     def borrow(self) -> Pipe | None:
-        """The pipe, or L{None} if there can be none now."""
+        """The pipe, or L{None} if none is available now."""
         if self.lent:
             return None
         pipe, self._kept = self._kept or _pipe(), None
@@ -51,12 +50,12 @@ class SharedPipe:
         self._kept = pipe
 
     def discard(self, pipe: Pipe) -> None:
-        """C{pipe} may hold bytes that nobody wants any more."""
+        """C{pipe} may still hold bytes that nobody needs."""
         self.lent = False
         _close(pipe)
 
     def close(self) -> None:
-        """Keep none."""
+        """Close the pipe if there is one."""
         pipe, self._kept = self._kept, None
         if pipe is not None:
             _close(pipe)
@@ -70,7 +69,7 @@ def _pipe() -> Pipe | None:
     try:
         fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
-        pass  # over the user's share (pipe-user-pages-soft): it works, only slower
+        pass  # the user's pipe pages are used up (pipe-user-pages-soft): works, but slower
     return pipe
 
 
@@ -80,7 +79,7 @@ def _close(pipe: Pipe) -> None:
 
 
 class _Splice:
-    """One direction between descriptors: by the pipe, in the kernel, while the source is fast."""
+    """One direction between descriptors: through the pipe, in the kernel, if the source is fast."""
 
     __slots__ = ("_moved", "_pipe", "_relay", "_sink", "_source")
 
@@ -97,8 +96,8 @@ class _Splice:
         if pipe is None:
             self._read_bytes()
             return
-        # No more than the sink has room for, and a little, so that the kernel learns that there
-        # was more, and makes more room.
+        # A little more than the sink has room for, so that the kernel sees that more data
+        # waits, and makes more room.
         count = min(self._sink.room() + _ENOUGH, PIPE_SIZE)
         try:
             got = _splice(self._source.fileno(), pipe[1], count)
@@ -132,13 +131,12 @@ class _Splice:
 
     def _read_bytes(self) -> None:
         self._source.read_by(None)
-        self._source.rearm()  # there may be more, or a FIN, than one read finds
+        self._source.rearm()  # one read may leave more bytes, or a FIN, unread
         self._source.doRead()
 
 
 def _empty(pipe: Pipe, sink: int, held: int) -> bytes:
-    """Move C{held} bytes, which are all that is in C{pipe}, to C{sink}; gives what it does not
-    take."""
+    """Move the C{held} bytes in C{pipe} to C{sink}; returns the bytes that it does not take."""
     try:
         while held:
             held -= _splice(pipe[0], sink, held)
@@ -152,7 +150,7 @@ def _splice(source: int, sink: int, count: int) -> int:
 
 
 class SpliceRelay(Relay):
-    """The relay over two transports whose descriptors it may use."""
+    """The relay for two transports whose descriptors it may use."""
 
     __slots__ = ("_pipe", "_splices")
 
@@ -162,7 +160,7 @@ class SpliceRelay(Relay):
         self._splices: dict[Any, _Splice] | None = None
 
     def _take_over(self) -> None:
-        """Without a detour by the protocols; an end is held back once the other one is behind."""
+        """Read and write without the protocols; pause an end while the other has bytes waiting."""
         self._front.receive, self._back.receive = self._to_back, self._to_front
 
     def _to_back(self, data: bytes) -> None:
@@ -175,7 +173,7 @@ class SpliceRelay(Relay):
 
     def pass_on(self, source: Any, sink: Any, data: bytes) -> None:
         self.quiet = 0
-        # A FIN that follows goes with the bytes, in one segment (MSG_MORE of send(2)).
+        # A FIN that follows is sent with the bytes, in one segment (MSG_MORE of send(2)).
         sink.write(data, socket.MSG_MORE if source.finishing else 0)
         if sink.waiting:
             if sink.producer is None:
@@ -185,19 +183,19 @@ class SpliceRelay(Relay):
 
     def lost(self, source: Any) -> None:
         super().lost(source)
-        self._splices = None  # they know the relay, too
+        self._splices = None  # they refer to the relay, too: break the cycle
 
     def _speed_up(self, source: Any) -> None:
         if self._splices is None:
             ends = (self._front, self._back)
             for end in ends:
-                os.set_blocking(end.fileno(), False)  # splice(2) can be told of pipes alone
+                os.set_blocking(end.fileno(), False)  # SPLICE_F_NONBLOCK affects only pipes
             self._splices = {end: _Splice(self, end, self._other(end), self._pipe) for end in ends}
         source.read_by(self._splices[source].move)
 
 
 def relay_between(front: Any, back: Any, hangups: IHangupWatch, pipe: SharedPipe) -> Relay:
-    """The relay that suits both transports."""
+    """The relay that is best for both transports."""
     if IDescriptorTransport.providedBy(front) and IDescriptorTransport.providedBy(back):
         return SpliceRelay(front, back, pipe)
     return TransportRelay(front, back, hangups)

@@ -1,6 +1,6 @@
-"""What has happened so far, counted; no I/O.
+"""Counters of what has happened so far; no I/O.
 
-Each connection holds the L{ConnectionRecord} that it got when its route was decided.
+When its route is decided, each connection gets the L{ConnectionRecord} that counts it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ ANSWERED: Final = "answered"
 NOT_ANSWERED: Final = "not answered"
 
 VALIDATION_ENDED: Final = "Validation of {server_name} by {peer}: {result}"
-"""A line of the log, which C{explain} reads."""
+"""A line of the log; C{explain} parses it."""
 
 NO_NAME: Final = "no name"
 
 REMEMBERED: Final = 16
-"""Validations that C{status} shows: more than a CA makes for a name."""
+"""How many validations C{status} shows: more than a CA makes for one name."""
 
 
 @dataclass(slots=True)
 class Validation:
-    """A connection of a CA that validates.
+    """A connection that a CA makes for a validation.
 
     @ivar peer: C{host:port}.
     @ivar at: when it was routed, in seconds since the epoch.
-    @ivar result: C{under way}, C{answered} (the ACME client sent bytes: what it said is between
-        it and the CA), C{not answered}, or C{unreachable: WHY}; or what the responder says.
+    @ivar result: C{under way}, C{answered} (the ACME client sent bytes; only it and the CA know
+        what they mean), C{not answered}, C{unreachable: WHY}, or the text of our own responder.
     """
 
     peer: str
@@ -46,7 +46,7 @@ class Validation:
     result: str = UNDER_WAY
 
     def status(self) -> ValidationStatus:
-        """The same, for C{status}."""
+        """The same values, for C{status}."""
         return {
             "peer": self.peer,
             "server_name": self.server_name,
@@ -57,14 +57,14 @@ class Validation:
 
 @dataclass(slots=True)
 class RouteCount:
-    """One route's numbers.
+    """The numbers of one route.
 
     @ivar target: the address as the operator wrote it.
-    @ivar live: connections that have taken it and have not ended.
-    @ivar total: connections that have taken it.
-    @ivar failures: how many of them did not reach the target.
-    @ivar bytes_from_visitors: passed on to the target by those that have ended.
-    @ivar bytes_to_visitors: passed on from the target by those that have ended.
+    @ivar live: connections that took it and have not ended.
+    @ivar total: connections that took it.
+    @ivar failures: how many of them could not reach the target.
+    @ivar bytes_from_visitors: bytes passed on to the target, counted when a connection ends.
+    @ivar bytes_to_visitors: bytes passed on from the target, counted when a connection ends.
     """
 
     target: str
@@ -88,7 +88,7 @@ class RouteCount:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionRecord:
-    """What a connection is counted in: its route's numbers, and if it is a validation, that."""
+    """Where a connection is counted: its route's numbers and, for a validation, its entry."""
 
     route: RouteCount
     validation: Validation | None = None
@@ -101,9 +101,9 @@ class Statistics:
     @ivar clock: seconds since the epoch.
     @ivar state: C{starting}, C{running}, C{draining}.
     @ivar since: when that state began.
-    @ivar doubts: the values of L{NotClientHello.kind} that there may be.
-    @ivar reasons: how many connections took the fallback, and why: C{no_acme_alpn}, or one of the
-        doubts.
+    @ivar doubts: all possible values of L{NotClientHello.kind}.
+    @ivar reasons: how many connections took the fallback, by reason: C{no_acme_alpn} or one of
+        C{doubts}.
     @ivar named: the numbers of validations that have a target of their own, by name.
     @ivar validations: the last L{REMEMBERED}, the newest at the end.
     """
@@ -131,15 +131,15 @@ class Statistics:
 
     @property
     def last_validation(self) -> Validation | None:
-        """The one that was routed last."""
+        """The validation that was routed last."""
         return self.validations[-1] if self.validations else None
 
     def enter(self, state: State) -> None:
-        """The proxy's state changes to C{state}."""
+        """Change the proxy's state to C{state}."""
         self.state, self.since = state, self.clock()
 
     def validation(self, route: Route, peer: str, server_name: str | None) -> ConnectionRecord:
-        """A connection goes to an ACME client."""
+        """Count a connection that goes to an ACME client."""
         validation = Validation(peer, server_name, self.clock())
         self.validations.append(validation)
         count = self._of_acme[route]
@@ -148,16 +148,16 @@ class Statistics:
         return ConnectionRecord(count, validation)
 
     def told(self, record: ConnectionRecord, answer: str) -> None:
-        """What came of a validation, in words."""
+        """Note the result of a validation, in words."""
         assert record.validation is not None
         record.validation.result = answer
 
     def validation_cut_short(self) -> None:
-        """One was reset because it took too long, or because there were too many."""
+        """Count a validation that was reset because it took too long, or there were too many."""
         self.cut_short += 1
 
     def visitor(self, verdict: Verdict) -> ConnectionRecord:
-        """A connection goes to the web server."""
+        """Count a connection that goes to the web server."""
         reason = verdict.kind if isinstance(verdict, NotClientHello) else NO_ACME_ALPN
         self.reasons[reason] += 1
         self.fallback.live += 1
@@ -169,13 +169,13 @@ class Statistics:
         self.seen += 1
 
     def unreachable(self, record: ConnectionRecord, why: str) -> None:
-        """Its target could not be connected."""
+        """Count a connection whose target could not be reached."""
         record.route.failures += 1
         if record.validation is not None:
             record.validation.result = f"unreachable: {why}"
 
     def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
-        """A connection has ended, after so many bytes each way."""
+        """Count the end of a connection, and its bytes in each direction."""
         route, validation = record.route, record.validation
         route.live -= 1
         route.bytes_from_visitors += from_visitor
@@ -184,10 +184,10 @@ class Statistics:
             validation.result = ANSWERED if to_visitor else NOT_ANSWERED
 
     def status(self, redirect: str, undecided: int) -> ProxyStatus:
-        """All of it, for C{status}.
+        """All numbers, for C{status}.
 
         @param redirect: how connections are steered.
-        @param undecided: connections whose route is not decided yet.
+        @param undecided: how many connections have no route yet.
         """
         last = self.last_validation
         reached = self.fallback.total - self.fallback.failures

@@ -1,4 +1,4 @@
-"""Targets that are sent more than the visitor's bytes."""
+"""Targets that receive a header before the visitor's bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .header import ENCODERS, version_of
 
 @implementer(ITarget)
 class HeadedTarget:
-    """A target that is told first who the visitor is (PROXY protocol, section 2).
+    """A target that first receives the visitor's address (PROXY protocol, section 2).
 
-    The header goes with the hello, in one write: nginx and HAProxy reset a connection whose header
-    comes in pieces.
+    Header and hello are sent in one write: nginx and HAProxy reset a connection whose header comes
+    in pieces.
     """
 
     def __init__(self, target: ITarget, version: str) -> None:
@@ -30,7 +30,7 @@ class HeadedTarget:
     def connect(self, factory: TargetFactory, first: bytes = b"") -> Any:
         arrival = factory.arrival()
         if arrival.header and version_of(arrival.header) == self._version:
-            header = arrival.header  # with all that a load balancer has said besides
+            header = arrival.header  # it may have more fields from a load balancer
         else:
             header = self._encode(arrival.visitor, arrival.dialled)
         factory.lead_with(header)

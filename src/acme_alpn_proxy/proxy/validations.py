@@ -1,8 +1,9 @@
 """The validations that are under way: how many at a time, and for how long.
 
-Whoever sends a hello with C{acme-tls/1} is one, and the ACME client may be one that answers nobody.
-A stranger must not be able to take all places and so keep a CA out: the newest always gets one, at
-the expense of the address that has the most.
+Every connection whose hello offers C{acme-tls/1} counts as a validation, and the ACME client may
+never answer. A stranger must not be able to take all places and so keep a CA out. So the newest
+connection always gets a place; when there are too many, one from the address with the most
+connections is reset.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from twisted.logger import Logger
 from ..transports.deadlines import DeadlineQueue
 
 MAX_VALIDATIONS: Final = 128
-"""Validations at a time. A CA makes about a dozen for a name, and an order may have many names; a
-stranger may make any number."""
+"""Validations at a time. A CA makes about a dozen for each name, and an order may have many names;
+a stranger may make any number."""
 
 VALIDATION_DEADLINE: Final = 60.0
-"""Seconds for a validation. A CA gives one ten seconds."""
+"""Seconds that a validation may take. A CA allows ten."""
 
 _NETWORK: Final = 8
-"""Bytes of an IPv6 address that the network has given; the rest the host chooses itself."""
+"""Bytes of an IPv6 address that the network assigns; the host chooses the others itself."""
 
 
 class Validation(Protocol):
@@ -40,11 +41,11 @@ class Validation(Protocol):
         """The ACME client's address, for the log."""
 
     def abort(self) -> None:
-        """End at once, by a reset on both sides."""
+        """Reset both sides now."""
 
 
 class Validations:
-    """Those under way. What has been cut short is reset."""
+    """The validations under way. Those that take too long, or are too many, are reset."""
 
     _log = Logger()
 
@@ -63,7 +64,7 @@ class Validations:
         return len(self._origins)
 
     def enter(self, connection: Validation) -> None:
-        """C{connection} is one. If there are too many now, another one ends."""
+        """Count C{connection} as under way. If there are now too many, reset another one."""
         if len(self._origins) >= MAX_VALIDATIONS:
             expendable = self._most_expendable()
             self._report_crowd(expendable)
@@ -72,17 +73,17 @@ class Validations:
         self._due.add(connection)
 
     def leave(self, connection: Validation) -> None:
-        """C{connection} has ended, or was none."""
+        """C{connection} has ended; no error if it was not a validation."""
         if self._origins.pop(connection, None) is not None:
             self._due.discard(connection)
             self._reported &= bool(self._origins)
 
     def close(self) -> None:
-        """All have ended."""
+        """All validations have ended."""
         self._due.close()
 
     def _most_expendable(self) -> Validation:
-        """The oldest from where the most come."""
+        """The oldest one from the address that has the most."""
         count = Counter(self._origins.values())
         most = max(count.values())
         return next(each for each, origin in self._origins.items() if count[origin] == most)
@@ -97,7 +98,7 @@ class Validations:
         self._reset(connection)
 
     def _report_crowd(self, expendable: Validation) -> None:
-        """One line until all have ended: a stranger could fill the log."""
+        """Log one line, and no more until all have ended: a stranger could fill the log."""
         if not self._reported:
             self._reported = True
             self._log.warn(
@@ -114,5 +115,5 @@ class Validations:
 
 
 def _origin(host: str) -> bytes:
-    """Whose address it is: an IPv4 address, or the network of an IPv6 one."""
+    """What counts as one address: an IPv4 address, or the network of an IPv6 address."""
     return ip_address(host.removeprefix("::ffff:") if "." in host else host).packed[:_NETWORK]

@@ -1,7 +1,7 @@
 """Whether the web server sees the visitors' own addresses; decided before any visitor is steered.
 
-It does where it listens on loopback, and where its answers come back when it is dialled from an
-address that nobody has. Otherwise it sees all of them under the address that this host dials from.
+It does if it listens on loopback, and if its answers come back when it is dialled from an unused
+address. Otherwise it sees all visitors with the address that this host dials from.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..transports.network import TwistedNetwork
 from ..transports.sockets import bind_as_visitor, is_near
 
 NOBODY: Final[dict[int, str]] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses for examples, which no visitor has (RFC 5737, RFC 3849)."""
+"""Addresses for documentation, which no visitor has (RFC 5737, RFC 3849)."""
 
 _ON_LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
 
 _PATIENCE: Final = 0.3
-"""Seconds for the web server to answer a dial over loopback; it takes less than a millisecond."""
+"""Seconds for the web server to answer over loopback; normally less than a millisecond."""
 
 _CANNOT: Final = "the web server cannot see the visitors' own addresses"
 _INSTEAD: Final = "or start without --visitor-address require"
@@ -43,20 +43,21 @@ Blocking: TypeAlias = Callable[[Callable[[], None]], "Deferred[None]"]
 
 
 class IVisitorAddress(Protocol):
-    """What makes the web server see the visitors' addresses."""
+    """A way to make the web server see addresses of visitors."""
 
     @property
     def capabilities(self) -> Sequence[int]:
         """Capabilities that it needs while it is open, as numbers of <linux/capability.h>."""
 
     def open(self, blocking: Blocking) -> Deferred[None]:
-        """Before anybody is steered; fails with L{StartError}, and then it is not open.
+        """To be called before any visitor is steered; fails with L{StartError}, and is then not
+        open.
 
-        @param blocking: makes calls that block.
+        @param blocking: runs calls that block.
         """
 
     def close(self) -> None:
-        """After the last connection. Does nothing if not open."""
+        """To be called after the last connection. Does nothing if not open."""
 
 
 class HostAddress:
@@ -65,15 +66,15 @@ class HostAddress:
     capabilities = ()
 
     def open(self, blocking: Blocking) -> Deferred[None]:
-        """There is nothing to be opened."""
+        """Nothing to open."""
         return succeed(None)
 
     def close(self) -> None:
-        """There is nothing to be closed."""
+        """Nothing to close."""
 
 
 class VisitorAddress:
-    """The web server sees the visitors' addresses, as far as that can be.
+    """The web server sees the visitors' addresses as far as possible.
 
     @ivar target: the web server.
     """
@@ -92,10 +93,10 @@ class VisitorAddress:
     ) -> None:
         """
         @param target: connects to the web server from this host's address.
-        @param fallback: where the web server is.
-        @param seen: is called for each connection that came from the visitor's address.
-        @param required: whether to refuse to start where it does not see them.
-        @param ipv6: whether there may be visitors by IPv6.
+        @param fallback: the web server's address.
+        @param seen: called for each connection that came from the visitor's address.
+        @param required: whether to refuse the start if the web server cannot see them.
+        @param ipv6: whether IPv6 visitors may come.
         """
         self._source = network.from_visitors(target, seen) if _is_on_loopback(fallback) else None
         self.target: ITarget = target if self._source is None else self._source
@@ -160,7 +161,7 @@ class VisitorAddress:
         )
 
     def _counterpart(self, own: WebServer) -> Iterator[WebServer]:
-        """Where the same web server serves the other family on loopback, if it does."""
+        """The address on loopback where the same web server serves the other family, if it does."""
         other = WebServer(_ON_LOOPBACK[4 if own.family == socket.AF_INET6 else 6], own.port)
         if not (self._ipv6 and has_ipv6()):
             return
@@ -180,7 +181,7 @@ class VisitorAddress:
         return why is None
 
     def _tell_of(self, server: WebServer, why: str) -> None:
-        """The web server does not see the visitors of this family."""
+        """Log that the web server does not see the visitors of this family."""
         self._log.info(
             "The web server sees visitors by {family} under an address of this host: {why}",
             family="IPv6" if server.family == socket.AF_INET6 else "IPv4",
@@ -189,12 +190,12 @@ class VisitorAddress:
 
 
 def bare_cause(problem: StartError) -> str:
-    """Why the web server cannot see the visitors' addresses, without saying that."""
+    """The cause of the problem, without the words that all of them begin with."""
     return problem.cause.removeprefix(f"{_CANNOT}: ")
 
 
 def web_server(fallback: Address) -> WebServer:
-    """The fallback, if the visitors' addresses can be kept there; raises L{StartError}."""
+    """The fallback, if it can see the visitors' addresses; raises L{StartError}."""
     if not _is_on_loopback(fallback):
         raise StartError(
             f"{_CANNOT}: {fallback.text} is no numeric loopback address; name one with --fallback,"
@@ -209,13 +210,13 @@ def _is_on_loopback(address: Address) -> bool:
 
 
 def refuse_translation(servers: Sequence[WebServer], proc: Path = PROC) -> None:
-    """Raises L{StartError} where visitors from afar may be connected to the loopback address
-    already: the answers to them have the same source as those that are to stay on this host."""
+    """Raises L{StartError} if distant visitors may already be connected to the loopback address:
+    the answers to them have the same source as the answers that must stay on this host."""
     if not any(server.family == socket.AF_INET for server in servers):
         return
     for setting in sorted(proc.glob("sys/net/ipv4/conf/*/route_localnet")):
         name, value = setting.parent.name, "0"
-        with suppress(OSError):  # the interface has gone
+        with suppress(OSError):  # the interface no longer exists
             value = setting.read_text().strip()
         if name not in ("default", "lo") and value != "0":
             raise StartError(
@@ -227,7 +228,7 @@ def refuse_translation(servers: Sequence[WebServer], proc: Path = PROC) -> None:
 
 
 def may_have_way_back() -> None:
-    """Raises L{StartError} where there cannot be one. Changes nothing."""
+    """Raises L{StartError} if a way back is impossible. Changes nothing."""
     if not os.path.exists(TUN):
         raise no_way_back(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     if not may_administer_network():
@@ -235,7 +236,7 @@ def may_have_way_back() -> None:
 
 
 def no_way_back(problem: OSError) -> StartError:
-    """Why there is no L{ReturnPath}."""
+    """The error if no L{ReturnPath} can be made."""
     if problem.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return StartError(
             f"{_CANNOT}: there is no {TUN}; load the module tun, where it runs in a container give"
@@ -255,7 +256,7 @@ def no_way_back(problem: OSError) -> StartError:
 
 
 def _no_answer(server: WebServer) -> str | None:
-    """Why a connection from an address that nobody has fails; L{None} if it does not."""
+    """Why a connection from an unused address fails; C{None} if it does not fail."""
     with socket.socket(server.family, socket.SOCK_STREAM) as dial:
         dial.settimeout(_PATIENCE)
         try:
@@ -269,7 +270,7 @@ def _no_answer(server: WebServer) -> str | None:
 
 
 def _listener(server: WebServer, listening: Sequence[TCPSocket]) -> TCPSocket | None:
-    """The listening socket that connections to C{server} come to: that of its address, or one of
+    """The listening socket that gets connections to C{server}: the one at its address, or one at
     all addresses, of both families if there is none for its own."""
     of = {each.local: each for each in listening}
     anywhere = ("0.0.0.0", "::") if server.family == socket.AF_INET else ("::",)  # noqa: S104
@@ -278,8 +279,8 @@ def _listener(server: WebServer, listening: Sequence[TCPSocket]) -> TCPSocket | 
 
 
 def same_program(one: TCPSocket | None, other: TCPSocket | None) -> bool:
-    """Whether two listening sockets belong to the same program, to judge by user and control group:
-    another one may serve other sites at the same port."""
+    """Whether two listening sockets seem to belong to the same program, going by user and control
+    group: another program may serve other sites at the same port."""
     if one is None or other is None:
         return False
     return one is other or (one.uid, one.cgroup) == (other.uid, other.cgroup)

@@ -1,4 +1,4 @@
-"""Whether the web server is where the visitors will be sent; looked at before any is steered."""
+"""Check, before any visitor is steered, that the web server answers where they will be sent."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..host.routes import own_addresses
 from ..host.tcpsockets import listeners
 
 OWN_ANSWER: Final = 1.0
-"""Seconds for one of this host's own addresses to answer; it takes less than a millisecond, unless
-the firewall drops it."""
+"""Seconds for each of this host's own addresses to answer; normally less than a millisecond, but
+the firewall may drop the SYN."""
 
 _log = Logger()
 
 
 def require_web_server(fallback: Address, seconds: float) -> None:
-    """Connect to the fallback, and say what visitors should know. Blocks; raises L{StartError}.
+    """Connect to the fallback, and warn of what it cannot do. Blocks; raises L{StartError}.
 
-    @param seconds: for each address to answer.
+    @param seconds: how long each address may take to answer.
     """
     if fallback.is_original:
         _require_a_site()
@@ -63,9 +63,8 @@ def _require_a_site() -> None:
 
 
 def sites() -> tuple[list[str], list[str]]:
-    """The addresses of this host at which somebody answers on port 443, and those at which nobody
-    does. Those that only this host or its links can dial are left out. Blocks; raises
-    L{StartError}.
+    """The addresses of this host that answer on port 443, and those that do not. Addresses that
+    only this host or its links can reach are left out. Blocks; raises L{StartError}.
     """
     try:
         own = own_addresses()
@@ -75,7 +74,7 @@ def sites() -> tuple[list[str], list[str]]:
     for address in sorted(own, key=lambda each: (each.version, each)):
         if not address.is_loopback and not address.is_link_local:
             host = str(address)
-            try:  # as the proxy does: from the same address
+            try:  # from the same address, as the proxy does
                 socket.create_connection((host, HTTPS), OWN_ANSWER, (host, 0)).close()
             except OSError:
                 others.append(host)
@@ -85,7 +84,7 @@ def sites() -> tuple[list[str], list[str]]:
 
 
 def _connect(target: Address, seconds: float) -> None:
-    """Raises C{OSError}. Endpoints other than C{tcp:} and C{unix:} are Twisted's to connect."""
+    """Raises C{OSError}. Endpoints other than C{tcp:} and C{unix:} are left to Twisted."""
     if target.host:
         socket.create_connection((target.host, target.port), seconds).close()
     elif target.text.startswith("unix:"):
@@ -99,7 +98,7 @@ def _is_any(end: str) -> bool:
 
 
 def _warn_of_several_sites(fallback: Address) -> None:
-    """Sites with servers of their own, on addresses of their own, cannot all be the fallback."""
+    """Warn if several addresses have web servers of their own: only one can be the fallback."""
     hosts = [ipaddress.ip_address(each.rpartition(":")[0].strip("[]")) for each in listeners(HTTPS)]
     if any(host.is_unspecified for host in hosts):
         return

@@ -1,1 +1,1 @@
-"""Ways to be given new connections to :443; each is an L{acme_alpn_proxy.interfaces.IRedirect}."""
+"""Ways to get new connections to :443; each is an L{acme_alpn_proxy.interfaces.IRedirect}."""

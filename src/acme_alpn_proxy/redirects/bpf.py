@@ -1,7 +1,7 @@
-"""The few parts of bpf(2) that steering needs, by the system call itself: no compiler, no library.
+"""The few parts of bpf(2) that steering needs, by direct system calls: no compiler, no library.
 
-L{Assembler} writes programs as instructions with names; the functions below it load and attach
-them. Numbers are those of C{linux/bpf.h}.
+L{Assembler} writes programs as instructions with names; the functions after it load and attach
+them. The numbers are those of C{linux/bpf.h}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Final
 
 _SYSTEM_CALLS: Final = {"x86_64": 321, "aarch64": 280}
-"""The number of bpf(2), by machine."""
+"""The number of the system call bpf(2), by machine."""
 
 _MAP_CREATE: Final = 0
 _MAP_UPDATE_ELEM: Final = 2
@@ -42,10 +42,11 @@ Instruction = tuple[int, int, int, int | Label, int]
 
 
 class Assembler:
-    """Collects instructions, one a call, and knows where the jumps go.
+    """Collects instructions, one for each call, and computes the jumps.
 
-    A register is its number, 0 to 10 (bpf instruction set, RFC 9669 section 2.1): the context comes
-    in r1, calls take r1 to r5 and destroy them, r0 is the result, r10 the frame's end.
+    A register is its number, 0 to 10 (bpf instruction set, RFC 9669 section 2.1): r1 holds the
+    context at the start, r1 to r5 hold a call's arguments and are lost in it, r0 is the result, r10
+    the end of the stack frame.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class Assembler:
         self._add(0x62, base, 0, offset, number)
 
     def load_map(self, to: int, map_descriptor: int) -> None:
-        """to = the map behind the descriptor; takes two instructions"""
+        """to = the map of the descriptor; takes two instructions"""
         self._add(0x18, to, 1, immediate=map_descriptor)
         self._add(0x00)
 
@@ -110,7 +111,7 @@ class Assembler:
         self._add(0x95)
 
     def label(self, name: Label) -> None:
-        """The next instruction is where jumps to this label go."""
+        """Jumps to this label go to the next instruction."""
         self._labels[name] = len(self._instructions)
 
     def code(self) -> bytes:
@@ -131,14 +132,14 @@ class Assembler:
         self._instructions.append((opcode, to, source, offset, immediate))
 
     def _distance(self, at: int, offset: int | Label) -> int:
-        """A jump counts from the instruction behind it."""
+        """The jump's distance, counted from the instruction after the jump."""
         return offset if isinstance(offset, int) else self._labels[offset] - at - 1
 
 
 class Refused(OSError):
     """The kernel refuses a program.
 
-    @ivar reason: the last lines of the verifier's log, or nothing where it has not written any.
+    @ivar reason: the last lines of the verifier's log; empty if it has not written any.
     """
 
     def __init__(self, number: int, reason: str) -> None:
@@ -147,7 +148,7 @@ class Refused(OSError):
 
 
 def _bpf(command: int, attributes: bytes) -> int:
-    """bpf(2); gives a descriptor or 0, raises L{OSError}, with ENOSYS on an unknown machine."""
+    """Call bpf(2); returns a descriptor or 0; raises L{OSError}, ENOSYS on an unknown machine."""
     return _call(command, ctypes.create_string_buffer(attributes, _ATTRIBUTE_BYTES))
 
 
@@ -162,7 +163,7 @@ def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
 
 
 def allow_locked_memory() -> None:
-    """Before Linux 5.11 maps and programs count as locked memory, of which there is little."""
+    """Raise the limit on locked memory: before Linux 5.11, maps and programs count as such."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != resource.RLIM_INFINITY and soft < _MEMLOCK_BYTES:
         wanted = _MEMLOCK_BYTES
@@ -170,16 +171,16 @@ def allow_locked_memory() -> None:
         try:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, hard if enough else wanted))
         except (OSError, ValueError):
-            pass  # if it was needed, the kernel says so next
+            pass  # if the limit matters, the next call to the kernel fails
 
 
 def make_socket_map(slots: int) -> int:
-    """A map of listening sockets (BPF_MAP_TYPE_SOCKMAP): 32-bit slot number to socket."""
+    """A map of listening sockets (BPF_MAP_TYPE_SOCKMAP), from a 32-bit slot number."""
     return _bpf(_MAP_CREATE, struct.pack("=IIII", _MAP_TYPE_SOCKMAP, 4, 8, slots))
 
 
 def make_set(key_bytes: int, size: int) -> int:
-    """A set of keys (BPF_MAP_TYPE_HASH, with values that say nothing)."""
+    """A set of keys (BPF_MAP_TYPE_HASH, with values that are not used)."""
     return _bpf(_MAP_CREATE, struct.pack("=IIII", _MAP_TYPE_HASH, key_bytes, 4, size))
 
 
@@ -189,14 +190,14 @@ def add_key(set_descriptor: int, key: bytes) -> None:
 
 
 def remove_key(set_descriptor: int, key: bytes) -> None:
-    """Take a key out of a set; raises C{OSError}, C{ENOENT} if it is not there."""
+    """Remove a key from a set; raises C{OSError}, C{ENOENT} if it is not in the set."""
     buffer = ctypes.create_string_buffer(key, len(key))
     attributes = struct.pack("=IIQQQ", set_descriptor, 0, ctypes.addressof(buffer), 0, 0)
     _bpf(_MAP_DELETE_ELEM, attributes)
 
 
 def put_socket(map_descriptor: int, slot: int, socket_descriptor: int) -> None:
-    """Put a listening socket into a slot; it leaves the map when it is closed."""
+    """Put a listening socket into a slot; the kernel removes it when it is closed."""
     _update(map_descriptor, struct.pack("=I", slot), struct.pack("=Q", socket_descriptor))
 
 
@@ -217,10 +218,10 @@ def load_sk_lookup(code: bytes, name: str) -> int:
         len(code) // 8,
         ctypes.addressof(instructions),
         ctypes.addressof(licence),
-        1,  # how much the verifier's log tells
+        1,  # level of detail of the verifier's log
         len(log),
         ctypes.addressof(log),
-        0,  # kernel version: of no matter to this type
+        0,  # kernel version: not used for this type
         0,  # flags
         name.encode(),
         0,  # network device: none
@@ -246,8 +247,8 @@ def _this_network_namespace() -> Iterator[int]:
 def attach_sk_lookup(program: int) -> int:
     """Attach to this network namespace.
 
-    @return: the link's descriptor: the program is attached until it is closed, by whatever end of
-        the process.
+    @return: the link's descriptor: the program is attached until this is closed. The end of the
+        process closes it, however the process ends.
     """
     with _this_network_namespace() as namespace:
         attributes = struct.pack("=IIII", program, namespace, _ATTACH_TYPE_SK_LOOKUP, 0)
@@ -255,7 +256,7 @@ def attach_sk_lookup(program: int) -> int:
 
 
 def count_sk_lookup() -> int:
-    """How many programs are attached to this network namespace."""
+    """The number of programs attached to this network namespace."""
     with _this_network_namespace() as namespace:
         question = struct.pack("=II", namespace, _ATTACH_TYPE_SK_LOOKUP)
         attributes = ctypes.create_string_buffer(question, _ATTRIBUTE_BYTES)
@@ -265,10 +266,10 @@ def count_sk_lookup() -> int:
 
 
 def attach_filter(receiver: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Have a socket receive only what a program of the classic BPF passes (socket(7)).
+    """Let a socket receive only what a program of classic BPF accepts (socket(7)).
 
-    @param program: code, jump if true, jump if false and number of each instruction
-        (C{linux/filter.h}); it returns how many bytes to pass.
+    @param program: code, jump if true, jump if false and operand of each instruction
+        (C{linux/filter.h}); the program returns how many bytes of the packet to keep.
     """
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))

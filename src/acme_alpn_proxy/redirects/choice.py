@@ -1,4 +1,4 @@
-"""The first of several redirects that works on this host, and which others would."""
+"""Choose the first of several redirects that works on this host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..interfaces import ICommands, IRedirect
 
 @implementer(IRedirect)
 class ChosenRedirect:
-    """Takes the first of C{ways} that does not refuse, and says why not the earlier ones."""
+    """Takes the first of C{ways} that does not refuse, and logs why the earlier ones refused."""
 
     _log = Logger()
 
@@ -31,9 +31,11 @@ class ChosenRedirect:
     ) -> None:
         """
         @param ways: one or more, the preferred one first.
-        @param first: why the first one is taken, if it is; nothing: that goes without saying.
-        @param others: not taken; if all C{ways} refuse, the remedy names those that work here.
-        @param by_default: whether nobody chose: that the first one is taken, is for the log alone.
+        @param first: the reason to log if the first one is taken; empty: nothing to explain.
+        @param others: these are never taken; if all C{ways} refuse, the remedy names those of them
+            that work here.
+        @param by_default: whether the operator has chosen nothing; then no message goes to the
+            terminal if the first one is taken, only to the log.
         """
         self._ways = ways
         self._first = first
@@ -46,7 +48,7 @@ class ChosenRedirect:
 
     @inlineCallbacks
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
-        """Ask one after the other."""
+        """Ask one way after the other."""
         refusals: list[tuple[str, StartError]] = []
         for way in self._ways:
             try:
@@ -97,7 +99,7 @@ class ChosenRedirect:
     def _advised(
         self, commands: ICommands, problem: StartError
     ) -> Generator[Deferred[Any], Any, StartError]:
-        """The refusal, with the remedy of another way if one works here."""
+        """The refusal, with another way as the remedy if one works here."""
         if problem.status == os.EX_TEMPFAIL:  # another instance steers, or the lock is held
             return problem
         names = []
@@ -115,7 +117,7 @@ class ChosenRedirect:
 
 
 def or_another_way(names: Sequence[str], remedy: str) -> str:
-    """A remedy, after the one to take another way.
+    """The remedy, with the advice to try another way before it.
 
     @param names: the ways that work here.
     """

@@ -1,9 +1,9 @@
-"""The claim: one process at a time changes the redirect of a network namespace.
+"""The claim: only one process at a time changes the redirect of a network namespace.
 
-A claim is an abstract name (unix(7)) that only its holder uses: C{acme-alpn-proxy redirect} and
-something unique. Such names belong to the network namespace, also where containers share it and
-nothing else, and they go with the last process that holds them. Any local user can bind one; so
-those of other users do not count.
+A claim is an abstract name (unix(7)) that only its holder uses: C{acme-alpn-proxy redirect} and a
+unique part. Such names belong to the network namespace, so containers that share only the namespace
+see them too. A name disappears with the last process that holds it. Any local user can bind one, so
+names of other users do not count.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _JITTER_MILLISECONDS: Final = 20
 
 
 _NEWS_AFTER: Final = 1.0
-"""Seconds of waiting before the operator is told."""
+"""After so many seconds of waiting, the operator gets a message."""
 
 _log = Logger()
 
 
 class _Held(Exception):
-    """Another process holds the claim, or is about to take it."""
+    """Another process holds the claim, or is taking it."""
 
 
 @inlineCallbacks
@@ -62,7 +62,8 @@ def claim_redirect(
                 "another instance redirects :443 here, or is about to end that; stop it first",
                 os.EX_TEMPFAIL,
             )
-        # Two that see each other both step back; after unequal pauses one of them is alone.
+        # Two processes that see each other both step back; after unequal pauses one of them is
+        # alone.
         pause = _STEP + secrets.randbelow(_JITTER_MILLISECONDS) / 1000
         if waited < _NEWS_AFTER <= waited + pause:
             _log.info(
@@ -75,7 +76,8 @@ def claim_redirect(
 
 
 def _take() -> socket.socket:
-    """Bind a name of our own, then look for others. Two cannot both miss the other's name."""
+    """Bind a name of our own, then look for others. Of two processes, at least one sees the
+    other."""
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         claim.bind(b"\0%s %d %s" % (_PREFIX, os.getpid(), secrets.token_hex(4).encode()))
@@ -89,7 +91,7 @@ def _take() -> socket.socket:
 
 
 def _counts(name: BoundName) -> bool:
-    """Whether it is a claim of root's or of this user's. Unknown owners count: better to wait."""
+    """Whether it is a claim of root or of this user. An unknown owner counts: waiting is safer."""
     return name.uid in (None, 0, os.geteuid())
 
 
@@ -101,7 +103,7 @@ def _all_names() -> list[BoundName]:
 
 
 def _names_without_owner() -> list[BoundName]:
-    """From /proc/net/unix: it has the inode and the name (after C{@}), but not the owner."""
+    """From /proc/net/unix, which has the inode and the name (after C{@}), but not the owner."""
     found = []
     with open("/proc/net/unix", "rb") as listing:
         for line in listing:

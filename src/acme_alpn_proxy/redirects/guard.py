@@ -1,4 +1,4 @@
-"""The guard of the rules, seen from the proxy; L{acme_alpn_proxy.redirects.guardprocess} is its
+"""The proxy's side of the guard; L{acme_alpn_proxy.redirects.guardprocess} is the guard's
 program."""
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..interfaces import ICommands
 from .guardprocess import NAME, Answer, Order
 
 ANSWER_DEADLINE: Final = 30.0
-"""Seconds for the guard to answer: some commands may each wait five seconds for the lock."""
+"""Seconds for the guard to answer: each of its commands may wait five seconds for the lock."""
 
 END_DEADLINE: Final = 30.0
-"""Seconds to wait for a guard to remove its rules and end, once the line to it is closed."""
+"""Seconds for a guard to remove its rules and end, after its connection to us is closed."""
 
 _SOON: Final = 0.2
 _SHORT_STEP: Final = 0.004
 _STEP: Final = 0.02
-"""Seconds between two looks for an answer, within the first fifth of a second and later."""
+"""Seconds between two checks for an answer: in the first fifth of a second, and later."""
 
 _LONGEST_ANSWER: Final = 65_536
 
@@ -39,11 +39,11 @@ _PROGRAM: Final = (
     "import sys; sys.path.insert(0, sys.argv[2]);"
     " from acme_alpn_proxy.redirects.guardprocess import main; main()"
 )
-"""Its words: its name, the folder (or zip file) of the package, and the order."""
+"""Its command line: its name, the folder (or zip file) of the package, and the order."""
 
 
 class GuardGone(StartError):
-    """It was killed; a new one can take over."""
+    """The guard was killed; a new one can take over."""
 
     def __init__(self, problem: OSError) -> None:
         super().__init__(
@@ -52,12 +52,12 @@ class GuardGone(StartError):
 
 
 class Guard:
-    """The guard's process."""
+    """The process of the guard."""
 
     def __init__(self, claim: socket.socket, order: Order) -> None:
-        """Start it; raises L{StartError}.
+        """Start the process; raises L{StartError}.
 
-        @param claim: goes to the guard, which gives it back when it redirects no more.
+        @param claim: handed to the guard, which closes it when it no longer redirects.
         """
         self._line, theirs = socket.socketpair()
         self._wishes = 0
@@ -79,16 +79,16 @@ class Guard:
 
     @property
     def gone(self) -> bool:
-        """Whether it has ended."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     @inlineCallbacks
     def ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
-        """Have the guard do what C{wish} says; see L{acme_alpn_proxy.redirects.guardprocess.Guard}.
+        """Make the guard carry out C{wish}; see L{acme_alpn_proxy.redirects.guardprocess.Guard}.
 
-        @return: a Deferred of the answer. Fails with L{GuardGone}, or with L{StartError} if it does
-            not answer in time; a late answer to an earlier wish is passed over, and one that makes
-            no sense.
+        @return: a Deferred of the answer. Fails with L{GuardGone}, or with L{StartError} if there
+            is no answer in time. Late answers to earlier wishes are ignored, and so are answers
+            that cannot be read.
         """
         self._wishes += 1
         try:
@@ -106,7 +106,7 @@ class Guard:
 
     @inlineCallbacks
     def end(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        """Close the line to it: it removes what rules there are, and ends."""
+        """Close the connection to the guard: it then removes all its rules, and ends."""
         self._line.close()
         waited = 0.0
         while not self.gone and waited < END_DEADLINE:
@@ -114,7 +114,8 @@ class Guard:
             waited += _STEP
 
     def _answer(self) -> Answer | None:
-        """The answer to the last wish, if it has come; raises C{OSError} if none can come."""
+        """The answer to the last wish, or L{None} if it has not come; raises C{OSError} if none
+        can."""
         try:
             data = self._line.recv(_LONGEST_ANSWER)
         except BlockingIOError:
@@ -129,7 +130,7 @@ class Guard:
 
 
 def _understood(line: bytes) -> Answer | None:
-    """The answer on this line; L{None} if it is none, as from a guard of another release."""
+    """The answer on this line; L{None} if the line is none, as from a guard of another release."""
     try:
         answer: Answer = json.loads(line)
         number, programs = answer["number"], [*answer["missing"], *answer["behind"]]
@@ -144,7 +145,7 @@ def _understood(line: bytes) -> Answer | None:
 def _started(words: Sequence[str], line: int, claim: int) -> subprocess.Popen[bytes]:
     """Start the guard's program; raises C{OSError}.
 
-    This process may have become a user who may not run the Python that it runs itself.
+    After dropping privileges, this process may not be allowed to run its own Python any more.
     """
     for python in (sys.executable, _ANY_PYTHON):
         try:

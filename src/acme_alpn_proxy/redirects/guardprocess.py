@@ -1,15 +1,15 @@
 """The guard's own program: a small process that outlives the proxy and removes its rules.
 
-The proxy may be killed in any way, and rules to a dead port would leave the site down. So another
-process makes the rules, looks after them, and removes them: when the proxy says so, or when the
-proxy's end of the line between them is closed. It keeps the privileges that the proxy may drop. It
-can do nothing else: rules and commands are its arguments.
+The proxy may be killed in any way, and rules to a dead port would take the site down. So another
+process makes the rules, checks them regularly and removes them: when the proxy asks for that, or
+when the proxy's end of the connection between them is closed. It keeps the privileges that the
+proxy may drop. It can do nothing else: rules and commands are its arguments.
 
-It imports nothing but the standard library and modules that do the same, and all of that at the
-start: the program may be removed while it runs.
+It imports only the standard library and modules that do the same, all of them at its start: the
+program may be removed while it runs.
 
-On the line, each wish of the proxy is a number and a word. The answer is one JSON object on one
-line (L{Answer}), with the same number.
+On the connection, each wish of the proxy is a number and a word. The answer is one JSON object on
+one line (L{Answer}), with the same number.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from ..host.conntrack import forget, translated
 from .rules import COMMENT, EXPIRY, KEEPER, is_redirect
 
 NAME: Final = "acme-alpn-proxy-guard"
-"""What it is called in the list of processes."""
+"""The name that the list of processes shows."""
 
 LIFETIME: Final = 90.0
-"""Seconds for which a redirect is valid, unless it is renewed: if proxy and guard are killed
-together, visitors reach the web server again after that time."""
+"""Seconds for which a redirect is valid unless it is renewed: if proxy and guard are both killed,
+visitors reach the web server again after that time."""
 
 RENEWAL: Final = 30.0
 """Seconds between two renewals."""
 
 COMMAND_DEADLINE: Final = 15.0
-"""Seconds for a command; iptables waits five for its lock."""
+"""Seconds that a command may take; iptables waits five for its lock."""
 
 SILENCE: Final = 9.0
-"""Seconds without a wish after which a proxy that lets visitors wait counts as hung. It sends one
-every three seconds."""
+"""If no wish comes for so many seconds, while visitors wait to be accepted, the proxy counts as
+hung. A healthy proxy sends one every three seconds."""
 
 _TICK: Final = 1.0
 _JUMP: Final = 5.0
-"""Seconds by which the wall clock must have been set for the rules to be renewed at once."""
+"""If the wall clock is changed by so many seconds, the rules are renewed at once."""
 
 _FIRST_PAUSE: Final = 0.2
 _LAST_PAUSE: Final = 5.0
@@ -56,31 +56,31 @@ _LONGEST_LINE: Final = 4_096
 _LONGEST_NUMBER: Final = 18
 
 _NO_SUCH_RULE: Final = 1
-"""Exit status of iptables C{-C} and C{-D} where the rule is not there."""
+"""Exit status of iptables C{-C} and C{-D} if the rule does not exist."""
 
 _NOT_UNDERSTOOD: Final = (1, 2)
-"""Exit statuses of iptables for a rule that it, or the kernel, does not know."""
+"""Exit statuses of iptables if it, or the kernel, does not know a part of the rule."""
 
 _ANY: Final = tuple(range(1, 256))
 _NO_PROGRAM: Final = 127
 _KILLED: Final = 137
 
 _CLAIM: Final = 3
-"""The descriptor of the claim. Commands inherit it: should the guard be killed while one runs,
-nobody redirects before that has ended."""
+"""The descriptor of the claim. Commands inherit it: if the guard is killed while a command runs,
+nobody else can redirect until that command has ended."""
 
 _LISTENING: Final = "0A"
 """TCP_LISTEN as /proc/net/tcp shows it (proc(5))."""
 
 
 class Order(TypedDict):
-    """What the guard is for; its argument.
+    """What the guard has to do; its argument.
 
-    @ivar commands: how to call iptables, for each family: the program and its first words.
+    @ivar commands: the iptables command for each family: the program and its first words.
     @ivar keeper: the rule that keeps connection tracking on, in mangle PREROUTING.
     @ivar rule: the redirect, in nat PREROUTING.
-    @ivar expires: whether the redirect gets a time after which it is no longer valid.
-    @ivar port: where the redirect leads.
+    @ivar expires: whether the redirect has an expiry time.
+    @ivar port: the port that the redirect leads to.
     """
 
     commands: list[list[str]]
@@ -91,9 +91,9 @@ class Order(TypedDict):
 
 
 class Answer(TypedDict):
-    """What the guard answers to a wish.
+    """The guard's answer to a wish.
 
-    @ivar missing: after C{look}: the programs whose rules are not there.
+    @ivar missing: after C{look}: the programs whose rules have disappeared.
     @ivar behind: after C{look}: the programs that have another rule before the redirect.
     @ivar expires: whether the redirect expires if it is not renewed.
     @ivar failed: command, exit status and output of a command that failed.
@@ -107,7 +107,7 @@ class Answer(TypedDict):
 
 
 class CommandFailed(Exception):
-    """A command did not do what it was to do.
+    """A command failed.
 
     @ivar code: its exit status.
     @ivar failed: the command, its exit status, and its output.
@@ -120,9 +120,9 @@ class CommandFailed(Exception):
 
 
 def run(argv: Sequence[str], *allowed: int) -> tuple[int, str]:
-    """Exit status and output of a command; raises L{CommandFailed}.
+    """Run a command; returns its exit status and output; raises L{CommandFailed}.
 
-    @param allowed: exit statuses besides 0 that are no failure.
+    @param allowed: exit statuses besides 0 that do not count as a failure.
     """
     try:
         done = subprocess.run(
@@ -137,7 +137,7 @@ def run(argv: Sequence[str], *allowed: int) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         text = f"not finished after {COMMAND_DEADLINE:g} s"
         raise CommandFailed(argv, _KILLED, text) from None
-    except OSError as problem:  # no process, no memory, or no such program
+    except OSError as problem:  # cannot fork, out of memory, or no such program
         raise CommandFailed(argv, _NO_PROGRAM, str(problem)) from None
     output = done.stdout.decode("utf-8", "backslashreplace")
     if done.returncode not in (0, *allowed):
@@ -148,9 +148,9 @@ def run(argv: Sequence[str], *allowed: int) -> tuple[int, str]:
 class Rule:
     """A rule in a PREROUTING chain.
 
-    @ivar program: the name of iptables that it is made with.
-    @ivar stands: whether it may be there.
-    @ivar words: what it matches, and its target.
+    @ivar program: the name of the iptables program that makes it.
+    @ivar stands: whether the rule may exist in the chain.
+    @ivar words: its matches and its target.
     """
 
     def __init__(self, command: Sequence[str], table: str, words: Sequence[str]) -> None:
@@ -165,37 +165,38 @@ class Rule:
         self._as_printed = ""
 
     def insert(self) -> None:
-        """Put it before all others; raises L{CommandFailed}."""
+        """Insert it before all other rules; raises L{CommandFailed}."""
         try:
             self._run("-I", self.words)
         except CommandFailed as problem:
-            self.stands |= problem.code == _KILLED  # which may have been too late
+            self.stands |= problem.code == _KILLED  # the kill may have come too late
             raise
         self.stands = True
         self._as_printed = ""
 
     def note_first(self) -> None:
-        """Remember how the first rule is printed, if this one has just been inserted."""
+        """Remember how iptables prints the first rule: this one, if it has just been inserted."""
         if self.stands and not self._as_printed:
             self._as_printed = self._first()
 
     def is_there(self) -> bool:
-        """Raises L{CommandFailed} if that cannot be seen."""
+        """Whether the rule exists; raises L{CommandFailed} if that cannot be found out."""
         return self._run("-C", self.words, _NO_SUCH_RULE) == 0
 
     def is_first(self) -> bool:
-        """Whether no other rule stands before it; raises L{CommandFailed}."""
+        """Whether it is the first rule of its chain; raises L{CommandFailed}."""
         return self.stands and self._as_printed in ("", self._first())
 
     def remove(self) -> None:
-        """Remove it if it stands; raises L{CommandFailed}."""
+        """Remove the rule if it exists; raises L{CommandFailed}."""
         self._remove_outdated()
         if self.stands:
             self._delete(self.words)
             self.stands = False
 
     def replace(self, words: Sequence[str]) -> None:
-        """Put a rule with C{words} in its place, at no moment without; raises L{CommandFailed}."""
+        """Replace its words with C{words}; one of both rules always exists; raises
+        L{CommandFailed}."""
         self._run("-I", words)
         self._outdated.append(self.words)
         self.words, self._as_printed = list(words), ""
@@ -207,7 +208,7 @@ class Rule:
             del self._outdated[0]
 
     def _delete(self, words: Sequence[str]) -> None:
-        """Delete a rule, and all its likes; what counts is that it is not there any more."""
+        """Delete a rule and all copies of it. If it does not exist any more, that is a success."""
         there = True
         while there:
             code = self._run("-D", words, _NO_SUCH_RULE)
@@ -224,7 +225,7 @@ class Rule:
 
 
 def visitors_wait(port: int) -> bool:
-    """Whether connections wait to be accepted at a listening socket on C{port} (/proc/net/tcp)."""
+    """Whether connections wait to be accepted by a listening socket on C{port} (/proc/net/tcp)."""
     for name in ("tcp", "tcp6"):
         try:
             with open(f"/proc/net/{name}") as listing:
@@ -239,10 +240,10 @@ def visitors_wait(port: int) -> bool:
 
 
 class Guard:
-    """The rules, and what becomes of them.
+    """The rules, and the wishes that make and remove them.
 
-    @param wall: the wall clock, seconds since the epoch; rules expire by it.
-    @param monotonic: a clock that nobody sets.
+    @param wall: the wall clock, seconds since the epoch; the kernel expires rules by it.
+    @param monotonic: a clock that nobody can change.
     """
 
     def __init__(
@@ -274,7 +275,7 @@ class Guard:
         }
 
     def obey(self, line: str) -> Answer:
-        """Do what a line from the proxy says."""
+        """Carry out the wish on a line from the proxy."""
         self._heard = self._monotonic()
         number, _, wish = line.partition(" ")
         if not number.isdigit() or len(number) > _LONGEST_NUMBER:
@@ -294,7 +295,8 @@ class Guard:
         return answer
 
     def tick(self) -> None:
-        """To be called every second or so: renew what expires, and let go for a hung proxy."""
+        """Renew what expires, and stop redirecting if the proxy hangs. Call this every second or
+        so."""
         now = self._monotonic()
         with suppress(CommandFailed):
             for redirect in self._redirects:
@@ -312,7 +314,7 @@ class Guard:
                 self._renewed, self._offset = now, offset
 
     def clean_up(self) -> None:
-        """Remove everything; raises L{CommandFailed}."""
+        """Remove all rules; raises L{CommandFailed}."""
         self._release()
 
     @property
@@ -320,14 +322,14 @@ class Guard:
         return any(redirect.stands for redirect in self._redirects)
 
     def _rule(self) -> list[str]:
-        """The redirect, with the time until which it is valid from now on."""
+        """The redirect, valid for L{LIFETIME} from now if it expires."""
         if not self._order["expires"]:
             return self._order["rule"]
         end = time.gmtime(self._wall() + LIFETIME)
         return [*self._order["rule"], *EXPIRY, time.strftime("%Y-%m-%dT%H:%M:%S", end)]
 
     def _apply(self, answer: Answer) -> None:
-        """Insert all rules; if one cannot be, none of them stays."""
+        """Insert all rules; if one fails, remove them all."""
         if self._steers:
             self._restore(answer)
             return
@@ -344,7 +346,7 @@ class Guard:
         self._renewed = self._monotonic()
 
     def _insert(self, redirect: Rule) -> None:
-        """Insert it, without an end of its validity where iptables or the kernel knows none."""
+        """Insert it; without an expiry time if iptables or the kernel does not support that."""
         try:
             redirect.insert()
         except CommandFailed as problem:
@@ -359,7 +361,8 @@ class Guard:
             redirect.insert()
 
     def _take_over(self, answer: Answer) -> None:
-        """Go on with the rules of a guard that was killed: with new ones, and without the old."""
+        """Replace the rules of a guard that was killed: insert new ones, then remove the old
+        ones."""
         for keeper in self._keepers:
             keeper.stands = True
         self._restore(answer)
@@ -372,7 +375,7 @@ class Guard:
                     run([*command, "-t", "nat", "-D", *words], _NO_SUCH_RULE)
 
     def _look(self, answer: Answer) -> None:
-        """Find out what is missing or no longer first. Changes nothing."""
+        """Find out which rules are missing or not the first any more. Changes nothing."""
         for redirect in self._redirects:
             if not redirect.is_first():
                 found = answer["behind" if redirect.is_there() else "missing"]
@@ -380,7 +383,7 @@ class Guard:
         answer["missing"] += [each.program for each in self._keepers if not each.is_there()]
 
     def _restore(self, answer: Answer) -> None:
-        """Put back what is missing, and the redirects before all other rules."""
+        """Put back what is missing, and put the redirects before all other rules."""
         for keeper in self._keepers:
             if not keeper.is_there():
                 keeper.insert()
@@ -390,13 +393,13 @@ class Guard:
                 self._insert(redirect)
 
     def _remove(self, answer: Answer | None = None) -> None:
-        """Steer no more."""
+        """Stop steering."""
         for redirect in self._redirects:
             redirect.remove()
         self._give_back_claim()
 
     def _release(self, answer: Answer | None = None) -> None:
-        """Remove everything, the redirects first."""
+        """Remove all rules, the redirects first."""
         self._remove()
         self._forget_connections()
         for keeper in self._keepers:
@@ -404,14 +407,14 @@ class Guard:
         self.ended = True
 
     def _ignore(self, answer: Answer) -> None:
-        """A wish that there is not."""
+        """Do nothing: this wish is unknown."""
 
     def _forget_connections(self) -> None:
-        """Delete what connection tracking remembers of steered connections; see
+        """Delete the entries of steered connections from connection tracking; see
         L{acme_alpn_proxy.host.conntrack}.
 
-        Not while there is another keeper, of another instance or of an earlier order: the live
-        connections that it keeps look the same, and tracking stays on in any case.
+        Not while another instance or an earlier order still has a keeper: its live connections have
+        entries that look the same, and its keeper keeps tracking on in any case.
         """
         entries = translated(self._order["port"])
         if entries and not self._others_keep():
@@ -427,10 +430,10 @@ class Guard:
 
 
 def obey_proxy(guard: Guard, line: int) -> None:
-    """Do what the proxy says until its end of the line is closed, or everything is removed.
+    """Carry out the proxy's wishes until its end of the connection is closed, or all is removed.
 
-    @param line: the descriptor of the socket that its wishes come by, and the answers go by. An
-        answer that finds no room, since nobody reads them, is lost.
+    @param line: the descriptor of the socket for wishes and answers. If the proxy does not read
+        answers and the socket is full, an answer is lost.
     """
     os.set_blocking(line, False)
     poll = select.poll()
@@ -447,7 +450,7 @@ def obey_proxy(guard: Guard, line: int) -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             buffer = buffer[-_LONGEST_LINE:]
             for each in lines:
-                if guard.ended:  # nobody would remove what is made now
+                if guard.ended:  # nobody would remove rules that are made after this
                     break
                 answer = guard.obey(each.decode("ascii", "replace"))
                 with suppress(OSError):
@@ -456,8 +459,8 @@ def obey_proxy(guard: Guard, line: int) -> None:
 
 
 def main() -> None:
-    """Guard until everything is removed: standard input is the line to the proxy, standard error is
-    the claim."""
+    """Guard until all rules are removed. Standard input is the connection to the proxy, standard
+    error is the claim."""
     for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "PIPE"):
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
     os.dup2(2, _CLAIM)  # inheritable
@@ -465,17 +468,17 @@ def main() -> None:
     os.dup2(null, 2)
     os.close(null)
     guard = Guard(json.loads(sys.argv[-1]), give_back_claim=_close_claim)
-    with suppress(Exception):  # whatever it is, the rules are to go
+    with suppress(Exception):  # whatever has failed, the rules must be removed
         obey_proxy(guard, 0)
     pause = _FIRST_PAUSE
     while not guard.ended:
         try:
             guard.clean_up()
-        except CommandFailed:  # whatever it is: rules to a dead port are worse
+        except CommandFailed:  # whatever the reason, try again: rules to a dead port are worse
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)
 
 
 def _close_claim() -> None:
-    with suppress(OSError):  # it was closed before
+    with suppress(OSError):  # it is already closed
         os.close(_CLAIM)

@@ -1,11 +1,12 @@
-"""Redirect by iptables(8) and ip6tables(8).
+"""Redirect with iptables(8) and ip6tables(8).
 
-Two rules for each family. The I{redirect} in the nat table steers new connections. The I{keeper}
-in the mangle table has no target and does nothing but use connection tracking: when the last rule
-that uses it goes, the kernel stops translating and every steered connection is cut. So it is there
-before the redirect is, and goes only when the last steered connection has ended.
+There are two rules for each family. The I{redirect} in the nat table steers new connections. The
+I{keeper} in the mangle table has no target; it only keeps connection tracking in use. When the last
+rule that uses tracking is removed, the kernel stops translating, and all steered connections break.
+So the keeper is inserted before the redirect, and removed when the last steered connection has
+ended.
 
-Whatever end the process comes to, its guard (L{acme_alpn_proxy.redirects.guard}) removes them.
+However the process ends, its guard (L{acme_alpn_proxy.redirects.guard}) removes the rules.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ from .leftovers import Leftovers, keeper_comment
 from .rules import COMMENT, KEEPER_MATCH
 
 GUARD_PATIENCE: Final = 15.0
-"""Seconds for the guard of an instance that was killed to finish."""
+"""Seconds to wait until the guard of a killed instance has finished."""
 
 _USUAL_LIMIT: Final = 65_536
-"""Entries that connection tracking takes, where it is not loaded yet: no kernel on a host with more
-than 1 GB of memory has a lower default."""
+"""The size of the connection tracking table to assume if it is not loaded: on a host with more than
+1 GB of memory, no kernel has a lower default."""
 
 
 def default_rulespec(port: int) -> list[str]:
-    """What is redirected, and how, unless C{ACME_ALPN_PROXY_RULESPEC} says otherwise.
+    """The default rule, for when C{ACME_ALPN_PROXY_RULESPEC} is not set.
 
-    C{--syn}: connections that were there before are not taken over midway. C{LOCAL}: traffic that
-    this host only forwards is left alone.
+    C{--syn}: the rule does not catch connections that exist already. C{LOCAL}: it does not touch
+    traffic that this host only forwards.
     """
     match = ["-p", "tcp", "--syn", "--dport", "443", "-m", "addrtype", "--dst-type", "LOCAL"]
     return [*match, "-j", "REDIRECT", "--to-port", str(port), "-m", "comment", "--comment", COMMENT]
 
 
 def _as_dnat(rulespec: Sequence[str]) -> list[str]:
-    """The same rule by DNAT, which changes the port alone."""
+    """The same rule with DNAT, which changes only the port."""
     words = ["DNAT" if word == "REDIRECT" else word for word in rulespec]
     for flag in ("--to-port", "--to-ports"):
         if flag in words[:-1]:
@@ -68,7 +69,7 @@ _numbers = itertools.count(1)
 
 @implementer(IRedirect)
 class IptablesRedirect:
-    """Steers by one rule a family in nat PREROUTING."""
+    """Steers with one rule for each family in nat PREROUTING."""
 
     _log = Logger()
 
@@ -82,11 +83,11 @@ class IptablesRedirect:
         cautious: bool = False,
     ) -> None:
         """
-        @param port: where the listener is.
-        @param rulespec: what stands behind C{-t nat -I PREROUTING}, one word an item.
-        @param ipv6: whether to steer IPv6 too, where there is any.
-        @param force: whether to steer even if the firewall seems to drop who is steered.
-        @param cautious: whether to refuse, too, where another redirect should rather be tried.
+        @param port: the port of the listener.
+        @param rulespec: the words that follow C{-t nat -I PREROUTING}.
+        @param ipv6: whether to steer IPv6 too, if the host has it.
+        @param force: whether to steer even if the firewall seems to drop steered visitors.
+        @param cautious: whether to refuse also where another redirect would be the better choice.
         """
         self._port = port
         self._custom = rulespec
@@ -103,13 +104,14 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
-        """On all addresses: the kernel redirects to that of the interface a visitor comes in by."""
+        """Listen on all addresses: REDIRECT leads to the address of the interface that a visitor
+        comes in through."""
         if not self._ipv6:
             self._families = [4]
         elif not facts.has_ipv6():
             self._log.info("This host has no IPv6: steering IPv4 alone")
             self._families = [4]
-        else:  # IPv6 first: if it fails, no visitor has been steered yet
+        else:  # IPv6 first: if it fails, no visitor is steered yet
             self._families = [6, 4]
         self._refuse_unnumbered()
         self._refuse_container()
@@ -127,9 +129,9 @@ class IptablesRedirect:
         self, commands: ICommands, listeners: Sequence[socket.socket]
     ) -> Generator[Deferred[Any], Any, None]:
         if all(listener.family != socket.AF_INET6 for listener in listeners):
-            self._families = [4]  # rules for IPv6 without a listener for it would be an outage
+            self._families = [4]  # IPv6 rules without an IPv6 listener would be an outage
         idle = facts.tracked_connections() == 0
-        # The guard gets ready while leftovers are looked for.
+        # The guard starts in parallel to the search for leftovers.
         self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))
         try:
             yield Leftovers(self._port, self._custom, self._families).remove(commands)
@@ -140,7 +142,7 @@ class IptablesRedirect:
             raise
         if self._custom is None and not answer["expires"]:
             self._log.warn(
-                "iptables has no match 'time' here: should the proxy and its guard be killed"
+                "iptables has no match 'time' here: if the proxy and its guard are killed"
                 " together, 'acme-alpn-proxy stop' must remove the rules"
             )
         if idle:
@@ -169,7 +171,7 @@ class IptablesRedirect:
         if self._guard is None:
             return
         if self._guard.gone and not facts.may_administer_network():
-            yield commands.pause(LIFETIME)  # then its rules are no longer valid
+            yield commands.pause(LIFETIME)  # after that time, its rules have expired
         else:
             yield self._ask(commands, "remove")
 
@@ -182,11 +184,11 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def _ask(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
-        """Ask the guard, or a new one if it was killed."""
+        """Ask the guard; if it was killed, start a new one and ask that."""
         try:
             answer: Answer = yield self._ask_once(commands, wish)
         except GuardGone:
-            # The new one has the rules in place when it has taken over.
+            # The new one has already put the rules in place when it takes over.
             answer = yield self._ask_once(commands, "restore" if wish == "apply" else wish)
         if answer["failed"] is not None:
             argv, code, output = answer["failed"]
@@ -205,8 +207,8 @@ class IptablesRedirect:
 
     @inlineCallbacks
     def _judge_again(self, commands: ICommands) -> Generator[Deferred[Any], Any, None]:
-        """A firewall that was loaded anew may be another one. Without privileges it cannot be seen;
-        then the watch for lost visitors must do."""
+        """A firewall that was reloaded may have other rules now. Without privileges it cannot be
+        read; then only the watch for lost visitors helps."""
         if not self._force and facts.may_administer_network():
             try:
                 yield self._refuse_firewall(commands)
@@ -239,11 +241,11 @@ class IptablesRedirect:
                 )
 
     def _refuse_container(self) -> None:
-        """A container's processes may all be killed at once, the guard among them."""
+        """All processes of a container may be killed at once, including the guard."""
         if not facts.in_first_pid_namespace() and served_from_elsewhere(HTTPS):
             raise StartError(
-                "this is a container, and the web server is outside: should the container be"
-                " killed, nobody would be left to remove the rules; run this where the web"
+                "this is a container, and the web server is outside: if the container is"
+                " killed, no process is left to remove the rules; run this where the web"
                 " server runs",
                 os.EX_CONFIG,
             )
@@ -264,7 +266,7 @@ class IptablesRedirect:
     def _refuse_to_spare(
         self, commands: ICommands, host: judgement.Host, way: judgement.Way
     ) -> Generator[Deferred[Any], Any, None]:
-        """Refuse if a visitor who is banned from port 443 could come in by the redirect."""
+        """Refuse if a visitor who is banned from port 443 could get in through the redirect."""
         rule = yield host.why_spared(way, commands)
         if rule is not None:
             raise StartError(

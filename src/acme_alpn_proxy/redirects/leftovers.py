@@ -1,7 +1,7 @@
-"""The iptables rules that dead instances have left: found once, for start, stop and check.
+"""The iptables rules that dead instances left: found in one place, for start, stop and check.
 
 An instance that was killed together with its guard leaves rules that send visitors to a port where
-nobody listens. The original program leaves its rule in the same way.
+no program listens. The original program leaves its rule in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .claim import claim_redirect
 from .rules import COMMENT, KEEPER, is_redirect, word_after
 
 LIFE_SIGN: Final = 1.0
-"""Seconds to wait for the claim; who holds it for longer is alive."""
+"""Seconds to wait for the claim; a process that holds it for longer is alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Leftover:
     """A rule of a dead instance.
 
     @ivar words: the rule, as C{iptables -D} takes it: the chain first.
-    @ivar steers: whether it is a redirect; otherwise it is a keeper, which harms nobody.
+    @ivar steers: whether it is a redirect; otherwise it is a keeper, which is harmless.
     """
 
     family: int
@@ -50,15 +50,15 @@ class Leftover:
 
 
 class Leftovers:
-    """Finds and removes them. Only for the process that holds the claim: while it does, no live
-    instance has a rule to the port."""
+    """Finds and removes leftovers. Only for the process that holds the claim: while it holds it, no
+    live instance has a rule to the port."""
 
     _log = Logger()
 
     def __init__(self, port: int, rulespec: Sequence[str] | None, families: Iterable[int]) -> None:
         """
-        @param port: to which the rules redirect.
-        @param rulespec: the operator's own rule; L{None}: the usual one, found by its comment.
+        @param port: the port that the rules redirect to.
+        @param rulespec: the operator's own rule; L{None}: the default one, found by its comment.
         """
         self._port = port
         self._custom = None if rulespec is None else ["PREROUTING", *rulespec]
@@ -68,7 +68,7 @@ class Leftovers:
     def find(
         self, commands: ICommands, family: int
     ) -> Generator[Deferred[Any], Any, list[Leftover]]:
-        """Those of one family; fails with L{StartError} if they cannot be listed."""
+        """The leftovers of one family; fails with L{StartError} if the rules cannot be listed."""
         found = []
         for table in ("nat", "mangle"):
             listing = yield _run(commands, family, table, "-S", "PREROUTING")
@@ -86,9 +86,9 @@ class Leftovers:
 
     @inlineCallbacks
     def remove(self, commands: ICommands) -> Generator[Deferred[Any], Any, int]:
-        """Remove those of all families; fails with L{StartError}.
+        """Remove the leftovers of all families; fails with L{StartError}.
 
-        @return: a Deferred of their number.
+        @return: a Deferred of the number of rules removed.
         """
         total = 0
         for family in self._families:
@@ -96,9 +96,9 @@ class Leftovers:
         return total
 
     def clean_up(self) -> int:
-        """Take the claim, remove what there is, and give the number of rules removed. Blocks.
+        """Take the claim, remove all leftovers, and return the number of rules removed. Blocks.
 
-        Raises L{StartError} if that cannot be done, or an instance is alive.
+        Raises L{StartError} if that fails, or if an instance is alive.
         """
         removed: list[int] = []
         problems: list[Failure] = []
@@ -119,7 +119,7 @@ class Leftovers:
 
     @inlineCallbacks
     def _has_rules(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, bool]:
-        """Whether there can be rules: not without iptables, nor where the kernel has no tables."""
+        """Whether rules can exist: not without iptables, nor if the kernel has no tables."""
         result: Result = yield commands.run(command(family, "nat", "-S", "PREROUTING"))
         return result.code not in (NOT_FOUND, NO_SUCH_TABLE)
 
@@ -150,18 +150,19 @@ def _run(
 
 
 def keeper_comment(pid: int, number: int) -> str:
-    """Names the process whose connections the keeper keeps: a PID alone is used again, and is
-    another process's in another PID namespace.
+    """A comment that names the process whose connections the keeper keeps. A PID alone is not
+    enough: the kernel uses it again, and another PID namespace has a process with the same one.
 
-    @param number: of the redirect among those of the process. An earlier one, with connections of
+    @param number: the number of this redirect within the process. An earlier redirect, whose
+        connections may still be under way, has another keeper.
         its own that are still under way, has another keeper.
     """
     return f"{KEEPER} {pid} {facts.process_start_time(pid)} {facts.pid_namespace()} {number}"
 
 
 def is_dead_keeper(words: Sequence[str]) -> bool:
-    """Whether a mangle rule is a keeper whose process has ended. That can be said of processes of
-    the same PID namespace alone."""
+    """Whether a mangle rule is a keeper whose process has ended. This is known only for processes
+    of the same PID namespace."""
     name, _, owner = word_after(words, "--comment").partition(" keeper ")
     pid, started, namespace = [*owner.split(), "", "", ""][:3]
     if name != COMMENT or not pid.isdigit() or namespace != str(facts.pid_namespace()):

@@ -1,4 +1,4 @@
-"""What the ways have in common that give connections to listeners on loopback."""
+"""The common part of the ways that give connections to listeners on loopback."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from ..interfaces import ICommands
 
 
 class LoopbackRedirect:
-    """The part of L{acme_alpn_proxy.interfaces.IRedirect} that is the same for them.
+    """The part of L{acme_alpn_proxy.interfaces.IRedirect} that these ways share.
 
-    @ivar _families: 4, and 6 if IPv6 is to be steered, too.
+    @ivar _families: 4, and 6 if IPv6 is steered, too.
     """
 
     _log = Logger()
 
     def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
         """
-        @param ipv6: whether to steer IPv6 too, where there is any.
-        @param force: whether to steer even if it seems that visitors would be lost, or not be
+        @param ipv6: whether to steer IPv6 too, if the host has it.
+        @param force: whether to steer even if it seems that visitors would be lost, or would not be
             steered.
         """
         self._families = (4, 6) if ipv6 else (4,)
         self._force = force
 
     def _hosts(self) -> tuple[str, ...]:
-        """Where to listen, any port."""
+        """The addresses to listen on, with any port."""
         hosts = {4: "127.0.0.1:0", 6: f"[{facts.ipv6_to_listen_on()}]:0"}
         return tuple(hosts[family] for family in self._families)
 
     def _note_families(self, listeners: Sequence[socket.socket]) -> None:
-        """Say so if there is none for IPv6."""
+        """Note which families have a listener; log it if IPv6 has none."""
         if len(listeners) < len(self._families):
             self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
 
     def release(self, commands: ICommands) -> Deferred[None]:
-        """Established connections need nothing."""
+        """Nothing to remove: established connections do not depend on this redirect."""
         return succeed(None)

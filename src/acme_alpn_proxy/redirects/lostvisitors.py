@@ -2,12 +2,12 @@
 
 A client that gets no answer to its SYN sends the same SYN again after about a second, and again
 after two more (RFC 6298). So repeated SYNs to :443, while the listener accepts nothing, mean that
-visitors are being lost. A flood of forged SYNs does not look like that, nor do the half-open
-connections of a scanner: those SYNs are not repeated, or not at this pace.
+visitors are being lost. A flood of forged SYNs looks different, and so do the half-open connections
+of a scanner: their SYNs are not repeated, or not at these intervals.
 
-The SYNs are seen by packet sockets (packet(7)), which receive nothing while many connections are
-accepted. A filter that cannot be taken off passes only the headers of SYNs to :443: a process that
-has dropped its privileges cannot use the sockets for anything else.
+Packet sockets (packet(7)) read the SYNs; they receive nothing while many connections are accepted.
+A filter that cannot be removed lets only the headers of SYNs to :443 through: a process that has
+dropped its privileges cannot use the sockets for anything else.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from ..addresses import HTTPS, is_ours
 from .bpf import attach_filter
 
 SEVERAL: Final = 2
-"""Repetitions that are enough: one visitor's second and third SYN, after three seconds, or those of
-two visitors, after one."""
+"""So many repetitions mean a loss: the second and third SYN of one visitor, after three seconds, or
+the second SYN of two visitors, after one second."""
 
 LEAST_AGE: Final = 1.5
-"""Seconds since the first of the repeated SYNs."""
+"""Seconds that must have passed since the first of the repeated SYNs."""
 
 _LEAST_INTERVAL: Final = 0.7
 """Seconds between two SYNs of one visitor."""
 
 _MOST_COPIES: Final = 4
-"""How often a SYN may be seen sooner than that: once for each interface that it passes (a bridge, a
-VLAN). More of them are a flood."""
+"""How often the same SYN may be seen at shorter intervals: once for each interface that it passes
+(a bridge, a VLAN). More are a flood."""
 
 _LIFETIME: Final = 10.0
 """Seconds for which a SYN is remembered."""
 
 _BUSY: Final = 100
-"""Connections accepted between two looks: after so many, no SYNs are received until the next."""
+"""Accepted connections between two checks: after so many, no SYNs are received until the next
+check."""
 
 _MOST: Final = 4_096
-"""SYNs that are remembered, and that are read at a time."""
+"""How many SYNs are remembered, and how many are read at a time."""
 
 _IPV4: Final = 0x0800
 _IPV6: Final = 0x86DD
@@ -72,7 +73,7 @@ _SYN_BY_IPV4: Final = (
     (0x50, 0, 0, 13),  # load the flags of TCP
     (0x54, 0, 0, 0x17),  # FIN, SYN, RST and ACK of them
     (0x15, 0, 1, 0x02),  # not SYN alone: drop
-    (0x06, 0, 0, 128),  # pass so many bytes
+    (0x06, 0, 0, 128),  # keep so many bytes
     (0x06, 0, 0, 0),  # drop
 )
 _SYN_BY_IPV6: Final = (
@@ -93,7 +94,7 @@ begins with the IP header."""
 
 
 class Syn(NamedTuple):
-    """What a SYN and its repetitions have in common."""
+    """The fields that are the same in a SYN and its repetitions."""
 
     family: int
     source: bytes
@@ -112,16 +113,16 @@ class _Seen:
 
 @dataclass
 class Repetitions:
-    """The SYNs since a connection was accepted last. No I/O."""
+    """The SYNs since the last connection was accepted. No I/O."""
 
     _seen: dict[Syn, _Seen] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """A connection was accepted."""
+        """Forget all SYNs: a connection was accepted."""
         self._seen.clear()
 
     def add(self, syn: Syn, now: float) -> None:
-        """C{syn} came at C{now}, in seconds since the epoch."""
+        """Add C{syn}, which arrived at C{now}, in seconds since the epoch."""
         seen = self._seen.get(syn)
         if seen is None:
             if len(self._seen) < _MOST:
@@ -144,7 +145,7 @@ class Repetitions:
 
 
 class SynSockets:
-    """Reads the SYNs to :443 of both families, while it listens."""
+    """Reads SYNs to :443 of both families while it is listening."""
 
     def __init__(self) -> None:
         """Raises C{OSError}, C{EPERM} without CAP_NET_RAW."""
@@ -163,22 +164,22 @@ class SynSockets:
             raise
 
     def listen(self, listening: bool) -> None:
-        """Receive SYNs from now on, or none."""
+        """Receive SYNs from now on, or stop receiving them."""
         if listening is not self._listening:
             self._listening = listening
             for packets, protocol in self._sockets:
                 _bind(packets, protocol if listening else _NO_PACKETS)
 
     def read(self) -> Iterator[tuple[Syn, float]]:
-        """Those that have come, of connections to this host from outside.
+        """The SYNs received for connections to this host from outside.
 
-        @return: pairs of a SYN and when it came, in seconds since the epoch.
+        @return: pairs of a SYN and its time of arrival, in seconds since the epoch.
         """
         for packets, protocol in self._sockets:
             for _ in range(_MOST):
                 try:
                     data, control, _, address = packets.recvmsg(128, 64)
-                except OSError:  # no more
+                except OSError:  # nothing left to read
                     break
                 syn = _syn(data)
                 if syn is not None and address[:2] != ("lo", protocol) and _is_to_us(syn):
@@ -190,8 +191,8 @@ class SynSockets:
 
 
 def _bind(packets: socket.socket, protocol: int) -> None:
-    """Receive packets of this protocol from all interfaces. (The socket module's C{bind} takes one
-    interface.)"""
+    """Receive packets of this protocol from all interfaces. (The socket module's C{bind} can only
+    name one interface.)"""
     address = struct.pack("@HHiHBB8s", socket.AF_PACKET, socket.htons(protocol), 0, 0, 0, 0, b"")
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.bind(packets.fileno(), address, len(address)) != 0:
@@ -200,7 +201,7 @@ def _bind(packets: socket.socket, protocol: int) -> None:
 
 
 def _syn(packet: bytes) -> Syn | None:
-    """From an IP packet that passed the filter; L{None} if it is cut short."""
+    """Parse an IP packet that passed the filter; L{None} if it is cut short."""
     try:
         if packet[0] >> 4 == 4:
             at = 4 * (packet[0] & 0xF)
@@ -219,7 +220,7 @@ def _is_to_us(syn: Syn) -> bool:
 
 
 def _time(control: list[tuple[int, int, bytes]]) -> float:
-    """When the kernel got a packet, in seconds since the epoch (SCM_TIMESTAMPNS)."""
+    """When the kernel received a packet, in seconds since the epoch (SCM_TIMESTAMPNS)."""
     for level, kind, data in control:
         if (level, kind) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS):
             seconds, nanoseconds = struct.unpack("@ll", data)
@@ -228,7 +229,7 @@ def _time(control: list[tuple[int, int, bytes]]) -> float:
 
 
 class LostVisitorsWatch:
-    """To be asked every second whether steered visitors are being lost."""
+    """Finds out, when asked every second, whether steered visitors are being lost."""
 
     def __init__(
         self,
@@ -237,7 +238,7 @@ class LostVisitorsWatch:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
-        @param accepted: gives how many connections have been accepted so far.
+        @param accepted: returns how many connections have been accepted so far.
         @param full: whether connections wait to be accepted.
         @param clock: seconds since the epoch.
         """
@@ -255,7 +256,7 @@ class LostVisitorsWatch:
         self._before = self._accepted()
 
     def look(self) -> bool:
-        """Whether they are."""
+        """Whether visitors are being lost."""
         if self._sockets is None:
             return False
         arrived = self._accepted() - self._before

@@ -1,10 +1,11 @@
-"""Redirect by a table of nftables, without nft(8) or any other program (Linux 5.12).
+"""Redirect with an nftables table, without nft(8) or any other program (Linux 5.12).
 
-The table belongs to the netlink socket that made it: the kernel removes it when that is closed, by
-SIGKILL too, and nobody else can change or flush it. Its rule gives a new connection to a listener
-on loopback (C{tproxy}), with the address that the visitor dialled. So INPUT sees port 443, and
-connection tracking is not used. The kernel looks for an established connection first, so those of
-the web server stay there, and steered ones go on when the table has gone.
+The netlink socket that made the table owns it: the kernel removes the table when the socket is
+closed, also after SIGKILL, and no other program can change or flush it. Its rule gives a new
+connection to a listener on loopback (C{tproxy}) and keeps the address that the visitor dialled. So
+INPUT sees port 443, and connection tracking is not used. The kernel looks for an established
+connection first: connections of the web server stay there, and steered ones continue after the
+table is removed.
 
 Sources: nft(8); the kernel's C{Documentation/networking/tproxy.rst} and C{nft_tproxy.c}.
 """
@@ -38,7 +39,7 @@ _SYN: Final = b"\x02"
 _FIN_SYN_RST_ACK: Final = b"\x17"
 _PORT_OFFSET: Final = 2
 _FLAGS_OFFSET: Final = 13
-"""In a TCP header (RFC 9293 section 3.1): the destination port, and the flags."""
+"""Offsets in a TCP header (RFC 9293 section 3.1): the destination port, and the flags."""
 
 _LOOPBACK: Final = 772
 """ARPHRD_LOOPBACK of C{linux/if_arp.h}, the type of lo."""
@@ -58,11 +59,11 @@ _MODULES: Final = {"fib": "nft_fib_inet"}
 
 
 def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[Message]:
-    """What makes the table.
+    """The messages that make the table.
 
     @param addresses: host and port of the listeners, one for each family.
-    @param pin: whether to decide, before others do, that port 443 is not translated. It needs
-        connection tracking, which is on where others translate.
+    @param pin: whether to fix, before other rules run, that port 443 is not translated. It needs
+        connection tracking, which is on wherever other rules translate.
     """
     messages = [
         nft.new_table(TABLE, nft.OWNER),
@@ -75,7 +76,7 @@ def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[M
         visitors = _visitors(family)
         listener = nft.load(1, socket.inet_pton(family, host)) + nft.load(2, _packed(port))
         steer = nft.tproxy(family, address=1, port=2)
-        # SYNs are not told apart: the last packet of a handshake by SYN cookie is steered, too.
+        # Not only SYNs: the last packet of a handshake with a SYN cookie must be steered, too.
         messages.append(nft.new_rule(TABLE, "steer", *visitors, listener, steer))
         if pin:
             keep = nft.load(1, _packed(HTTPS)) + nft.dnat_to_port(family, port=1)
@@ -84,7 +85,7 @@ def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[M
 
 
 def _visitors(family: int) -> list[bytes]:
-    """Packets to port 443 of this host that do not come from itself."""
+    """Match packets to port 443 of this host that do not come from this host."""
     return [
         nft.meta(nft.NFPROTO) + nft.compare(bytes([family])),
         nft.meta(nft.L4PROTO) + nft.compare(bytes([socket.IPPROTO_TCP])),
@@ -105,7 +106,7 @@ def _packed(port: int) -> bytes:
 
 @implementer(IRedirect)
 class NftablesRedirect(LoopbackRedirect):
-    """Steers by a table that goes with this process; leaves nothing to remove."""
+    """Steers with a table that disappears with this process; leaves nothing to remove."""
 
     def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
         super().__init__(ipv6=ipv6, force=force)
@@ -114,7 +115,7 @@ class NftablesRedirect(LoopbackRedirect):
         self._kernel: Netlink | None = None
 
     def __del__(self) -> None:
-        """It may have been prepared, and never applied."""
+        """Close the socket, for a redirect that was prepared and never applied."""
         if self._kernel is not None:
             self._kernel.close()
 
@@ -123,8 +124,8 @@ class NftablesRedirect(LoopbackRedirect):
 
     @inlineCallbacks
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
-        """On loopback alone. To see whether the kernel takes the table, it is made and deleted in
-        one transaction; no packet meets it.
+        """Listen on loopback only. To learn whether the kernel accepts the table, make and delete
+        it in one transaction, so that no packet passes it.
         """
         families = [family for family in self._families if family == 4 or facts.has_ipv6()]
         if not self._force:
@@ -132,8 +133,10 @@ class NftablesRedirect(LoopbackRedirect):
         try:
             self._pin = yield self._look_at_firewall(commands, families)
         finally:
-            # Not before: what reads the firewall would wait until the kernel is rid of the table.
-            # If both refuse, the kernel has the word: that no privilege is there, say.
+            # Only after reading the firewall: a read would wait until the kernel has freed the
+            # table.
+            # If both refuse, the kernel's reason is the one to report (a missing privilege, for
+            # example).
             self._try_table(families)
         return self._hosts()
 
@@ -150,7 +153,8 @@ class NftablesRedirect(LoopbackRedirect):
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
-        """The kernel lets nobody else remove the table. Without privileges it cannot be seen."""
+        """The kernel lets no other program remove the table. Without privileges it cannot be
+        read."""
         if self._kernel is None or not facts.may_administer_network():
             return succeed(None)
         try:
@@ -166,7 +170,7 @@ class NftablesRedirect(LoopbackRedirect):
         return succeed(None)
 
     def remove(self, commands: ICommands) -> Deferred[None]:
-        """Closing the socket needs no privilege and cannot fail."""
+        """Close the socket, which needs no privilege and cannot fail."""
         kernel, self._kernel = self._kernel, None
         if kernel is not None:
             kernel.close()
@@ -176,8 +180,8 @@ class NftablesRedirect(LoopbackRedirect):
     def _look_at_firewall(
         self, commands: ICommands, families: Sequence[int]
     ) -> Generator[Deferred[Any], Any, bool]:
-        """Whether another program's rule sends visitors elsewhere, so that the table must pin them.
-        What cannot be seen counts as such a rule, if it is to be steered all the same."""
+        """Return whether another program's rule sends visitors elsewhere, so that the table must
+        pin them. If the firewall cannot be read and C{--force} is given, assume such a rule."""
         try:
             if self._force:
                 host: judgement.Host = yield judgement.look(commands, families)
@@ -188,7 +192,7 @@ class NftablesRedirect(LoopbackRedirect):
         return (yield host.why_not(judgement.SK_LOOKUP, commands)) is not None
 
     def _try_table(self, families: Iterable[int]) -> None:
-        """Raises L{StartError} if the kernel does not take it."""
+        """Raises L{StartError} if the kernel does not accept the table."""
         anywhere = [(_ANYWHERE[family], HTTPS) for family in families]
         trial = [*steering_table(anywhere, pin=self._pin), nft.delete_table(TABLE)]
         try:
@@ -197,8 +201,8 @@ class NftablesRedirect(LoopbackRedirect):
             raise _refusal(problem) from None
 
     def _send(self, messages: Sequence[Message]) -> None:
-        """Raises L{OSError}; then nothing is left. The socket stays open: the kernel takes
-        milliseconds to close one that has deleted a table."""
+        """Raises L{OSError}; then nothing is left applied. The socket stays open: the kernel takes
+        milliseconds to close a socket that has deleted a table."""
         kernel = self._kernel or Netlink(NETFILTER)
         try:
             kernel.send(messages)
@@ -209,8 +213,8 @@ class NftablesRedirect(LoopbackRedirect):
         self._kernel = kernel
 
     def _refuse_bridge(self, families: Iterable[int]) -> None:
-        """What comes in by such a bridge passes PREROUTING before it is this host's, and the
-        listener that C{tproxy} gives it is forgotten."""
+        """Packets from such a bridge pass PREROUTING before they are routed to this host, and by
+        then the listener that C{tproxy} has assigned is lost."""
         for family in families:
             try:
                 names = facts.visitor_interfaces(family) & filtered_bridges(family)
@@ -263,7 +267,7 @@ def _refusal(problem: OSError) -> StartError:
 
 
 def _missing(problem: OSError, message: Message) -> tuple[str, str]:
-    """What the kernel does not know, and the module that has it."""
+    """What the kernel does not support, and the module that provides it."""
     if message.kind == nft.NEW_CHAIN:
         return "a type of chain, nat or filter,", "nft_chain_nat"
     offset = getattr(problem, "offset", None)

@@ -1,8 +1,8 @@
-"""Messages of nftables, to be read beside C{linux/netfilter/nf_tables.h}.
+"""Messages of nftables, best read together with C{linux/netfilter/nf_tables.h}.
 
-One function for each message and for each expression; a rule is a row of expressions, which hand
-values on in registers. Numbers in network byte order, except what L{compare} compares with a value
-that the kernel holds in its own order.
+There is one function for each message and for each expression. A rule is a list of expressions,
+which pass values on in registers. Numbers are in network byte order, except those that L{compare}
+compares with a value that the kernel holds in host byte order.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _INET: Final = 1
 """NFPROTO_INET: tables for IPv4 and IPv6."""
 
 OWNER: Final = 2
-"""NFT_TABLE_F_OWNER: the table belongs to the socket that makes it, and goes with it."""
+"""NFT_TABLE_F_OWNER: the table belongs to the socket that makes it, and is removed with it."""
 
 _PREROUTING: Final = 0
 FILTER: Final = 0
 BEFORE_DSTNAT: Final = -101
-"""Priorities of chains: C{filter}; the one before C{dstnat}."""
+"""Priorities of chains: C{filter}, and the one just before C{dstnat}."""
 
 EQUAL: Final = 0
 UNEQUAL: Final = 1
@@ -60,7 +60,7 @@ _DNAT: Final = 1
 
 
 def batch(messages: Sequence[Message]) -> list[Message]:
-    """All or none of C{messages}."""
+    """A batch of C{messages}: the kernel applies all of them or none."""
     begin, end = (
         Message(kind, REQUEST, _header(0, _SUBSYSTEM)) for kind in (BATCH_BEGIN, _BATCH_END)
     )
@@ -73,38 +73,38 @@ def which_table(name: str) -> bytes:
 
 
 def new_table(name: str, flags: int) -> Message:
-    """A table that must not be there yet."""
+    """Make a table, which must not exist yet."""
     return _make(NEW_TABLE, CREATE | EXCLUSIVE, _text(1, name) + _number(2, flags))
 
 
 def delete_table(name: str) -> Message:
-    """The table and all that is in it."""
+    """Delete a table with everything in it."""
     return _make(_DELETE_TABLE, 0, _text(1, name))
 
 
 def new_chain(table: str, name: str, kind: str, priority: int) -> Message:
-    """A chain for what comes in: C{type KIND hook prerouting priority PRIORITY}."""
+    """Make a chain for incoming packets: C{type KIND hook prerouting priority PRIORITY}."""
     hook = nested(4, _number(1, _PREROUTING), attribute(2, struct.pack("!i", priority)))
     return _make(NEW_CHAIN, CREATE, _text(1, table) + _text(3, name) + hook + _text(7, kind))
 
 
 def new_rule(table: str, chain: str, *expressions: bytes) -> Message:
-    """A rule behind the others of the chain."""
+    """Add a rule at the end of the chain."""
     body = _text(1, table) + _text(2, chain) + nested(4, *expressions)
     return _make(NEW_RULE, CREATE | APPEND, body)
 
 
 def expression_at(message: Message, offset: int) -> str:
-    """The name of the expression that begins there in the body of L{new_rule}'s message."""
+    """The name of the expression that starts at C{offset} in the body of L{new_rule}'s message."""
     (length,) = struct.unpack_from("=H", message.body, offset)
     return attributes(message.body[offset + 4 : offset + length])[1].rstrip(b"\0").decode()
 
 
-# Expressions. A register holds 16 bytes; where none is named, it is the first one.
+# Expressions. A register holds 16 bytes; functions without a register parameter use the first one.
 
 
 def meta(key: int) -> bytes:
-    """Load what the kernel knows of the packet beside its bytes."""
+    """Load what the kernel knows about the packet besides its bytes."""
     return _expression("meta", _number(1, 1), _number(2, key))
 
 
@@ -120,7 +120,7 @@ def fib_type_of_destination() -> bytes:
 
 
 def mask(bits: bytes) -> bytes:
-    """Keep these bits alone."""
+    """Set all other bits to 0."""
     registers = _number(1, 1) + _number(2, 1) + _number(3, len(bits))
     return _expression("bitwise", registers, _data(4, bits), _data(5, bytes(len(bits))))
 
@@ -136,7 +136,7 @@ def load(register: int, value: bytes) -> bytes:
 
 
 def tproxy(family: int, address: int, port: int) -> bytes:
-    """Give the packet to the listener at an address and a port, unless it is a connection's.
+    """Give the packet to the listener at an address and port, unless a connection already has it.
 
     @param family: C{socket.AF_INET} or C{AF_INET6}.
     @param address: the register that holds the address.
@@ -146,7 +146,7 @@ def tproxy(family: int, address: int, port: int) -> bytes:
 
 
 def dnat_to_port(family: int, port: int) -> bytes:
-    """Translate the port and keep the address; connections are decided on once, by their SYN.
+    """Translate the port and keep the address; the SYN decides for the whole connection.
 
     @param port: the register that holds the port.
     """
@@ -175,5 +175,5 @@ def _data(kind: int, value: bytes) -> bytes:
 
 
 def _expression(name: str, *inner: bytes) -> bytes:
-    """One element of a rule's list."""
+    """One element of a rule's list of expressions."""
     return nested(1, _text(1, name), nested(2, *inner))

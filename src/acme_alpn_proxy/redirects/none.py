@@ -1,4 +1,4 @@
-"""No redirect: the operator steers by other means."""
+"""No redirect: the operator steers with other means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..interfaces import ICommands, IRedirect
 
 @implementer(IRedirect)
 class NoRedirect:
-    """Does nothing, and listens on every address, since nobody knows where visitors come from."""
+    """Does nothing, and listens on every address, since it cannot know where visitors come from."""
 
     def __str__(self) -> str:
         return "none"

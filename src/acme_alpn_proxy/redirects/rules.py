@@ -1,6 +1,6 @@
 """The rules of this program, as iptables(8) prints them.
 
-It needs nothing but the standard library, since the guard uses it.
+It imports only the standard library, since the guard uses it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Final
 
 COMMENT: Final = "acme-alpn-proxy"
-"""The comment of every redirect; the original program's has the same."""
+"""The comment of every redirect; the original program uses the same one."""
 
 KEEPER: Final = f"{COMMENT} keeper"
-"""How the comment of every keeper begins."""
+"""The beginning of every keeper's comment."""
 
 KEEPER_MATCH: Final = ("-m", "conntrack", "--ctstate", "INVALID")
-"""What the keeper's rule matches; it has no target."""
+"""The match of the keeper's rule; the rule has no target."""
 
 EXPIRY: Final = ("-m", "time", "--datestop")
 """The match of a rule that expires (iptables-extensions(8)); a time in UTC follows."""
@@ -27,7 +27,7 @@ def word_after(words: Sequence[str], flag: str) -> str:
 
 
 def is_redirect(words: Sequence[str], port: int) -> bool:
-    """Whether a nat rule is a redirect of ours to C{port}."""
+    """Whether a nat rule is a redirect of this program to C{port}."""
     target = (
         word_after(words, "--to-ports")
         or word_after(words, "--to-port")

@@ -1,10 +1,10 @@
-"""Redirect by a BPF program of type C{sk_lookup} (Linux 5.9).
+"""Redirect with a BPF program of type C{sk_lookup} (Linux 5.9).
 
-When a SYN comes for a port, the kernel asks the program which listening socket shall have it,
-before it looks for one by itself. Nothing of the firewall, of addresses or of connection tracking
-changes: INPUT sees port 443, and the accepted socket has the address that the visitor dialled.
-Connections that are established are never asked for. The program is attached by a link, a
-descriptor: when the process ends, by SIGKILL too, the next SYN goes to the web server.
+When a SYN arrives, the kernel asks the program which listening socket gets it, before it searches
+for one itself. Firewall, addresses and connection tracking stay unchanged: INPUT sees port 443, and
+the accepted socket has the address that the visitor dialled. The program is never asked about
+established connections. It is attached by a link, which is a descriptor: when the process ends,
+also after SIGKILL, the next SYN goes to the web server.
 
 Sources: bpf-helpers(7); the kernel's C{Documentation/bpf/prog_sk_lookup.rst} and
 C{include/linux/filter.h} (BPF_PROG_SK_LOOKUP_RUN_ARRAY).
@@ -34,12 +34,12 @@ from .bpf import Assembler
 from .loopback import LoopbackRedirect
 
 PROGRAM_NAME: Final = "acme_alpn_proxy"
-"""As bpftool shows it; the kernel takes 15 characters."""
+"""The name that bpftool shows; the kernel takes 15 characters."""
 
 _MOST_ADDRESSES: Final = 65_536
 
 _SLOTS: Final = {socket.AF_INET: 0, socket.AF_INET6: 1}
-"""Where the map has the listener of each family."""
+"""The slot in the map for each family's listener."""
 
 # struct bpf_sk_lookup of linux/bpf.h: offsets of its fields.
 _FAMILY: Final = 8
@@ -55,18 +55,19 @@ _SK_RELEASE: Final = 86
 _SK_ASSIGN: Final = 124
 
 _REPLACE: Final = 1
-"""BPF_SK_LOOKUP_F_REPLACE: what a program attached before has chosen does not stand."""
+"""BPF_SK_LOOKUP_F_REPLACE: override the choice of a program that was attached earlier."""
 
 _PASS: Final = 1
-"""SK_PASS: with the socket that was assigned or, without one, by the kernel's own search."""
+"""SK_PASS: use the assigned socket or, if none is assigned, the kernel's own search."""
 
 
 def _skip_own(program: Assembler, addresses: int) -> None:
-    """To C{pass} with what this host sends itself: it goes to a loopback address, it comes from one
-    of the host's own addresses, or from the very address that it goes to.
+    """Jump to C{pass} for what this host sends itself: the destination is a loopback address, the
+    source is one of the host's own addresses, or both are the same address.
 
-    Such a connection is the proxy's to a target, or another program's here; none is a visitor's.
-    Its interface (Linux 5.17) does not tell: that is lo only for loopback addresses.
+    The proxy makes such a connection to a target, or another local program does; it is never a
+    visitor's. The interface (Linux 5.17) is not enough to tell: it is lo only for loopback
+    addresses.
     """
     program.load_word(2, 6, _FAMILY)  # r2 = AF_INET or AF_INET6
     program.jump_if_number(2, socket.AF_INET6, "IPv6")
@@ -112,13 +113,14 @@ def _skip_if_same(program: Assembler, one: int, other: int, words: int) -> None:
 
 
 def steering_program(sockets: int, addresses: int) -> bytes:
-    """The program: TCP to port 443 that is not the host's own goes to the listener in the map.
+    """The program: TCP to port 443 goes to the listener in the map, unless this host itself sent
+    it.
 
     @param sockets: the map of listeners.
     @param addresses: the set of this host's addresses.
     """
     program = Assembler()
-    program.move(6, 1)  # r6 = the lookup; calls leave r6 to r9 alone
+    program.move(6, 1)  # r6 = the lookup; calls do not change r6 to r9
     program.load_word(2, 6, _LOCAL_PORT)  # r2 = port that was dialled
     program.jump_unless_number(2, HTTPS, "pass")
     program.load_word(2, 6, _PROTOCOL)  # r2 = TCP or UDP
@@ -139,7 +141,7 @@ def steering_program(sockets: int, addresses: int) -> bytes:
     program.move(1, 6)  # r1 = the lookup
     program.move(2, 7)  # r2 = listener
     program.move_number(3, _REPLACE)  # r3 = flags
-    program.call(_SK_ASSIGN)  # the listener shall have it; if that fails, the kernel searches
+    program.call(_SK_ASSIGN)  # assign the listener; if that fails, the kernel searches
     program.move(1, 7)  # r1 = listener
     program.call(_SK_RELEASE)  # give the reference back
     program.label("pass")
@@ -150,7 +152,7 @@ def steering_program(sockets: int, addresses: int) -> bytes:
 
 @implementer(IRedirect)
 class SkLookupRedirect(LoopbackRedirect):
-    """Steers by a program on the lookup of listening sockets; leaves nothing to remove."""
+    """Steers with a program for the lookup of listening sockets; leaves nothing to remove."""
 
     def __init__(self, *, ipv6: bool = True, force: bool = False) -> None:
         super().__init__(ipv6=ipv6, force=force)
@@ -162,7 +164,8 @@ class SkLookupRedirect(LoopbackRedirect):
 
     @inlineCallbacks
     def prepare(self, commands: ICommands) -> Generator[Deferred[Any], Any, Sequence[str]]:
-        """On loopback alone. The kernel is asked whether it takes the program."""
+        """Listen on loopback only; load the program once, to learn whether the kernel accepts
+        it."""
         try:
             with AddressSet() as addresses, _loaded_program([], addresses):
                 pass
@@ -181,7 +184,7 @@ class SkLookupRedirect(LoopbackRedirect):
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
-        """The link stays; the host's addresses may change."""
+        """The link needs no check; the host's addresses may have changed."""
         try:
             self._addresses.refresh()
         except OSError as problem:
@@ -196,7 +199,7 @@ class SkLookupRedirect(LoopbackRedirect):
         return succeed(None)
 
     def _attach(self, listeners: Sequence[socket.socket]) -> int:
-        """The link; raises L{OSError}."""
+        """Load and attach; returns the link; raises L{OSError}."""
         others = bpf.count_sk_lookup()
         self._addresses.refresh()
         with _loaded_program(listeners, self._addresses) as program:
@@ -211,7 +214,7 @@ class SkLookupRedirect(LoopbackRedirect):
 
 
 class AddressSet:
-    """The set of this host's addresses, for the program. Its methods raise C{OSError}."""
+    """The set of this host's addresses, for the BPF program. Its methods raise C{OSError}."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
@@ -225,13 +228,13 @@ class AddressSet:
 
     @property
     def descriptor(self) -> int:
-        """The map's."""
+        """The map's descriptor."""
         if self._descriptor is None:
             self._descriptor = bpf.make_set(16, _MOST_ADDRESSES)
         return self._descriptor
 
     def refresh(self) -> None:
-        """Have the addresses that the host has now."""
+        """Update the set to the addresses that the host has now."""
         keys = frozenset(_key(address) for address in own_addresses())
         for key in keys - self._keys:
             bpf.add_key(self.descriptor, key)
@@ -254,7 +257,7 @@ def _key(address: IPv4Address | IPv6Address) -> bytes:
 def _loaded_program(listeners: Sequence[socket.socket], addresses: AddressSet) -> Iterator[int]:
     """The program's descriptor; raises L{OSError}.
 
-    A link to the program holds it, and the program its map: their descriptors are not needed then.
+    Once a link holds the program, and the program its maps, their own descriptors can be closed.
     """
     bpf.allow_locked_memory()
     with ExitStack() as descriptors:

@@ -20,10 +20,10 @@ from .lostvisitors import LostVisitorsWatch
 from .syncookies import let_take_cookies, let_web_server_take_cookies
 
 LOOK_INTERVAL: Final = 3.0
-"""Seconds between two looks whether the redirect is still there."""
+"""Seconds between two checks that the redirect still exists."""
 
 WATCH_INTERVAL: Final = 0.5
-"""Seconds between two looks whether visitors are being lost."""
+"""Seconds between two checks for lost visitors."""
 
 _REMOVE_RETRY: Final = 1.0
 
@@ -34,7 +34,7 @@ class RedirectService(Service):
     """Steers new connections to the listening sockets while it runs.
 
     @ivar ready: fires when it steers, or fails with L{StartError}.
-    @ivar on_loss: is called with the reason if to go on would lose visitors; L{None}: go on then.
+    @ivar on_loss: called with the reason if going on would lose visitors; L{None}: go on even then.
     """
 
     ready: Deferred[None]
@@ -48,7 +48,7 @@ class RedirectService(Service):
         visitors: LostVisitorsWatch,
     ) -> None:
         """
-        @param listeners: gives the listening sockets; called when the service starts.
+        @param listeners: returns the listening sockets; called when the service starts.
         """
         self._reactor = reactor
         self._redirect = redirect
@@ -103,7 +103,7 @@ class RedirectService(Service):
             self._lose(
                 VisitorsLost(
                     "visitors are being lost: they dial port 443 again and again, and none arrives"
-                    " here; see what drops them by: acme-alpn-proxy check --probe",
+                    " here; to see what drops them: acme-alpn-proxy check --probe",
                     os.EX_CONFIG,
                 )
             )
@@ -115,7 +115,7 @@ class RedirectService(Service):
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
-        """Steer no more. If that fails it is tried again: to close the listener would be worse."""
+        """Stop steering. If that fails, try again: closing the listener now would be worse."""
         super().stopService()
         for watch in (self._looking, self._watching):
             if watch.running:
@@ -139,12 +139,12 @@ class RedirectService(Service):
             pause = min(2 * pause, _REMOVE_RETRY_LIMIT)
 
     def give_up(self) -> None:
-        """Try to remove it once at most from now on."""
+        """From now on, try to remove the redirect only once more."""
         self._give_up = True
 
     @inlineCallbacks
     def release(self) -> Generator[Deferred[Any], Any, None]:
-        """The last connection has ended."""
+        """Remove what is left of the redirect: the last connection has ended."""
         try:
             yield self._redirect.release(commands_for(self._reactor))
         except StartError as problem:

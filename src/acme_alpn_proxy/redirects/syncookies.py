@@ -1,9 +1,10 @@
-"""Handshakes by SYN cookie that begin with one listener and end with another.
+"""Handshakes with SYN cookies that begin at one listener and end at another.
 
-A listener takes a cookie only if it has sent one itself in the last minutes, although all cookies
-of a host are alike (the kernel's C{tcp_synq_no_recent_overflow}). Where every handshake is by
-cookie (C{net.ipv4.tcp_syncookies=2}), a visitor whose handshake is under way at the start or the
-stop would be reset. So the other listener is made to send one cookie before.
+All listeners of a host make and understand the same cookies, but each accepts one only if it has
+itself sent a cookie in the last minutes (the kernel's C{tcp_synq_no_recent_overflow}). Where every
+handshake uses a cookie (C{net.ipv4.tcp_syncookies=2}), a visitor whose handshake is under way at
+the start or the stop would be reset. To prevent that, the other listener is made to send one cookie
+first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _DROP: Final = ((0x06, 0, 0, 0),)
 
 
 def let_web_server_take_cookies(port: int, proc: Path = PROC) -> None:
-    """Have the web server's listeners take the cookies that the proxy's have sent."""
+    """Make the web server's listeners accept cookies that the proxy's listeners have sent."""
     if _always(proc):
         with suppress(OSError):
             found = [each.local for each in tcp_sockets(LISTENING) if each.local[1] == port]
@@ -33,14 +34,14 @@ def let_web_server_take_cookies(port: int, proc: Path = PROC) -> None:
 
 
 def let_take_cookies(listeners: Iterable[tuple[str, int]], proc: Path = PROC) -> None:
-    """Have the listeners at these addresses take the cookies that others have sent."""
+    """Make the listeners at these addresses accept cookies that others have sent."""
     if not _always(proc):
         return
     for host, port in listeners:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as caller:
             caller.setblocking(False)
-            attach_filter(caller, _DROP)  # its SYN is answered, and that is all
+            attach_filter(caller, _DROP)  # the listener answers the SYN, and the answer is dropped
             caller.connect_ex((host, port))
 
 

@@ -1,1 +1,1 @@
-"""Our own answer to a validation, and how a client says for which names it is to be given."""
+"""Our own responder for validations, and how a client tells it which names to answer for."""

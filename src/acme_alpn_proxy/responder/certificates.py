@@ -1,4 +1,4 @@
-"""Challenge certificates (RFC 8737 section 3): made here, or read from a folder; and their rules.
+"""Challenge certificates (RFC 8737 section 3), made here or read from a folder, and their rules.
 
 The rules are those of Boulder, Let's Encrypt's CA, which is stricter than the RFC in places.
 """
@@ -29,15 +29,16 @@ _OCTET_STRING: Final = b"\x04\x20"
 """The DER header of an OCTET STRING with 32 bytes."""
 
 _SUBJECT: Final = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "TLS-ALPN-01 challenge")])
-"""Not the identifier: a common name has 64 characters at most (RFC 5280, ub-common-name)."""
+"""Not the identifier: a common name has at most 64 characters (RFC 5280, ub-common-name)."""
 
 _VALID_FROM: Final = datetime.timedelta(days=1)
 _VALID_UNTIL: Final = datetime.timedelta(days=7)
-"""No rule about the dates; clocks may differ, and the certificate is gone within a day."""
+"""The dates do not matter to a CA; clocks may differ, and the certificate is used for less than a
+day."""
 
 
 def general_name(identifier: str) -> x509.GeneralName:
-    """The one entry of the certificate's subjectAltName."""
+    """The only entry of the certificate's subjectAltName."""
     try:
         return x509.IPAddress(ipaddress.ip_address(identifier))
     except ValueError:
@@ -45,7 +46,7 @@ def general_name(identifier: str) -> x509.GeneralName:
 
 
 class ChallengeCertificates:
-    """Makes the certificates, all with one key, which lives as long as the process."""
+    """Makes all certificates with the same key, which exists as long as the process."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -69,7 +70,7 @@ class ChallengeCertificates:
         )
 
     def context(self, identifier: str, digest: bytes) -> SSL.Context:
-        """The server's side of TLS for a validation of C{identifier}."""
+        """The TLS context of the server in a validation of C{identifier}."""
         context = _context()
         context.use_certificate(crypto.X509.from_cryptography(self.certificate(identifier, digest)))
         context.use_privatekey(crypto.PKey.from_cryptography_key(self._key))
@@ -78,7 +79,7 @@ class ChallengeCertificates:
 
 @functools.cache
 def own_certificates() -> ChallengeCertificates:
-    """The one maker of this process."""
+    """The only L{ChallengeCertificates} of this process."""
     return ChallengeCertificates()
 
 
@@ -87,15 +88,15 @@ class UnusableFile(Exception):
 
 
 def context_from_folder(folder: Path, server_name: str) -> SSL.Context | None:
-    """The same with a certificate that an ACME client has put into C{folder}, as dehydrated does:
-    C{NAME.crt.pem} and C{NAME.key.pem}.
+    """The TLS context with a certificate that an ACME client has put into C{folder}, in
+    dehydrated's layout: C{NAME.crt.pem} and C{NAME.key.pem}.
 
-    @return: L{None} if there is none for C{server_name}.
+    @return: L{None} if there is no certificate for C{server_name}.
 
     Raises L{UnusableFile}.
     """
     try:
-        # Looked for among the files that are there: what a peer sends becomes no path.
+        # The name is compared with the existing files: a path is never made from what a peer sends.
         for file in folder.iterdir():
             if file.name == f"{server_name}.crt.pem":
                 context = _context()
@@ -110,14 +111,14 @@ def context_from_folder(folder: Path, server_name: str) -> SSL.Context | None:
 
 
 def in_words(problem: BaseException | None) -> str:
-    """OpenSSL's reasons; its errors hold tuples of library, function and reason."""
+    """The reasons from OpenSSL, whose errors hold tuples of library, function and reason."""
     if isinstance(problem, SSL.Error) and problem.args and problem.args[0]:
         return ", ".join(str(words[-1]) for words in problem.args[0])
     return str(problem)
 
 
 def _context() -> SSL.Context:
-    """TLS 1.2 and 1.3, C{acme-tls/1} and no session to be resumed (RFC 8737 section 3)."""
+    """TLS 1.2 and 1.3, only C{acme-tls/1}, no session resumption (RFC 8737 section 3)."""
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
@@ -131,12 +132,13 @@ def _choose_acme(connection: object, offered: list[bytes]) -> Any:
 
 
 def faults(certificate: x509.Certificate, identifier: str, digest: bytes | None) -> Iterator[str]:
-    """What a CA would refuse about a challenge certificate, in words; nothing if it is right.
+    """The faults for which a CA would refuse a challenge certificate, in words; none if it is
+    right.
 
-    After Boulder's C{va/tlsalpn.go}: self-signed, each extension once, one subjectAltName with
-    the identifier alone, a critical acmeIdentifier.
+    The rules are those of Boulder's C{va/tlsalpn.go}: self-signed, each extension once, one
+    subjectAltName with only the identifier, a critical acmeIdentifier.
 
-    @param digest: L{None} if it is not known here; then any one will do.
+    @param digest: L{None} if the digest is unknown; then any digest is accepted.
     """
     if certificate.issuer.public_bytes() != certificate.subject.public_bytes():
         yield "issuer and subject differ: it is not self-signed"

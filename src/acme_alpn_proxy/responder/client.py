@@ -1,8 +1,8 @@
 """Asking the daemon over its control socket, without Twisted: for C{hook} and for certbot.
 
-A request is a line, and so is the answer: C{OK}, C{OK TEXT}, or C{ERR WHY}. The requests are
+A request is one line, and so is the answer: C{OK}, C{OK TEXT}, or C{ERR WHY}. The requests are
 C{auth IDENT DIGEST [SECONDS]}, C{unauth IDENT} and C{report IDENT}. The first two and their answers
-are those of ualpn(1), which comes with uacme.
+are those of ualpn(1), which is part of uacme.
 """
 
 from __future__ import annotations
@@ -12,35 +12,36 @@ import time
 from typing import Final
 
 _LONGEST_ANSWER: Final = 65_536
-"""Bytes: far more than a report has, and little enough to be held."""
+"""Bytes: far more than a report has, and few enough to keep in memory."""
 
 
 class ControlError(Exception):
-    """The daemon did not do what it was asked; the text is one line, the cause before the remedy.
+    """The daemon did not do what was asked; the text is one line, the cause before the remedy.
 
-    What it did is not known, unless it is a L{NotListening} or a L{Refused}: then nothing.
+    It may have done a part of it, except after L{NotListening} and L{Refused}: then it did nothing.
     """
 
 
 class NotListening(ControlError):
-    """There is no daemon at that path."""
+    """No daemon listens at that path."""
 
 
 class Refused(ControlError):
-    """The daemon has answered C{ERR}; the text is what came after it."""
+    """The daemon has answered C{ERR}; the text is the rest of that line."""
 
 
 def control_path(pidfile: str) -> str:
-    """Where the daemon with that PID file listens, unless C{--control} said otherwise."""
+    """The default path of the control socket for the daemon with that PID file."""
     return f"{pidfile.removesuffix('.pid')}.control"
 
 
 def ask(path: str, line: str, seconds: float = 60.0) -> str:
-    """Ask the daemon at C{path}, and give what its answer has after C{OK}; empty for C{OK} alone.
+    """Ask the daemon at C{path}, and return the text after C{OK}; empty if the answer is only
+    C{OK}.
 
-    @param line: the request, without its end.
-    @param seconds: for all of it; the first C{auth} of C{start --on-demand} is answered when the
-        daemon steers, which may take some.
+    @param line: the request, without the line end.
+    @param seconds: for the whole exchange; with C{start --on-demand}, the first C{auth} is answered
+        when the daemon steers, which may take some seconds.
 
     Raises L{ControlError}.
     """
@@ -71,7 +72,7 @@ def ask(path: str, line: str, seconds: float = 60.0) -> str:
 
 
 def _exchange(path: str, request: bytes, deadline: float) -> bytes:
-    """Send the request; gives what came up to the end of a line, or until the daemon closed."""
+    """Send the request; return the bytes up to a line end, or until the daemon closes."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_left(deadline))
         connection.connect(path)

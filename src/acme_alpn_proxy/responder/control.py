@@ -1,15 +1,15 @@
-"""The control socket: ACME clients tell here which identifiers are pending.
+"""The control socket: here ACME clients say which identifiers are pending.
 
-A request is a line of words, and so is its answer: C{OK}, with a space and more where there is
-more, or C{ERR WHY}.
+A request is a line of words. So is the answer: C{OK}, with a space and a text if there is one, or
+C{ERR WHY}.
 
-  - C{auth IDENT DIGEST [SECONDS]}: answer validations of C{IDENT} for so long;
-  - C{unauth IDENT}: no more;
-  - C{report IDENT}: one JSON object (L{Report}), what has been seen for C{IDENT};
+  - C{auth IDENT DIGEST [SECONDS]}: answer validations of C{IDENT}, for so many seconds;
+  - C{unauth IDENT}: stop answering them;
+  - C{report IDENT}: one JSON object (L{Report}) with what has been seen for C{IDENT};
   - C{leave}: end the program as soon as nothing is pending and no command needs it.
 
-The first two are those of ualpn(1), which is part of uacme. L{acme_alpn_proxy.responder.client} is
-the other end.
+The first two are those of ualpn(1), which is part of uacme. The client's side is
+L{acme_alpn_proxy.responder.client}.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ PATIENCE: Final = 60.0
 """Seconds for a client to send a line."""
 
 LONGEST_LINE: Final = 1024
-"""Bytes; a name has 253 and a digest 64."""
+"""Bytes of a line; a name has 253 and a digest 64."""
 
 _LIMITS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 MOST_CLIENTS: Final = 64
-"""Connections at a time; more are closed at once."""
+"""Connections at a time; any further connection is closed at once."""
 
 
 class Asked(TypedDict):
-    """A connection of a CA, or of somebody who poses as one.
+    """A connection of a CA, or of a client that pretends to be one.
 
-    @ivar name: the server name that it asked for; C{None} if none.
-    @ivar answer: what came of it, in words.
+    @ivar name: the server name that it asked for; C{None} if it sent none.
+    @ivar answer: the result, in words.
     """
 
     peer: str
@@ -74,7 +74,7 @@ class Report(TypedDict):
     """What has been seen for an identifier.
 
     @ivar answered: how many handshakes for it have been completed.
-    @ivar asked: the last few validations, for other identifiers too.
+    @ivar asked: the last few validations, also those for other identifiers.
     """
 
     identifier: str
@@ -93,12 +93,13 @@ def load() -> None:
 
 
 def load_in_thread() -> Deferred[object]:
-    """The same while visitors are served: it takes a tenth of a second, the first time."""
+    """Load them in a thread: the first time, that takes a tenth of a second; visitors are
+    served."""
     return succeed(None) if f"{__package__}.tls" in sys.modules else deferToThread(load)
 
 
 class Control:
-    """Does what the clients ask for."""
+    """Carries out the clients' requests."""
 
     _log = Logger()
 
@@ -111,10 +112,10 @@ class Control:
         load: Callable[[], Deferred[object]] = load_in_thread,
     ) -> None:
         """
-        @param proxy: is needed while something is pending.
-        @param validations: gives the last ones.
-        @param leave: is called when nothing is pending any more, if a client has asked for it.
-        @param load: loads what answers; its Deferred fires when that is so.
+        @param proxy: must steer while something is pending.
+        @param validations: returns the last ones.
+        @param leave: called when nothing is pending any more, if a client has asked for that.
+        @param load: loads the responder's modules; its Deferred fires when that is done.
         """
         self._load = load
         self._pending = pending
@@ -125,11 +126,11 @@ class Control:
         pending.on_empty = self._emptied
 
     def request(self, line: str, asked_by: str) -> Deferred[str]:
-        """Do what a line asks for.
+        """Carry out the request on a line.
 
         @param asked_by: the program at the other end, for people.
 
-        @return: a Deferred of what the answer has after C{OK}. It fails with L{BadRequest},
+        @return: a Deferred of the text after C{OK}. It fails with L{BadRequest},
             L{BadIdentifier} or L{StartError}.
         """
         return cast("Deferred[str]", maybeDeferred(self._do, line, asked_by))
@@ -210,7 +211,7 @@ class Control:
 
 @implementer(IHalfCloseableProtocol)
 class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
-    """A client's connection. Its lines are answered one after the other."""
+    """The connection of one client. Its lines are answered one after the other."""
 
     _log = Logger()
     delimiter = b"\n"
@@ -237,7 +238,7 @@ class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
         self._turns.run(self._end)
 
     def writeConnectionLost(self) -> None:
-        """The answers have been sent."""
+        """Nothing to do: the answers have been sent."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.factory.clients -= 1
@@ -293,7 +294,8 @@ class _One(Factory):
 
 
 class ControlService(Service):
-    """Listens from the start, with the privileges of then, until the program steers no more."""
+    """Listens from its start, when the process still has its privileges, until the program stops
+    steering for good."""
 
     def __init__(self, reactor: Reactor, path: str, control: Control) -> None:
         self._reactor = reactor
@@ -302,18 +304,19 @@ class ControlService(Service):
         self._listener = UnixListener(reactor, path, self._accepted)
 
     def privilegedStartService(self) -> None:
-        """Listen; raises L{StartError}, or L{OSError} at a limit of the system."""
+        """Start listening; raises L{StartError}, or L{OSError} at a limit of the system."""
         try:
             self._listener.open()
         except OSError as problem:
             if problem.errno in _LIMITS:
                 raise
             raise StartError(
-                f"cannot listen on {self._path}: {problem.strerror}; give another path by --control"
+                f"cannot listen on {self._path}: {problem.strerror}; give another path with"
+                " --control"
             ) from None
 
     def stopService(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         super().stopService()
         self._listener.close()
 

@@ -1,4 +1,4 @@
-"""What the responder answers for: identifiers whose validation is pending, each for a time."""
+"""The identifiers that the responder answers for: each is pending for a limited time."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ DIGEST_SIZE: Final = 32
 """Bytes of a SHA-256 digest."""
 
 LIFETIME: Final = 3600.0
-"""Seconds for which an identifier is pending unless its client says so or ends it."""
+"""Seconds for which an identifier is pending, unless its client gives another time or ends it."""
 
 LONGEST_LIFETIME: Final = 86_400.0
 
 MOST_PENDING: Final = 20_000
-"""Identifiers at a time, some 20 MB. An order has 100 names at most with the usual CAs."""
+"""Identifiers at a time, which take about 20 MB. With the usual CAs, an order has at most 100
+names."""
 
 
 class PendingPart(TypedDict):
-    """The part of a status that tells what is pending."""
+    """The part of a status that shows what is pending."""
 
     pending: list[PendingStatus]
     pending_count: int
 
 
 class BadRequest(ValueError):
-    """What a client asks for makes no sense, or is too much; the message says why."""
+    """A client's request makes no sense, or asks for too much; the message says why."""
 
 
 @dataclass(slots=True)
 class Authorization:
     """A pending identifier.
 
-    @ivar identifier: as L{acme_alpn_proxy.proxy.identifiers} spells it.
+    @ivar identifier: in the normal form of L{acme_alpn_proxy.proxy.identifiers}.
     @ivar digest: SHA-256 of the key authorization (RFC 8737 section 3), 32 bytes.
-    @ivar asked_by: which program wants it, for people.
-    @ivar expires: in seconds of the reactor's clock.
+    @ivar asked_by: the program that has asked for it, for people.
+    @ivar expires: when it ends, in seconds of the reactor's clock.
     @ivar answered: how many handshakes for it have been completed.
     """
 
@@ -59,7 +60,7 @@ class Authorization:
 class Pending:
     """The pending identifiers.
 
-    @ivar on_empty: is called when the last one has gone.
+    @ivar on_empty: called when the last one has gone.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -71,13 +72,13 @@ class Pending:
         return len(self._by_identifier)
 
     def get(self, identifier: str | None) -> Authorization | None:
-        """That of C{identifier}, if it is pending."""
+        """The authorization of C{identifier}; L{None} if it is not pending."""
         return None if identifier is None else self._by_identifier.get(identifier)
 
     def add(
         self, identifier: str, digest: bytes, asked_by: str, lifetime: float = LIFETIME
     ) -> Authorization:
-        """C{identifier} is pending from now on, in place of an earlier one; raises L{BadRequest}.
+        """Make C{identifier} pending from now on; replaces an earlier one; raises L{BadRequest}.
 
         @param lifetime: in seconds.
         """
@@ -92,14 +93,14 @@ class Pending:
         return new
 
     def remove(self, identifier: str) -> None:
-        """C{identifier} is pending no more; it need not have been."""
+        """C{identifier} is no longer pending; no error if it never was."""
         authorization = self._by_identifier.get(identifier)
         if authorization is not None:
             authorization._expiry.cancel()
             self._drop(identifier)
 
     def status(self) -> PendingPart:
-        """The same, for C{status}."""
+        """The pending identifiers, for C{status}."""
         now = self._clock.seconds()
         shown = itertools.islice(self._by_identifier.values(), PENDING_SHOWN)
         return {
@@ -122,8 +123,8 @@ class Pending:
 
 
 def parse_digest(text: str) -> bytes:
-    """The digest that C{text} spells: 64 hexadecimal digits, with colons or without, or base64url
-    (RFC 4648 section 5) without padding; raises L{BadRequest}."""
+    """Parse a digest: 64 hexadecimal digits, with or without colons, or base64url (RFC 4648 section
+    5) without padding; raises L{BadRequest}."""
     digits = text.replace(":", "")
     try:
         digest = (
@@ -142,7 +143,7 @@ def parse_digest(text: str) -> bytes:
 
 
 def parse_lifetime(text: str) -> float:
-    """Seconds; raises L{BadRequest}."""
+    """Parse a number of seconds; raises L{BadRequest}."""
     try:
         seconds = float(text)
     except ValueError:

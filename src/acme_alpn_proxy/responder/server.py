@@ -1,7 +1,7 @@
 """The responder: a target of validations that answers them itself.
 
-A validation comes in by a pair of sockets within this process, as any target's connection goes out.
-So nothing listens for it, and no other user of this host can connect to it.
+A validation reaches it through a pair of sockets within this process, like the connection to any
+other target. So it has no listening socket, and no other user of this host can connect to it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Refusal(Protocol):
 
 
 class _OrRefuse(TargetFactory):
-    """Stands for the visitor's factory while another target is tried first."""
+    """Replaces the visitor's factory while another target is tried first."""
 
     def __init__(self, responder: Responder, factory: TargetFactory) -> None:
         self._responder = responder
@@ -64,9 +64,9 @@ class _OrRefuse(TargetFactory):
 
 @implementer(ITarget)
 class Responder:
-    """Answers the validations of pending identifiers, and those that a folder has certificates for.
+    """Answers the validations of pending identifiers, and of those with certificates in a folder.
 
-    All others go to the next target; where nobody answers there, they are refused.
+    All others go to the next target; if nothing answers there, they are refused.
     """
 
     _log = Logger()
@@ -76,7 +76,7 @@ class Responder:
     ) -> None:
         """
         @param beyond: the next target.
-        @param folder: with an ACME client's challenge certificates, in dehydrated's layout.
+        @param folder: has an ACME client's challenge certificates, in dehydrated's layout.
         """
         self._reactor = reactor
         self._pending = pending
@@ -100,7 +100,7 @@ class Responder:
         return None
 
     def refuse(self, factory: TargetFactory) -> None:
-        """Connect C{factory} to an end that answers by an alert."""
+        """Connect C{factory} to a peer that answers with an alert."""
         factory.tell(REFUSED)
         self._connect(factory, Factory.forProtocol(_Refusal))
 

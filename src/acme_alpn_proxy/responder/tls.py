@@ -1,7 +1,7 @@
-"""The TLS of a validation, by Twisted and pyOpenSSL.
+"""The TLS of a validation, with Twisted and pyOpenSSL.
 
-Like L{acme_alpn_proxy.responder.certificates} it takes longer to import than all the rest, and is
-imported when the first identifier is pending.
+Like L{acme_alpn_proxy.responder.certificates}, this module takes longer to import than all others
+together. So it is imported when the first identifier is pending.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_all() -> None:
 
 @implementer(IHandshakeListener)
 class Answer(Protocol):
-    """The server's side of a validation: a handshake and not a byte more (RFC 8737 section 3)."""
+    """The server's side of a validation: only the handshake, no data (RFC 8737 section 3)."""
 
     factory: AnsweringFactory
     transport: Any
@@ -62,7 +62,7 @@ class AnsweringFactory(Factory):
         authorization: Authorization | None,
     ) -> None:
         """
-        @param tell: is called with what came of the validation, in words.
+        @param tell: called with the result of the validation, in words.
         """
         self._context = context
         self.tell = tell
@@ -74,20 +74,20 @@ class AnsweringFactory(Factory):
         return answer
 
     def answered(self) -> None:
-        """The handshake is completed."""
+        """Report that the handshake is complete."""
         if self._authorization is not None:
             self._authorization.answered += 1
         self.tell(ANSWERED)
 
     def over_tls(self) -> Factory:
-        """The same behind TLS."""
+        """A factory that puts TLS between the transport and this one."""
         factory: Any = TLSMemoryBIOFactory(_Contexts(self._context), False, self)
         return cast(Factory, factory)
 
 
 @implementer(IOpenSSLContextFactory)
 class _Contexts:
-    """Gives the one context."""
+    """Returns always the same context."""
 
     def __init__(self, context: SSL.Context) -> None:
         self._context = context

@@ -1,7 +1,7 @@
 """A TCP connection on Linux with few system calls and objects, for Twisted's protocols.
 
 It does what Twisted's own transport does, with these differences: all descriptors are in one
-L{Poller}; a protocol learns of a reset at once, whether its transport is being read or not;
+L{Poller}; a protocol is informed of a reset at once, whether its transport is being read or not;
 C{connectionLost} is called before the call that ends the connection returns; a producer is paused
 as soon as the kernel does not take all bytes; every connection has TCP_NODELAY from the start, and
 SO_KEEPALIVE unless its peer is this host.
@@ -40,7 +40,7 @@ from .poller import Poller
 from .sockets import bound_unsent, twisted_address
 
 READ_SIZE: Final = 65_536
-"""Bytes read at once: a read that fills this finds a sender at full speed."""
+"""Bytes read at once: if a read returns this many, the sender is at full speed."""
 
 _READ: Final = select.EPOLLIN
 _WRITE: Final = select.EPOLLOUT
@@ -51,8 +51,8 @@ _READ_OR_ENDED: Final = _READ | _ENDED
 _WRITE_OR_ENDED: Final = _WRITE | _ENDED
 _OVER: Final = _FINISHED | _ENDED
 _CHANGES: Final = _READ | _FINISHED | select.EPOLLET
-"""What a connection is registered for. Edge-triggered: each change is reported once. A connection
-that ignored an event asks again later with EPOLL_CTL_MOD, which reports what is there by then
+"""The events of a connection. Edge-triggered: each change is reported once. A connection that
+ignored an event asks again later with EPOLL_CTL_MOD, which reports what is there at that time
 (epoll(7))."""
 
 _AT_ONCE: Final = int(socket.MSG_DONTWAIT)
@@ -62,19 +62,19 @@ connection."""
 _NOT_REGISTERED: Final = 0
 
 _GOES_ON, _FINISHES, _CLOSES = range(3)
-"""Whether and how a connection is to end once all has been sent."""
+"""Whether and how a connection ends once all bytes have been sent."""
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-"""socket(7): SO_LINGER of 0 seconds."""
+"""The value of SO_LINGER for a linger of 0 seconds (socket(7))."""
 
 _SO_MEMINFO: Final = 55
 _MEMORY: Final = struct.Struct("12x3I")
-"""Of <asm-generic/socket.h>, and what it gives (<linux/sock_diag.h>): bytes of the send buffer,
-bytes set aside, and bytes that are queued to be sent."""
+"""The option of <asm-generic/socket.h>, and its value (<linux/sock_diag.h>): the size of the send
+buffer, the bytes set aside, and the bytes queued for sending, all in bytes."""
 
 _SIOCOUTQNSD: Final = 0x894B
-"""Of <linux/sockios.h>: how many bytes are not sent yet (tcp(7) has SIOCOUTQ, with those that are
-not acknowledged)."""
+"""From <linux/sockios.h>: the number of bytes not sent yet (SIOCOUTQ of tcp(7) also counts those
+that are not acknowledged)."""
 
 _log = Logger()
 
@@ -83,12 +83,13 @@ _ABORTED: Final = Failure(ConnectionAborted())
 
 
 def _discard(data: bytes) -> None:
-    """The connection has ended: its bytes go nowhere."""
+    """Drop C{data}: the connection has ended."""
 
 
 @functools.cache
 def _lost(problem: int | None) -> Failure:
-    """The reason for C{connectionLost} after this C{errno}; made once: resets are frequent."""
+    """The reason that C{connectionLost} gets for this C{errno}; made once, as resets are
+    frequent."""
     return Failure(ConnectionLost(f"{os.strerror(problem or 0)} ({problem})"))
 
 
@@ -104,9 +105,9 @@ def _lost(problem: int | None) -> Failure:
 class Connection:
     """A connected socket and its protocol.
 
-    @ivar connected: until C{connectionLost}.
+    @ivar connected: L{True} until C{connectionLost}.
     @ivar receive, finishing, waiting, producer: see L{IDescriptorTransport}.
-    @ivar unsent: the bound on unsent bytes that its socket has; 0: none.
+    @ivar unsent: the limit on unsent bytes that is set on its socket; 0: none.
     """
 
     __slots__ = (
@@ -136,7 +137,7 @@ class Connection:
 
     def __init__(self, poller: Poller, sock: SocketType, address: Any, protocol: Any) -> None:
         """
-        @param address: the peer's, as the socket module has it.
+        @param address: the peer's, in the socket module's form.
         """
         self._poller = poller
         self._socket = sock
@@ -158,7 +159,7 @@ class Connection:
         self._reader: Callable[[], None] | None = None
 
     def begin(self, *, read: bool) -> None:
-        """Give the protocol its transport, and, if C{read}, what has come by now."""
+        """Give the protocol its transport and, if C{read}, the bytes that have already arrived."""
         try:
             self.receive = self.protocol.dataReceived
             self.protocol.makeConnection(self)
@@ -187,12 +188,12 @@ class Connection:
             self.connectionLost(_lost(problem))
 
     def rearm(self) -> None:
-        """Have the poller report data that is there already, as if it had come just now."""
+        """Make the poller report data that is already there, as if it had just arrived."""
         if self._registered:
             self._poller.change(self._descriptor, self._registered)
 
     def _block(self) -> None:
-        """Have the poller report when the kernel takes bytes again."""
+        """Make the poller report when the kernel takes bytes again."""
         self._blocked = True
         if self._registered:
             self._registered |= _WRITE
@@ -221,11 +222,11 @@ class Connection:
             self.receive(data)
         elif events & _OVER:
             self._finish(data)
-        else:  # there was no more
+        else:  # that was all
             self.receive(data)
 
     def _finish(self, data: bytes) -> None:
-        """An end was announced: read it before C{data}, which came before it, is given."""
+        """The end has been reported: read it first, then give C{data}, which came before it."""
         try:
             rest = self._socket.recv(READ_SIZE, _AT_ONCE)
         except BlockingIOError:  # an event of another connection: see Poller.forget
@@ -242,7 +243,7 @@ class Connection:
                 self.readConnectionLost(DONE)
 
     def readConnectionLost(self, reason: Failure) -> None:
-        """The peer's end-of-file; it is told again if reading is resumed."""
+        """Handle the peer's end-of-file; it is reported again if reading is resumed."""
         if self._half_closes:
             self._reading = False
             self.protocol.readConnectionLost()
@@ -353,7 +354,7 @@ class Connection:
                 self.connectionLost(DONE)
 
     def _end(self) -> None:
-        """End as was asked for, if all that was to be sent before has been."""
+        """End the connection as requested, once all earlier bytes have been sent."""
         if not self._ending or self.waiting or not (self.producer is None or self._streaming):
             return
         if self._ending == _CLOSES:
@@ -379,7 +380,7 @@ class Connection:
         self.connectionLost(_lost(problem.errno))
 
     def connectionLost(self, reason: Failure) -> None:
-        """Close the socket and tell the protocol; a second time it does nothing."""
+        """Close the socket and inform the protocol; a second call does nothing."""
         if not self.connected:
             return
         self.connected = False

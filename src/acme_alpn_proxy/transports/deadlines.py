@@ -1,4 +1,4 @@
-"""Deadlines that are all equally far away: the first to begin is the first to end."""
+"""Deadlines with equal durations: the first to begin is the first to end."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Unanswered(Exception):
 
 
 class DeadlineQueue(Generic[T]):
-    """Tells of each item that is still in the queue C{seconds} after it was added.
+    """Calls C{expired} for each item that is still in the queue C{seconds} after it was added.
 
-    One timer serves them all. It is left running when the last item goes, for the next one to find;
-    L{close} stops it.
+    One timer serves all items. It keeps running after the last item is removed, so that the next
+    item can use it; L{close} stops it.
     """
 
     def __init__(self, clock: IReactorTime, seconds: float, expired: Callable[[T], None]) -> None:
         self._clock = clock
         self.seconds = seconds
         self._expired = expired
-        # Not a dict: that walks over all that were taken out of its front to find its first.
+        # Not a dict: finding its first item takes longer with every item removed at its front.
         self._due: OrderedDict[T, float] = OrderedDict()
         self._timer: Any = None
 
@@ -34,13 +34,13 @@ class DeadlineQueue(Generic[T]):
         return len(self._due)
 
     def add(self, item: T) -> None:
-        """C{item}'s time runs from now on."""
+        """C{item}'s time starts now."""
         self._due[item] = self._clock.seconds() + self.seconds
         if self._timer is None:
             self._timer = self._clock.callLater(self.seconds, self._look)
 
     def discard(self, item: T) -> None:
-        """C{item} has made it; it need not have been added."""
+        """C{item} was in time; no error if it was never added."""
         self._due.pop(item, None)
 
     def oldest(self) -> T:
@@ -48,7 +48,7 @@ class DeadlineQueue(Generic[T]):
         return next(iter(self._due))
 
     def close(self) -> None:
-        """Forget all."""
+        """Forget all items."""
         self._due.clear()
         if self._timer is not None:
             self._timer.cancel()

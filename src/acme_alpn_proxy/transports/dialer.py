@@ -35,11 +35,11 @@ _WRITE: Final = select.EPOLLOUT
 _NON_BLOCKING: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 _SOURCES: Final = 250
-"""How many addresses of 127.0.0.0/8 are used. Each one has net.ipv4.ip_local_port_range ports,
-28,232 by default."""
+"""How many addresses of 127.0.0.0/8 are used as source. Each has the ports of
+net.ipv4.ip_local_port_range, 28,232 by default."""
 
 _SOURCE_SECONDS: Final = 60.0
-"""Seconds after which the usual source is tried again."""
+"""After so many seconds, the usual source is tried again."""
 
 _IP_FREEBIND: Final = 15
 """ip(7): bind to an address that no interface has."""
@@ -48,7 +48,7 @@ _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOM
 
 
 def _sources(family: int) -> list[str]:
-    """The addresses from which a loopback target can be dialled, besides the usual one."""
+    """The addresses, besides the usual one, from which a loopback target can be dialled."""
     if family == socket.AF_INET:
         return [f"127.0.0.{last}" for last in range(2, _SOURCES)]
     try:
@@ -81,7 +81,7 @@ class Dialer:
     ) -> None:
         """
         @param deadlines: made with L{Connector.expire}.
-        @param address: as the socket module has it.
+        @param address: in the socket module's form.
         """
         self.poller = poller
         self.retries = retries
@@ -104,11 +104,11 @@ class Dialer:
         return connector
 
     def dial(self, first: bytes = b"", visitor: str | None = None) -> tuple[Any, int | None, int]:
-        """Make a socket, connect it, and send C{first}, if all this takes no waiting.
+        """Make a socket, connect it, and send C{first}, as far as that works without waiting.
 
-        @param visitor: the address to come from, whosever it is; L{None}: one of this host's.
-        @return: the socket, if there can be one; what hinders its connection, an C{errno} or 0
-            (C{EINPROGRESS}: nothing but time); and how much of C{first} was sent.
+        @param visitor: the source address, which may be any; C{None}: one of this host's.
+        @return: the socket, or C{None}; an C{errno} that prevents the connection, or 0
+            (C{EINPROGRESS}: it only takes time); and how many bytes of C{first} were sent.
         """
         sock = None
         try:
@@ -119,8 +119,8 @@ class Dialer:
                 sock, problem = self._dial_from_another_source()
             if problem and problem != errno.EINPROGRESS:
                 return sock, problem, 0
-            # Over loopback it is connected all the same. To try is cheaper than to wait, and the
-            # target has something to do while the rest is made here.
+            # Over loopback it is connected all the same. Trying costs less than waiting, and the
+            # target can work while the rest is made here.
             return sock, 0, sock.send(first)
         except BlockingIOError:
             return sock, errno.EINPROGRESS, 0
@@ -131,7 +131,7 @@ class Dialer:
         sock = SocketType(self._family, _NON_BLOCKING)
         # The visitor's bytes follow at once: the last ACK of the handshake goes with them.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-        # Before it connects, so that the window is scaled for it.
+        # Before connecting, so that the window scale fits the buffer.
         bound_receive_buffer(sock, is_near=self._is_near)
         if visitor is not None:
             try:
@@ -147,10 +147,10 @@ class Dialer:
         return sock
 
     def _dial_from_another_source(self) -> tuple[SocketType, int]:
-        """All local ports to the target are in use from this source: take another one for a while.
+        """All local ports to the target are in use with this source: use another one for a while.
 
-        A loopback target can be dialled from every address of this host, of which 127.0.0.0/8 are
-        many.
+        A loopback target can be dialled from every address of this host, which includes all of
+        127.0.0.0/8.
         """
         if not self._sources:
             self._sources.extend(_sources(self._family))
@@ -165,7 +165,7 @@ class Dialer:
         return sock, problem
 
     def establish(self, sock: SocketType, protocol: Any) -> Connection | None:
-        """Give a connected socket its protocol, if it is to have one."""
+        """Give a connected socket its protocol, if the factory makes one."""
         if protocol is None:
             sock.close()
             return None
@@ -176,11 +176,11 @@ class Dialer:
 
 
 class BoundDialer(Dialer):
-    """Connects to an address of this host, from that same address."""
+    """Connects to an address of this host, and from that same address."""
 
     def _socket(self, visitor: str | None = None) -> SocketType:
         sock = super()._socket()
-        # An IPv6 address that only a local route makes this host's is on no interface.
+        # An IPv6 address that is this host's only through a local route is on no interface.
         sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
         bind_without_port(sock, self._address[0], *self._address[2:])
         return sock
@@ -188,7 +188,7 @@ class BoundDialer(Dialer):
 
 @implementer(IConnector)
 class Connector:
-    """An attempt to connect that has to wait; it ends in a protocol or in
+    """An attempt to connect that has to wait; at its end there is a protocol, or a call of
     C{clientConnectionFailed}."""
 
     __slots__ = (
@@ -216,7 +216,7 @@ class Connector:
         self.take(*self._dialer.dial(b"", self._visitor)[:2])
 
     def take(self, sock: SocketType | None, problem: int | None) -> None:
-        """Go on with what L{Dialer.dial} has given."""
+        """Go on with the result of L{Dialer.dial}."""
         self._pending = True
         self._dialer.deadlines.add(self)
         self._judge(sock, problem)
@@ -243,7 +243,7 @@ class Connector:
         problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if problem or _is_connected(
             self._socket
-        ):  # otherwise another connection's event: see Poller.forget
+        ):  # if not, it is another connection's event: see Poller.forget
             self._judge(self._leave_poller(), problem)
 
     def connectionLost(self, reason: Failure) -> None:

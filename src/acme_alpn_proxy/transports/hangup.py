@@ -1,10 +1,10 @@
-"""Resets on descriptors that nobody reads.
+"""Notices resets on descriptors that are not read.
 
 A connection is not read while its bytes would only pile up (back-pressure), after its FIN, and
-while its target is being connected. Twisted's reactors keep no interest in such a descriptor, so
-they do not hear of a reset. epoll(7) reports EPOLLERR and EPOLLHUP whatever was asked for: an epoll
-of our own, itself a descriptor in the reactor, listens for these two alone. EPOLLHUP without
-EPOLLERR is no reset: both sides have ended, and bytes may still wait to be read.
+while its target is being connected. Twisted's reactors do not watch such a descriptor, so they do
+not notice a reset. epoll(7) reports EPOLLERR and EPOLLHUP even if nothing was asked for. So an
+epoll of our own, itself a descriptor in the reactor, waits for only these two. EPOLLHUP without
+EPOLLERR is not a reset: both sides have ended, and bytes may still wait to be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .interfaces import IDescriptorTransport, IHangupWatch
 
 @implementer(IHangupWatch)
 class NoHangupWatch:
-    """Where there is no epoll or the reactor takes no descriptors: resets are seen when read."""
+    """If there is no epoll or the reactor takes no descriptors: a reset is noticed by the next
+    read."""
 
     def add(self, transport: Any, hung_up: Callable[[], None]) -> None:
         pass
@@ -53,7 +54,7 @@ class EpollHangupWatch(ReadDescriptor):
             descriptor = transport.fileno()
             try:
                 self._epoll.register(descriptor, select.EPOLLET)
-            except OSError:  # epoll_ctl(2): out of memory or of watches; the visitor goes on
+            except OSError:  # epoll_ctl(2) has no memory or watches left; the visitor goes on
                 return
             self._descriptors[transport] = descriptor
             self._watched[descriptor] = transport, hung_up
@@ -62,7 +63,7 @@ class EpollHangupWatch(ReadDescriptor):
         descriptor = self._descriptors.pop(transport, None)
         if descriptor is not None:
             del self._watched[descriptor]
-            if transport.fileno() == descriptor:  # closing it has taken it out of the epoll
+            if transport.fileno() == descriptor:  # if not, closing has removed it
                 self._epoll.unregister(descriptor)
 
     def close(self) -> None:
@@ -76,8 +77,9 @@ class EpollHangupWatch(ReadDescriptor):
 
     def doRead(self) -> None:
         for descriptor, _ in self._epoll.poll(0):
-            # An earlier one of this batch may have ended it. And a closed one that a process about
-            # to be spawned still holds is reported under its old number, once (EPOLLET).
+            # An earlier event of this batch may have ended it. And if it is closed, but a process
+            # that
+            # is just being spawned still holds it, its old number is reported once (EPOLLET).
             if descriptor in self._watched and _is_reset(descriptor):
                 transport, hung_up = self._watched[descriptor]
                 self.discard(transport)
@@ -85,7 +87,7 @@ class EpollHangupWatch(ReadDescriptor):
 
 
 def _is_reset(descriptor: int) -> bool:
-    """Whether poll(2) has an error to report right now."""
+    """Whether poll(2) reports an error right now."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))

@@ -1,4 +1,4 @@
-"""Contracts of the transports, no logic."""
+"""Contracts of the transports, without logic."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from zope.interface import Attribute, Interface
 
 
 class IDescriptorTransport(Interface):
-    """A connection whose descriptor a relay may read from and write to by itself.
+    """A connection whose descriptor a relay may read and write directly.
 
-    Its protocol learns of a reset at once, even while it is not read.
+    Its protocol is informed of a reset at once, even while the connection is not read.
     """
 
-    read_size = Attribute("""Bytes that the protocol is given at most at once.""")
+    read_size = Attribute("""The largest number of bytes that the protocol gets at once.""")
     receive = Attribute(
-        """A callable that is given the bytes that are read: at first the protocol's
+        """A callable that gets the bytes that are read: at first the protocol's
         C{dataReceived}. Assign another one to replace it."""
     )
     finishing = Attribute("""Whether the peer's FIN has been read: no bytes follow.""")
@@ -30,13 +30,13 @@ class IDescriptorTransport(Interface):
         """The descriptor, which may be a blocking one; -1 once it is closed."""
 
     def doRead() -> None:
-        """Read now, as if there were something."""
+        """Read now, as if data had been reported."""
 
     def rearm() -> None:
-        """Report what there is to read, as if it had come just now."""
+        """Report data that is already there, as if it had just arrived."""
 
     def read_by(reader: Callable[[], None] | None) -> None:
-        """Call C{reader()} when there is something to read; C{None}: read it for the protocol.
+        """Call C{reader()} when data can be read; C{None}: read it for the protocol.
 
         The reader reads all there is, or calls C{rearm}.
         """
@@ -45,14 +45,15 @@ class IDescriptorTransport(Interface):
         """About how many bytes the kernel would take now."""
 
     def trust() -> None:
-        """The peer reads what it is sent: the kernel may keep as many bytes for it as it likes."""
+        """The peer has shown that it reads: lift the limit on bytes that the kernel keeps for
+        it."""
 
     def failed(problem: OSError) -> None:
-        """Using the descriptor raised this: the connection is lost."""
+        """Using the descriptor raised C{problem}: end the connection as lost."""
 
 
 class IPoller(Interface):
-    """One epoll for many descriptors; what is in it has C{ready(events)} and C{connectionLost}.
+    """One epoll for many descriptors; their handlers have C{ready(events)} and C{connectionLost}.
 
     It is an C{IReadDescriptor}, too.
     """
@@ -63,20 +64,20 @@ class IPoller(Interface):
         """Report C{events} to C{handler}."""
 
     def turn(timeout: float) -> bool:
-        """Wait for events, so many seconds at most (-1: for ever), and report them.
+        """Wait for events, at most C{timeout} seconds (-1: without limit), and report them.
 
         @return: whether there were any.
         """
 
 
 class IPollerHost(Interface):
-    """A reactor that can wait in the epoll of a poller, with its own descriptors in it."""
+    """A reactor that can wait in a poller's epoll, with its own descriptors in it."""
 
     def invite(poller: IPoller) -> None:
-        """Take C{poller}'s events from now on, and wait by it unless it is the second one."""
+        """Handle C{poller}'s events from now on, and wait in it unless there is one already."""
 
     def dismiss(poller: IPoller) -> None:
-        """Take them no longer."""
+        """Stop handling C{poller}'s events."""
 
 
 class IHangupWatch(Interface):
@@ -86,7 +87,7 @@ class IHangupWatch(Interface):
         """Call C{hung_up()}, once, when the peer of C{transport} resets the connection."""
 
     def discard(transport: Any) -> None:
-        """Watch C{transport} no longer; it need not have been watched."""
+        """Stop watching C{transport}; no error if it is not watched."""
 
     def close() -> None:
         """Close the watch's own descriptor. Nothing is watched any more."""

@@ -1,4 +1,4 @@
-"""The kind of transports for visitors and targets: lean ones where they work, else Twisted's."""
+"""The transports for visitors and targets: lean ones where they work, otherwise Twisted's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Connecting:
-    """One attempt to connect an endpoint, with the part of C{IConnector} that ends it."""
+    """One attempt to connect an endpoint, with the C{IConnector} method that cancels it."""
 
     def __init__(self, attempt: Deferred[Any]) -> None:
         self._attempt = attempt
@@ -44,7 +44,7 @@ class _Connecting:
 
 @implementer(ITarget)
 class EndpointTarget:
-    """A target by way of any endpoint of Twisted's."""
+    """A target that any of Twisted's endpoints connects to."""
 
     def __init__(
         self, endpoint: IStreamClientEndpoint, timeout: float, clock: IReactorTime
@@ -78,7 +78,7 @@ class TwistedNetwork:
         self._reactor = reactor
 
     def open(self) -> None:
-        """There is nothing to be opened."""
+        """Nothing to open."""
 
     def listen(self, listener: socket.socket, factory: Factory) -> IListeningPort:
         port: IListeningPort = self._reactor.adoptStreamPort(
@@ -115,7 +115,7 @@ class TwistedNetwork:
         return None
 
     def close(self) -> None:
-        """There is nothing to be closed."""
+        """Nothing to close."""
 
 
 @implementer(INetwork)
@@ -183,7 +183,7 @@ class LeanNetwork(TwistedNetwork):
 
 
 def network_for(reactor: Reactor) -> TwistedNetwork:
-    """The leanest that works with this reactor on this system."""
+    """The leanest network that works with this reactor on this system."""
     if sys.platform == "linux" and IReactorFDSet.providedBy(reactor):
         return LeanNetwork(reactor)
     return TwistedNetwork(reactor)

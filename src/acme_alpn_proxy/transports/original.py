@@ -1,4 +1,4 @@
-"""A target for each visitor: the address that it dialled."""
+"""A separate target for each visitor: the address that it dialled."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DialledTarget: TypeAlias = Callable[[str, int], ITarget]
 
 @implementer(ITarget)
 class OriginalTarget:
-    """Connects to the address of this host to which the visitor's connection came.
+    """Connects to the address of this host that the visitor's connection came to.
 
-    The connection must come from that same address. Otherwise it would have another of this host's
-    addresses as its source, and would be steered back here by BPF C{sk_lookup}.
+    The connection must come from that same address. With another of this host's addresses as its
+    source, BPF C{sk_lookup} would steer it back here.
     """
 
     def __init__(self, at: DialledTarget, own_port: int, instead: int) -> None:
         """
-        @param at: gives the target for an address and a port, bound to that address.
-        @param own_port: where the proxy itself listens: those who dial it get C{instead}.
+        @param at: returns the target for an address and a port, bound to that address.
+        @param own_port: the port of the proxy itself: visitors who dial it get C{instead}.
         """
         self._at = at
         self._own_port = own_port

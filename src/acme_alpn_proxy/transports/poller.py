@@ -1,4 +1,5 @@
-"""One epoll(7) for all lean descriptors, and a queue for what failed when these were short."""
+"""One epoll(7) for all lean descriptors, and a queue for retries after a shortage of
+descriptors."""
 
 from __future__ import annotations
 
@@ -20,29 +21,29 @@ _log = Logger()
 _EVENTS: Final = 256
 
 _LOOKS: Final = 8
-"""How many times a poller that is one of the reactor's readers polls at each turn of the reactor:
-the next event often comes at once, and a turn of the reactor costs more than a poll."""
+"""How often a poller that is one of the reactor's readers polls in each turn of the reactor: the
+next event often comes at once, and a turn of the reactor costs more than a poll."""
 
 _RETRY: Final = 0.1
 
 
 class Handler(Protocol):
-    """What is in a L{Poller}."""
+    """What a L{Poller} calls for a descriptor."""
 
     def ready(self, events: int) -> None:
-        """epoll(7) reports C{events}; if it has ended meanwhile, it does nothing."""
+        """epoll(7) reports C{events}; does nothing if the connection has already ended."""
 
     def connectionLost(self, reason: Failure) -> None:
-        """C{ready} has raised an exception: end."""
+        """C{ready} has raised an exception: end the connection."""
 
 
 @implementer(IPoller)
 class Poller(ReadDescriptor):
     """One epoll for all lean descriptors.
 
-    It is one of the reactor's descriptors, or the reactor's epoll is one of its own.
+    Either it is one of the reactor's descriptors, or the reactor's epoll is one of its own.
 
-    @ivar alone: whether the event that is being handled was the only one.
+    @ivar alone: whether the event that is being handled is the only one of its batch.
     """
 
     READ = select.EPOLLIN
@@ -54,7 +55,7 @@ class Poller(ReadDescriptor):
         self.alone = False
 
     def open(self) -> None:
-        """To be called before anything is added."""
+        """Open the epoll. To be called before anything is added."""
         self._epoll = select.epoll()
         if IPollerHost.providedBy(self._reactor):
             self._reactor.invite(self)
@@ -67,24 +68,24 @@ class Poller(ReadDescriptor):
         self._handlers[descriptor] = handler
 
     def change(self, descriptor: int, events: int) -> None:
-        """Report C{events} from now on, and those of them that are there already."""
+        """Report C{events} from now on, including those that are already there."""
         self._epoll.modify(descriptor, events)
 
     def remove(self, descriptor: int) -> None:
-        """Report nothing of C{descriptor} any more."""
+        """Stop reporting events of C{descriptor}."""
         self._epoll.unregister(descriptor)
         del self._handlers[descriptor]
 
     def forget(self, descriptor: int) -> None:
-        """C{descriptor}, whose changes were reported (EPOLLET), is about to be closed.
+        """Forget C{descriptor}, an edge-triggered one (EPOLLET) that is about to be closed.
 
-        The kernel takes it out of the epoll then, unless a process about to be spawned holds a
-        copy. A change of the copy is reported once, to the handler that has the number by then.
+        Closing takes it out of the epoll, unless a process that is just being spawned holds a copy.
+        A change of the copy is then reported once, to the handler that has the number at that time.
         """
         del self._handlers[descriptor]
 
     def close(self) -> None:
-        """Report nothing any more."""
+        """Close the epoll; nothing is reported any more."""
         if IPollerHost.providedBy(self._reactor):
             self._reactor.dismiss(self)
         else:
@@ -106,7 +107,7 @@ class Poller(ReadDescriptor):
         self.alone = len(found) == 1
         for descriptor, events in found:
             handler = handlers.get(descriptor)
-            if handler is None:  # it has ended meanwhile
+            if handler is None:  # it has already ended
                 continue
             try:
                 handler.ready(events)
@@ -118,10 +119,10 @@ class Poller(ReadDescriptor):
 
 
 class RetryQueue:
-    """What failed for want of descriptors or memory, and is tried again a little later.
+    """What failed for lack of descriptors or memory, and is tried again a little later.
 
-    @ivar waiting: what is to be called then, in order.
-    @ivar reported: whether the shortage has been logged, and is not known to be over.
+    @ivar waiting: the functions to call then, in order.
+    @ivar reported: whether a shortage has been logged that may still last.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -131,7 +132,7 @@ class RetryQueue:
         self.waiting: list[Callable[[], None]] = []
 
     def add(self, retry: Callable[[], None]) -> None:
-        """Call C{retry()} in a tenth of a second."""
+        """Call C{retry()} after a tenth of a second."""
         self.waiting.append(retry)
         if self._timer is None:
             self._timer = self._clock.callLater(_RETRY, self._retry)
@@ -146,11 +147,11 @@ class RetryQueue:
             )
 
     def over(self) -> None:
-        """Every visitor that waited has been accepted."""
+        """The shortage is over: every visitor that waited has been accepted."""
         self.reported = False
 
     def close(self) -> None:
-        """Forget them all."""
+        """Forget all retries."""
         self.waiting.clear()
         if self._timer is not None:
             self._timer.cancel()

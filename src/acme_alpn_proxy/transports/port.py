@@ -1,4 +1,4 @@
-"""Accepting connections from a listening socket, and taking over those that were accepted."""
+"""Accepting connections from a listening socket, and taking over accepted ones."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ _log = Logger()
 _READ: Final = select.EPOLLIN
 
 _ACCEPTS: Final = 32
-"""Connections accepted before others get their turn."""
+"""Connections to accept before other events are handled."""
 
 _INFO_SIZE: Final = 28
-"""Bytes of C{struct tcp_info} (<linux/tcp.h>) up to and with C{tcpi_unacked}, which is the number
-of those who wait to be accepted if the socket listens (tcp_get_info in net/ipv4/tcp.c)."""
+"""Bytes of C{struct tcp_info} (<linux/tcp.h>) up to and including C{tcpi_unacked}, which for a
+listening socket is the number of connections that wait to be accepted (tcp_get_info in
+net/ipv4/tcp.c)."""
 
 
 _backlog: Final = struct.Struct("I").unpack_from
@@ -66,7 +67,7 @@ def adopt(poller: Poller, visitor: socket.socket, factory: Factory) -> None:
 
 
 def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> None:
-    """Give an accepted socket its protocol, and that what has come by now."""
+    """Give an accepted socket its protocol, and give the protocol the bytes that have arrived."""
     try:
         protocol = factory.buildProtocol(twisted_address(address))
     except Exception:
@@ -82,9 +83,9 @@ def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> N
 
 @implementer(IListeningPort, IPushProducer)
 class Port:
-    """Accepts from a listening socket, which stays its owner's, into the factory's protocols.
+    """Accepts from a listening socket, which belongs to the caller, into the factory's protocols.
 
-    As a producer of connections it can be paused: who comes then waits in the backlog.
+    It is a producer of connections: while it is paused, new connections wait in the backlog.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Port:
         self._poller = poller
         self._retries = retries
         self._family = listener.family
-        # socket.accept makes an object of Python's; this is the one of C under it.
+        # socket.accept makes an object of a Python class; this one, of the C class below it, does
+        # without.
         self._socket = SocketType(
             listener.family, listener.type, listener.proto, os.dup(listener.fileno())
         )
@@ -107,7 +109,7 @@ class Port:
         self._waiting = False
 
     def startListening(self) -> None:
-        # On Linux what it accepts inherits both.
+        # On Linux, accepted sockets inherit both options.
         tune(self._socket)
         bound_unsent(self._socket, UNSENT)
         self._factory.doStart()
@@ -157,9 +159,9 @@ class Port:
         if not self._accept() or not self._listening:
             return
         if self._poller.alone and not self._retries.reported:
-            return  # nobody else has come, most likely; else there is the next look
-        # How many more wait is asked when the first is on his way, and for a tenth of what an
-        # accept(2) in vain takes.
+            return  # probably no other connection waits; if one does, it is reported again
+        # The number of waiting connections is read once the first one is accepted: that takes a
+        # tenth of the time of an accept(2) without a result.
         info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
         (more,) = _backlog(info, _INFO_SIZE - 4)
         for _ in range(min(more, _ACCEPTS)):
@@ -169,10 +171,10 @@ class Port:
             self._retries.over()
 
     def _accept(self) -> bool:
-        """Accept one visitor; whether the next one may be."""
+        """Accept one visitor; return whether to go on with the next."""
         if self._paused or not self._listening:
             return False
-        if self._retries.waiting:  # a visitor that was accepted before comes first
+        if self._retries.waiting:  # first accept the visitors that already wait for a retry
             self._wait()
             return False
         try:

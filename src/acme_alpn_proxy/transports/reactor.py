@@ -1,8 +1,8 @@
-"""Twisted's epoll reactor, turned inside out for a process that is the proxy's own.
+"""Twisted's epoll reactor with the roles swapped, for a process that runs only the proxy.
 
-Elsewhere the lean transports' poller is one descriptor of the reactor, and each of its events takes
-two waits and the way through the reactor's logging contexts. Here the reactor's epoll is one
-descriptor of the poller.
+Normally the lean transports' poller is one descriptor of the reactor: each of its events takes two
+waits and the way through the reactor's logging contexts. Here the reactor's epoll is one descriptor
+of the poller.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .interfaces import IPoller, IPollerHost
 
 @implementer(IPollerHost)
 class ProxyReactor(EPollReactor):
-    """Waits by a poller, if there is one.
+    """Waits in a poller, if there is one.
 
-    Who is called by the poller may make and cancel calls, but not move one to an earlier time
-    (C{DelayedCall.reset}): nobody would look at that before the next call is due.
+    Code that the poller calls may make and cancel delayed calls, but must not move one to an
+    earlier time (C{DelayedCall.reset}): that would not be noticed until the next call is due.
     """
 
     _guest: IPoller | None = None
     _wanted = False
-    """Whether it has to look what there is to do for itself."""
+    """Whether the reactor has to check its own calls and descriptors."""
 
     def invite(self, poller: IPoller) -> None:
         if self._guest is None:
@@ -45,12 +45,12 @@ class ProxyReactor(EPollReactor):
             self.removeReader(poller)
 
     def doIteration(self, timeout: float | None) -> None:
-        """Turns of the poller until there is something to do for the reactor itself: a call that
-        is due or new, one of its own descriptors, or the end. C{timeout} in seconds, L{None}:
-        until something happens.
+        """Run turns of the poller until the reactor itself has something to do: a delayed call that
+        is due or new, one of its own descriptors, or its end. C{timeout} in seconds, L{None}: no
+        limit.
 
-        The way from one wait to the next is as short as can be: a visitor's connection takes it at
-        each of its events, often behind a sleep, when every line costs several times as much.
+        The path from one wait to the next is as short as possible: a visitor's connection takes it
+        for each of its events, often after a sleep, when each line costs several times as much.
         """
         if self._guest is None:
             self.doPoll(timeout)
@@ -59,8 +59,8 @@ class ProxyReactor(EPollReactor):
         wait, until = (-1.0, None) if timeout is None else (timeout, monotonic() + timeout)
         found = False
         while True:
-            # Behind events it looks once before it sleeps: what they lead to is often there at
-            # once, and to be woken takes a visitor longer than the look takes the processor.
+            # After events, poll once without sleeping: the events that follow from them are often
+            # there at once, and waking up delays a visitor more than the poll costs the processor.
             found = self._guest.turn(0 if found else wait)
             if self._wanted or self._guest is None or not self.running:
                 return
@@ -70,12 +70,12 @@ class ProxyReactor(EPollReactor):
                     return
 
     def look(self) -> None:
-        """One of its own descriptors is ready."""
+        """One of the reactor's own descriptors is ready."""
         self._wanted = True
         self.doPoll(0)
 
     def seconds(self) -> float:
-        """A clock that nobody sets: timers do not wait for the wall clock's time to come again."""
+        """A clock that nobody can set back: timers do not depend on the wall clock."""
         return monotonic()
 
     def callLater(
@@ -94,7 +94,7 @@ class ProxyReactor(EPollReactor):
 
 
 class _All:
-    """All that the reactor itself waits for."""
+    """The reactor's own epoll: everything that it waits for itself."""
 
     def __init__(self, reactor: ProxyReactor) -> None:
         self._reactor = reactor
@@ -103,11 +103,11 @@ class _All:
         self._reactor.look()
 
     def connectionLost(self, reason: Failure) -> None:
-        """C{doPoll} raises nothing: it logs."""
+        """Never called: C{doPoll} raises nothing, it logs."""
 
 
 def install() -> Any:
-    """Make it the reactor of this process, which has none yet."""
+    """Install it as the reactor of this process, which must not have one yet."""
     from twisted.internet.main import installReactor
 
     reactor = ProxyReactor()

@@ -28,12 +28,12 @@ _TRANSPARENT: Final[dict[int, tuple[int, int]]] = {
 CAP_NET_ADMIN."""
 
 NEAR_BUFFER: Final = 262_144
-"""Bytes asked for, of which the kernel makes twice as many (socket(7)). With less, a target on this
-host is kept waiting, which shows in the CPU time for a gigabyte."""
+"""Bytes to ask for; the kernel doubles them (socket(7)). With less, a target on this host has to
+wait, which costs CPU time with each gigabyte."""
 
 UNSENT: Final = 131_072
-"""Bytes that may wait to be sent to a visitor beyond what is on its way, until it has shown that
-it reads. It keeps 1 Gbit/s busy for a millisecond, which is longer than a turn takes."""
+"""Bytes that may wait to be sent to a visitor, besides those in flight, until the visitor has shown
+that it reads. At 1 Gbit/s they last for a millisecond, which is longer than a turn takes."""
 
 FAR_BUFFER: Final = 1_048_576
 """Enough for 800 Mbit/s from a target 10 ms away."""
@@ -45,9 +45,9 @@ def twisted_address(address: Any) -> IPv4Address | IPv6Address:
 
 
 def tune(sock: SocketType | socket.socket, *, is_near: bool = False) -> None:
-    """Send without Nagle's delay, and find peers that vanished (TCP keepalive).
+    """Send without Nagle's delay, and detect peers that have vanished (TCP keepalive).
 
-    @param is_near: the peer is on this host, where the kernel reports its end in any case.
+    @param is_near: whether the peer is on this host, where the kernel always reports its end.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if not is_near:
@@ -76,23 +76,24 @@ def bind_as_visitor(sock: SocketType | socket.socket, family: int, host: str) ->
 
 
 def bound_receive_buffer(sock: SocketType | socket.socket, *, is_near: bool) -> None:
-    """Limit what waits here of a target's bytes for a visitor that has stopped reading.
+    """Limit the bytes from a target that wait here for a visitor that has stopped reading.
 
-    The kernel lets a receive buffer grow to 6 MiB or more (net.ipv4.tcp_rmem), and all of them
-    share the host's memory for TCP (net.ipv4.tcp_mem). net.core.rmem_max may allow less than this.
+    The kernel lets a receive buffer grow to 6 MiB or more (net.ipv4.tcp_rmem), and all buffers
+    share the host's memory for TCP (net.ipv4.tcp_mem). net.core.rmem_max may be lower than this
+    limit.
     """
     size = NEAR_BUFFER if is_near else FAR_BUFFER
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def bound_unsent(sock: SocketType | socket.socket, size: int) -> None:
-    """Report that it can be written to only while fewer bytes are unsent (TCP_NOTSENT_LOWAT of
-    tcp(7)); 0: as long as its buffer has room."""
+    """Report the socket as writable only while fewer than C{size} bytes are unsent
+    (TCP_NOTSENT_LOWAT of tcp(7)); 0: whenever its buffer has room."""
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, size)
 
 
 def tune_transport(transport: Any, *, is_target: bool = False) -> None:
-    """The same for one of Twisted's transports; does nothing if that is not TCP."""
+    """Tune one of Twisted's transports in the same way; does nothing if it is not TCP."""
     if ITCPTransport.providedBy(transport) and not IUNIXTransport.providedBy(transport):
         transport.setTcpNoDelay(True)
         transport.setTcpKeepAlive(True)
@@ -131,7 +132,7 @@ class TargetFactory(ClientFactory):
     visitor = ""
 
     def tell(self, answer: str) -> None:
-        """What came of a validation, in words, from a target that knows."""
+        """Receive the result of a validation, in words, from a target that knows it."""
 
     def arrival(self) -> Arrival:
         """How the visitor has come for whom the target is connected. Takes system calls."""
@@ -143,7 +144,8 @@ class TargetFactory(ClientFactory):
 
 
 def original_destination(descriptor: int, host: str) -> tuple[str, int] | None:
-    """What a connection that connection tracking translated was dialled to (SO_ORIGINAL_DST)."""
+    """The address that a visitor dialled before connection tracking translated it
+    (SO_ORIGINAL_DST)."""
     is_v6 = ":" in host and not host.startswith("::ffff:")
     level, size = (socket.IPPROTO_IPV6, 28) if is_v6 else (socket.IPPROTO_IP, 16)
     same = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)

@@ -1,8 +1,8 @@
 """Connecting to a target on loopback from the visitor's own address.
 
-The target sees the visitor as if it had come directly. What brings its answers back is a
-L{acme_alpn_proxy.host.returnpath.ReturnPath}. Where they do not come, it is dialled from this
-host's address.
+The target sees the visitor as if it had come directly. A
+L{acme_alpn_proxy.host.returnpath.ReturnPath} brings the target's answers back. If they do not come
+back, the target is dialled from this host's address.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .dialer import Connector, Dialer
 from .sockets import TargetFactory
 
 ANSWERS_WITHIN: Final = 0.3
-"""Seconds for the target to answer a visitor's address: over loopback the handshake is over before
-connect(2) returns."""
+"""Seconds for the target to answer a visitor's address: over loopback, the handshake is complete
+before connect(2) returns."""
 
 MOST_UNANSWERED: Final = 1_024
-"""Addresses of visitors, without an answer, that are remembered."""
+"""How many addresses of visitors without an answer are remembered."""
 
 
 @implementer(ITarget)
 class VisitorSource:
-    """A target that sees the visitors' addresses where that can be, and this host's otherwise."""
+    """A target that sees the visitor's address if possible, and otherwise this host's."""
 
     _log = Logger()
 
@@ -44,9 +44,9 @@ class VisitorSource:
     ) -> None:
         """
         @param plain: connects from this host's address.
-        @param dialer_to: gives what connects to an address of this family, both as the socket
-            module has them, within L{ANSWERS_WITHIN}.
-        @param seen: is called for each connection that came from the visitor's address.
+        @param dialer_to: returns the dialer to an address from an address of the same family, both
+            in the socket module's form, with the deadline L{ANSWERS_WITHIN}.
+        @param seen: called for each connection that came from the visitor's address.
         """
         self.plain = plain
         self.seen = seen
@@ -55,14 +55,14 @@ class VisitorSource:
         self._unanswered: dict[str, None] = {}
 
     def use(self, addresses: Iterable[tuple[str, int]]) -> None:
-        """Connect there from the visitor's address, from now on; one address for a family."""
+        """From now on, connect to these from the visitor's address; one address for each family."""
         for host, port in addresses:
             is_v6 = ":" in host
             family = socket.AF_INET6 if is_v6 else socket.AF_INET
             self._dialers[is_v6] = self._dialer_to(family, (host, port, 0, 0)[: 4 if is_v6 else 2])
 
     def use_none(self) -> None:
-        """Connect from this host's address, from now on."""
+        """From now on, connect from this host's address."""
         self._dialers.clear()
 
     def connect(self, factory: TargetFactory, first: bytes = b"") -> Any:
@@ -81,7 +81,7 @@ class VisitorSource:
         return None
 
     def remember(self, visitor: str) -> None:
-        """The target does not answer this address."""
+        """Remember that the target does not answer this address."""
         if not self._unanswered:
             self._log.info(
                 "The web server's answer to {visitor} does not come back: this visitor, and others"
@@ -93,7 +93,7 @@ class VisitorSource:
         self._unanswered[visitor] = None
 
     def not_permitted(self) -> None:
-        """This process has lost the privilege."""
+        """Note that this process has lost the privilege."""
         self._log.warn(
             "Not permitted any more to come from a visitor's address (it takes CAP_NET_RAW): the"
             " web server sees all visitors under this host's own address from now on"
@@ -102,8 +102,8 @@ class VisitorSource:
 
 
 class _Attempt(TargetFactory):
-    """An attempt from the visitor's address that has to wait; one from this host's follows if it
-    fails. With the part of C{IConnector} that ends it."""
+    """An attempt from the visitor's address that has to wait; if it fails, one from this host's
+    address follows. It has the C{IConnector} method that cancels it."""
 
     def __init__(
         self, source: VisitorSource, factory: TargetFactory, first: bytes, visitor: str
@@ -116,7 +116,7 @@ class _Attempt(TargetFactory):
         self._connector: Any = None
 
     def begin(self, dialer: Dialer, sock: Any, problem: int | None) -> None:
-        """Go on with what L{Dialer.dial} has given."""
+        """Go on with the result of L{Dialer.dial}."""
         self._connector = connector = Connector(dialer, self, self._visitor)
         connector.take(sock, problem)
 
@@ -131,7 +131,7 @@ class _Attempt(TargetFactory):
         if getattr(reason.value, "osError", None) == errno.EPERM:
             self._source.not_permitted()
         self._connector = self._source.plain.connect(self._factory, self._first)
-        # Otherwise the target takes nobody just now, wherever they come from.
+        # Any other failure: the target accepts no connection now, from whatever address.
         if self._connector is None and reason.check(Unanswered):
             self._source.remember(self._visitor)
 

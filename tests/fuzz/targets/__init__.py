@@ -1,1 +1,1 @@
-"""The targets; C{tests.fuzz} says what one has."""
+"""The targets; C{tests.fuzz} describes them."""

@@ -37,8 +37,8 @@ _BYTEWISE = 500
 
 
 def check(data: bytes) -> None:
-    """Never an exception; one verdict for every cut; to the ACME client only what OpenSSL takes for
-    a hello with its name; no more time than the bytes are worth."""
+    """Never an exception; one verdict for every cut; to the ACME client only what OpenSSL accepts
+    as a hello with that name; no more time than fits the number of bytes."""
     whole = _parse(data, b"")
     rng = random.Random(zlib.crc32(data))
     at = rng.randrange(len(data) + 1)

@@ -1,4 +1,4 @@
-"""What ACME clients send to the control socket."""
+"""The requests of ACME clients on the control socket."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class _Steers:
 
 
 def check(data: bytes) -> None:
-    """Whatever is sent: nothing is raised, each line gets an answer of one line, and a client of
-    good manners is served afterwards."""
+    """Whatever is sent: nothing is raised, each line gets an answer of one line, and a well-behaved
+    client is served afterwards."""
     control = Control(Pending(Clock()), _Steers(), list, lambda: None, lambda: succeed(None))
     _talk(control, pieces(data))
     good = [b"auth good.example " + _DIGEST + b"\n", b"unauth good.example\n"]
@@ -42,7 +42,7 @@ def check(data: bytes) -> None:
 
 
 def _talk(control: Control, sent: list[bytes]) -> bytes:
-    """What a new client is answered."""
+    """The answer to a new client."""
     factory, transport = ControlFactory(control), StringTransport()
     client = ControlProtocol("a client (PID 7)")
     client.factory = factory

@@ -1,4 +1,4 @@
-"""What the guard of the rules answers to the proxy."""
+"""The answers of the guard of the rules to the proxy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Turns:
 
 
 def check(data: bytes) -> None:
-    """Whatever is answered: an answer that makes sense, or none; a right one is seen after it."""
+    """Whatever the answer: it is understood or ignored; a correct one after it is understood."""
     ours, theirs = socket.socketpair()
     lines: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What a proxy that was taken over sends to the guard of its rules."""
+"""The wishes of a proxy that was taken over, to the guard of its rules."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _RENEWAL = guardprocess.RENEWAL + 1
 
 
 def check(data: bytes) -> None:
-    """Whatever is sent: nothing is raised, no rule but its own two is ever made or deleted, every
-    line gets one answer, and when the line is closed its rules are gone."""
+    """Whatever is sent: nothing is raised, only its own two rules are ever made or deleted, every
+    line gets one answer, and when the connection is closed, its rules are gone."""
     iptables = FakeIptables()
     for chain, rules in FOREIGN.items():
         iptables.chains[chain] = [list(rule) for rule in rules]

@@ -1,4 +1,5 @@
-"""What an instance, or another program at its place, answers to C{status}, C{start} and C{stop}."""
+"""The answers of an instance, or of another program in its place, to C{status}, C{start},
+C{stop}."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ SEEDS = [
 
 
 def check(data: bytes) -> None:
-    """Whatever is answered: nothing is raised, and what is shown has no control characters."""
+    """Whatever the answer: nothing is raised, and the output has no control characters."""
     pidfile = _instance(data)
     answers = instances(pidfile, None)
     shown = table(answers, 2_000.0) + json.dumps({"version": VERSION, "instances": answers})

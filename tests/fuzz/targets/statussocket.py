@@ -1,4 +1,4 @@
-"""What clients send to the status socket."""
+"""The requests of clients on the status socket."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEEDS = [
 
 def check(data: bytes) -> None:
     """Whatever is sent: nothing is raised or logged as a failure, nothing is left of a client that
-    has gone, and a client of good manners is served afterwards."""
+    has gone, and a well-behaved client is served afterwards."""
     reactor = MemoryReactor()
     stops: list[None] = []
     holders = Holders(lambda: stops.append(None), AlwaysSteers())
