@@ -30,14 +30,20 @@ class OnDemandProxy(Service):
 
     _log = Logger()
 
-    def __init__(self, make: Callable[[], ProxyService], pidfile: IPIDFile | None = None) -> None:
+    def __init__(
+        self,
+        rehearsed: ProxyService,
+        make: Callable[[], ProxyService],
+        pidfile: IPIDFile | None = None,
+    ) -> None:
         """
+        @param rehearsed: tells at the start what will not work, and never starts itself.
         @param make: makes each L{ProxyService}; all count in the same statistics.
         """
         self._make = make
         self._pidfile = pidfile if pidfile is not None else NoPIDFile()
         self._beside = Companions()
-        self._proxy = make()
+        self._proxy = rehearsed
         self._draining: dict[ProxyService, Deferred[None]] = {}
         self._needs: set[object] = set()
         self._waiting: list[Deferred[None]] = []
@@ -72,7 +78,7 @@ class OnDemandProxy(Service):
 
         self._pidfile.claim()
         try:
-            self._proxy.check().addErrback(note)
+            self._proxy.rehearse().addErrback(note)
             if problems:
                 raise problems[0]
             self._beside.start()

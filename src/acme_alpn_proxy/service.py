@@ -231,6 +231,13 @@ class ProxyService(MultiService):
             yield self._blocking(self._precheck)
         self.listener.hosts = yield self._redirect.prepare(commands_for(self._reactor))
 
+    @inlineCallbacks
+    def rehearse(self) -> Generator[Deferred[Any], Any, None]:
+        """The same, and what else a start does before it steers; leaves nothing behind."""
+        yield self.check()
+        yield self._visitor_address.open(self._blocking)
+        self._visitor_address.close()
+
     def _blocking(self, call: Callable[[], None]) -> Deferred[None]:
         """Make a call that blocks, in a thread if the reactor runs."""
         if self._reactor.running:

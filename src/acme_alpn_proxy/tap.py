@@ -137,6 +137,14 @@ class Parts:
             targets[routing.named[name]] = self._acme_target(network, address)
         return targets
 
+    def later_proxy(self) -> ProxyService:
+        """The same for a process that may have become another user.
+
+        That user cannot run the programs that read the firewall, so it was judged at the start.
+        """
+        force = self._options["force"] or bool(self._options["uid"])
+        return self.proxy(make_redirect({**self._options, "force": force}))
+
     def _acme_target(self, network: INetwork, address: Address) -> ITarget:
         options, target = self._options, self._target(network, "alpn", address)
         if options["control"] or options["alpn-certs"]:
@@ -229,7 +237,11 @@ def make_program(
     """
     parts = Parts(options, reactor)
     on_demand = bool(options.get("on-demand"))
-    proxy = OnDemandProxy(parts.proxy, pidfile) if on_demand else parts.proxy(pidfile=pidfile)
+    proxy = (
+        OnDemandProxy(parts.proxy(), parts.later_proxy, pidfile)
+        if on_demand
+        else parts.proxy(pidfile=pidfile)
+    )
     program = Program(reactor, proxy)
     parts.run_services(proxy, program.holders.leave)
     if pidfile is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,3 +123,25 @@ def test_named_target(tmp_path: Path) -> None:
         "127.0.0.1:31444",
         TARGET,
     ]
+
+
+def test_resolver(tmp_path: Path) -> None:
+    """A resolver that does not answer is no missing record."""
+
+    def fails(name: str) -> Sequence[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    lines = told(look_up=fails)
+    assert "its addresses are not known here: Temporary failure" in lines[1]
+
+
+def test_no_log(tmp_path: Path) -> None:
+    """A log that cannot be read is told, not taken for one without validations."""
+    options = ConsoleOptions()
+    options.environment = {}
+    options.parseOptions(["--logfile", str(tmp_path / "none"), "explain"])
+    found = explain_last_order(options, [])
+    assert "cannot be read: No such file or directory" in str(found[0])
+    os.mkfifo(tmp_path / "fifo")
+    options["logfile"] = str(tmp_path / "fifo")
+    assert "cannot be read" in str(explain_last_order(options, [])[0])

@@ -368,3 +368,30 @@ def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) ->
     refused = proxy.run(*words, check=False)
     assert refused.returncode == 2
     assert "cannot steer by iptables" in refused.stderr
+
+
+def test_refused_hook(proxy: Proxy) -> None:
+    """A hook whose request is refused leaves no daemon behind."""
+    words = ("begin", "tls-alpn-01", NAME, "token", "no-digest")
+    refused = proxy.run("--logfile", str(proxy.log_file), "hook", "uacme", *words, check=False)
+    assert refused.returncode == 1
+    assert "SHA-256" in refused.stderr
+    wait_until(lambda: proxy.namespace.pids() == [], "the end of the daemon")
+    assert not Path(control_path(str(proxy.pid_file))).exists()
+
+
+def test_run_with_other_options(on_demand: OnDemand) -> None:
+    """C{run} with other options than those of the daemon that is there does not run its command."""
+    words = ("--alpn", "127.0.0.1:5555", "run", "--", "echo", "was run")
+    done = on_demand.proxy.run(*words, check=False)
+    assert (done.returncode, done.stdout) == (os.EX_TEMPFAIL, "")
+    assert "alpn is 127.0.0.1:31443, not 127.0.0.1:5555" in done.stderr
+
+
+def test_killed(proxy: Proxy, on_demand: OnDemand) -> None:
+    """What a killed daemon has left of its control socket is removed by C{stop}."""
+    os.kill(proxy.pid, signal.SIGKILL)
+    wait_until(lambda: "not running" in proxy.run("status", check=False).stdout, "its end")
+    assert Path(on_demand.path).exists()
+    proxy.run("stop")
+    assert not Path(on_demand.path).exists()

@@ -32,7 +32,7 @@ ACME_SH = "acme-sh.service"
 ACME_SH_PROGRAM = "/root/.acme.sh/acme.sh"
 
 
-@pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.3"), (DROP_IN, "1.8")])
+@pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.3"), (DROP_IN, "1.9")])
 def test_exposure(tmp_path: Path, drop_in: str | None, exposure: str) -> None:
     """The unit is hardened: systemd's own judgement is what docs/packages.md says, or better."""
     unit = tmp_path / SERVICE

@@ -138,7 +138,7 @@ def test_check_prints_as_it_goes(site: Website, proxy: Proxy) -> None:
         assert "\x1b[32mok     \x1b[m probe validator IPv6\r\n" in screen.shown
         assert screen.wait() == 0
     assert "dialling port 443 from outside" in screen.waits()
-    assert screen.lines()[-2] == "It would work here: 16 checks, all ok."
+    assert screen.lines()[-2] == "It would work here: 17 checks, all ok."
 
 
 def test_check_into_a_pipe(site: Website, proxy: Proxy) -> None:

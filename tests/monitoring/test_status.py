@@ -128,7 +128,11 @@ def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
 
 def test_left_half_made(pidfile: str, reactor: MemoryReactor) -> None:
     """Leftovers of a start that was killed halfway do no harm."""
-    Path(f"{socket_path(pidfile, os.getpid())}.new").touch()
+    with (
+        socket.socket(socket.AF_UNIX) as dead,
+        short(f"{socket_path(pidfile, os.getpid())}.new") as name,
+    ):
+        dead.bind(name)
     status_service(reactor, pidfile).privilegedStartService()
     assert list(sockets(pidfile)) == [os.getpid()]
 

@@ -23,6 +23,7 @@ from ..errors import AlreadyRunning, StartError, refused_by_system
 from ..host.handle import ProcessHandle
 from ..host.pidfile import PIDFile
 from ..host.returnpath import sweep
+from ..host.unixsockets import remove_if_dead
 from ..monitoring.status import (
     SILENT,
     VERSION,
@@ -134,7 +135,11 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     try:
         connection = _start_in_background(options, pidfile)
     except AlreadyRunning as instance:
-        if options["shared"] or _is_on_demand(pidfile):
+        if options["shared"]:
+            return _run_shared(options, pidfile, instance.pid)
+        if _is_on_demand(pidfile):
+            options["on-demand"] = True  # as the instance has it
+            _refuse_other_options(options, pidfile, instance)
             return _run_shared(options, pidfile, instance.pid)
         tell(f"{instance}; wait until it has ended, or use it for the command, too: --shared")
         return TRY_LATER
@@ -183,6 +188,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
                 process.send(signal.SIGTERM)
                 _await_let_go(process, pidfile)
                 pidfile.remove_of(pid)
+                remove_if_dead(_control(options))  # where its user may not
                 if options["wait"]:
                     _await_end(options, process, pidfile)
                 if options["wait"] and options["command"] == "stop":
@@ -240,7 +246,7 @@ def hook(options: ConsoleOptions, pidfile: PIDFile) -> int:
 
 def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
     """Ask the daemon. If none runs, start one that ends when nothing is pending any more."""
-    path = options["control"] or control_path(pidfile.path)
+    path = _control(options)
     try:
         return ask(path, line)
     except NotListening:
@@ -255,9 +261,16 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
             f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
             " of its own with --control"
         ) from None
-    answer = ask(path, line)
-    ask(path, "leave")
-    return answer
+    try:
+        return ask(path, line)
+    finally:
+        with suppress(ControlError):  # it may end before it has answered
+            ask(path, "leave")
+
+
+def _control(options: ConsoleOptions) -> str:
+    """The path of the control socket."""
+    return options["control"] or control_path(options["pidfile"])
 
 
 def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
@@ -338,6 +351,7 @@ def clean_up(options: ConsoleOptions) -> int:
     @return: the number of rules removed.
     """
     remove_stale(options["pidfile"])
+    remove_if_dead(_control(options))
     removed = sweep()
     if options["redirect"] == "none":
         return removed

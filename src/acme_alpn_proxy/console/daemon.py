@@ -169,6 +169,14 @@ def _may_not_become_it() -> StartError:
     )
 
 
+def _load_responder() -> None:
+    """Load it while its files can be read; visitors do not need it."""
+    try:
+        load_responder()
+    except Exception as problem:  # cffi raises MemoryError under MemoryDenyWriteExecute=
+        _log.warn("Validations cannot be answered here: {why}", why=str(problem))
+
+
 def serve(
     options: ConsoleOptions,
     pidfile: PIDFile,
@@ -188,7 +196,7 @@ def serve(
         options["control"] = control_path(pidfile.path)
     reactor = install()
     if options["uid"] and options["control"]:
-        load_responder()
+        _load_responder()
     program = make_program(options, reactor, pidfile, told)
     if options["nodaemon"]:
         program.on_refusal = lambda problem: None  # the caller prints it

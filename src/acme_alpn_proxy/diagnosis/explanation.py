@@ -7,6 +7,7 @@ answered.
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
@@ -141,7 +142,7 @@ def _of_result(name: str, result: str, count: int, target: str) -> Finding:
 
 
 def _not_asked(name: str, seen: Sequence[Seen], look_up: Lookup) -> Iterator[Finding]:
-    others = sorted({each.name for each in seen})
+    others = sorted({identifier_asked_for(each.name) or each.name for each in seen})
     if others:
         yield Finding(
             name,
@@ -163,12 +164,21 @@ def _records(name: str, look_up: Lookup) -> Iterator[Finding]:
     try:
         addresses = look_up(name)
     except OSError as problem:
-        yield Finding(
-            name,
-            Level.FAILED,
-            f"it has no address: {problem.strerror or problem}",
-            "make an A or AAAA record that leads here",
-        )
+        why = problem.strerror or str(problem)
+        if problem.errno == socket.EAI_AGAIN:
+            yield Finding(
+                name,
+                Level.WARNING,
+                f"its addresses are not known here: {why}",
+                "see whether the resolver of this host works (/etc/resolv.conf)",
+            )
+        else:
+            yield Finding(
+                name,
+                Level.FAILED,
+                f"it has no address: {why}",
+                "make an A or AAAA record that leads here",
+            )
         return
     own = {str(address) for address in own_addresses()}
     for address in addresses:
@@ -254,7 +264,7 @@ def from_log(lines: Iterable[str]) -> list[Seen]:
 
 def last_lines(path: str) -> Sequence[str]:
     """The end of the log; raises L{OSError}."""
-    with open(path, "rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - _LONGEST_LOG))
         return file.read().decode(errors="replace").splitlines()
@@ -277,9 +287,19 @@ def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) ->
         routes = answer["routes"]
         alpn = routes["acme"]["target"]
         named = {name: route["target"] for name, route in routes["acme_for"].items()}
+    findings: list[Finding] = []
     if not running:
-        with suppress(OSError):
+        try:
             seen = from_log(last_lines(options["logfile"]))
+        except OSError as problem:
+            findings.append(
+                Finding(
+                    "log",
+                    Level.WARNING,
+                    f"nothing runs, and {options['logfile']} cannot be read: {problem.strerror}",
+                    "run this as root, or name the log of the last order with --logfile",
+                )
+            )
     routing = Routing(
         Route("acme", alpn),
         Route("fallback", ""),
@@ -289,7 +309,7 @@ def explain_last_order(options: Mapping[str, Any], answers: Sequence[Answer]) ->
     def target(identifier: str) -> str:
         return routing.route_for(server_name_for(identifier)).target
 
-    findings = list(explain(options["argv"], seen, target))
+    findings += explain(options["argv"], seen, target)
     for text in dict.fromkeys(each.name for each in findings):
         with suppress(BadIdentifier):
             identifier = parse_identifier(text)

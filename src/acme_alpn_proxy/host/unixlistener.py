@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..interfaces import Reactor
 from .descriptors import ReadDescriptor
-from .unixsockets import short
+from .unixsockets import remove_if_dead, require_free, short
 
 
 class UnixListener(ReadDescriptor):
@@ -32,13 +32,14 @@ class UnixListener(ReadDescriptor):
         self._accepted = accepted
 
     def open(self) -> None:
-        """Start listening; replaces what is at the path. Raises L{OSError}."""
+        """Start listening; replaces the socket of a dead program. Raises L{OSError}."""
         unfinished = f"{self._path}.new"
+        for path in (unfinished, self._path):
+            require_free(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            if os.path.lexists(unfinished):
-                os.unlink(unfinished)
+            remove_if_dead(unfinished)
             listener.setblocking(False)
             with short(unfinished) as name:
                 listener.bind(name)
@@ -47,6 +48,7 @@ class UnixListener(ReadDescriptor):
             self._inode = os.stat(self._path).st_ino
         except OSError:
             listener.close()
+            remove_if_dead(unfinished)
             raise
         finally:
             os.umask(before)

@@ -7,11 +7,13 @@ The abstract names come from the sock_diag(7) family of netlink, the owners with
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 from .netlink import SOCK_DIAG, Netlink, attributes
@@ -71,6 +73,41 @@ def short(path: str) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{name}"
     finally:
         os.close(descriptor)
+
+
+def is_dead(path: str) -> bool:
+    """Whether there is a Unix socket at C{path} whose program has ended; raises L{OSError} if the
+    kernel does not tell."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as stream, short(path) as name:
+        stream.setblocking(False)
+        try:
+            stream.connect(name)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:  # it has no time to accept
+            pass
+    return False
+
+
+def require_free(path: str) -> None:
+    """Raises L{OSError} if anything but a dead program's socket is at C{path}."""
+    try:
+        if is_dead(path):
+            return
+    except FileNotFoundError:
+        return
+    is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    number = errno.EADDRINUSE if is_socket else errno.EEXIST
+    raise OSError(number, os.strerror(number), path)
+
+
+def remove_if_dead(path: str) -> None:
+    """Remove the socket of a dead program, if there is one at C{path} and that is permitted."""
+    with suppress(OSError):
+        if is_dead(path):
+            os.unlink(path)
 
 
 def program_at_other_end(stream: socket.socket) -> str:

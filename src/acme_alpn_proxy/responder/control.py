@@ -311,8 +311,8 @@ class ControlService(Service):
             if problem.errno in _LIMITS:
                 raise
             raise StartError(
-                f"cannot listen on {self._path}: {problem.strerror}; give another path with"
-                " --control"
+                f"cannot listen on {self._path}: {problem.strerror or problem}; give another path"
+                " with --control"
             ) from None
 
     def stopService(self) -> None:
