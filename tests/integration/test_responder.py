@@ -130,7 +130,7 @@ def test_many(road: Street, site: Website, on_demand: OnDemand) -> None:
         ask_often(300)
         before = resident()
         ask_often(700)
-        assert resident() < before * 1.1
+        assert resident() < before * 1.25  # a leak of each would double it
         on_demand.ask(f"unauth {NAME}")
         crowd.wait_for(10)
         assert crowd.leave().failed == 0

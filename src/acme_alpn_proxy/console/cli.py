@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -138,8 +138,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
         if options["shared"]:
             return _run_shared(options, pidfile, instance.pid)
         if _is_on_demand(pidfile):
-            options["on-demand"] = True  # as the instance has it
-            _refuse_other_options(options, pidfile, instance)
+            _refuse_other_options(options, pidfile, instance, chosen_only=True)
             return _run_shared(options, pidfile, instance.pid)
         tell(f"{instance}; wait until it has ended, or use it for the command, too: --shared")
         return TRY_LATER
@@ -430,15 +429,23 @@ def _answer_of(pidfile: PIDFile, pid: int) -> InstanceStatus | None:
 
 
 def _refuse_other_options(
-    options: ConsoleOptions, pidfile: PIDFile, instance: AlreadyRunning
+    options: ConsoleOptions,
+    pidfile: PIDFile,
+    instance: AlreadyRunning,
+    *,
+    chosen_only: bool = False,
 ) -> None:
-    """Raise L{StartError} if the running instance was started with other options."""
+    """Raise L{StartError} if the running instance was started with other options.
+
+    @param chosen_only: compare only the options that do not have their default here.
+    """
+    unchosen = _defaults(options) if chosen_only else {}
     answer = _answer_of(pidfile, instance.pid)
     running = {} if answer is None else answer["options"]  # also empty for older releases
     differences = [
         f"{name} is {running[name]}, not {wanted}"
         for name, wanted in of_the_proxy(options).items()
-        if running.get(name, wanted) != wanted
+        if running.get(name, wanted) != wanted and unchosen.get(name) != wanted
     ]
     if differences:
         raise StartError(
@@ -446,6 +453,14 @@ def _refuse_other_options(
             f" {', '.join(differences)}; stop that one first, or start with its options",
             os.EX_TEMPFAIL,
         )
+
+
+def _defaults(options: ConsoleOptions) -> Mapping[str, str]:
+    """What the options are if the operator chooses none."""
+    unchosen = ConsoleOptions()
+    unchosen.environment = options.environment
+    unchosen.parseOptions([options["command"], *["--", "true"] * (options["command"] == "run")])
+    return of_the_proxy(unchosen)
 
 
 def _refuse_if_running(pidfile: PIDFile) -> None:
