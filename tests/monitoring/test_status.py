@@ -24,7 +24,7 @@ from zope.interface.verify import verifyObject
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.errors import StartError
 from acme_alpn_proxy.host.unixlistener import UnixListener
-from acme_alpn_proxy.host.unixsockets import short
+from acme_alpn_proxy.host.unixsockets import Peer, short
 from acme_alpn_proxy.monitoring.status import (
     SILENT,
     ask,
@@ -205,7 +205,8 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that another user has put there is not asked, nor removed."""
-    monkeypatch.setattr("struct.unpack", lambda form, data: (1, 65_534, 65_534))
+    another = Peer(1, 65_534, 65_534)
+    monkeypatch.setattr(f"{ask.__module__}.peer_of", lambda stream: another)
     with (
         answering(socket_path(pidfile, 20), b'{"pid": 20}\n'),
         pytest.raises(StartError, match="may not ask PID 20; run this as root"),

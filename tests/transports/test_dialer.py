@@ -18,7 +18,7 @@ from acme_alpn_proxy.transports.dialer import Connector, Dialer
 from acme_alpn_proxy.transports.sockets import NEAR_BUFFER, twisted_address
 
 from ..loopback import segments_in
-from .transport_case import Client, TransportCase, defect
+from .transport_case import Client, TransportCase, answerless, defect
 
 
 class ConnectorTests(TransportCase):
@@ -39,17 +39,6 @@ class ConnectorTests(TransportCase):
         connection, _ = self.listener.accept()
         self.addCleanup(connection.close)
         return connection
-
-    def answerless(self) -> Any:
-        """The address of a listener whose full queue drops SYNs."""
-        full = socket.create_server(("127.0.0.1", 0), backlog=0)
-        self.addCleanup(full.close)
-        for _ in range(3):
-            waiting = socket.socket()
-            self.addCleanup(waiting.close)
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        return full.getsockname()
 
     def test_at_once(self) -> None:
         """Over loopback it is connected when the call returns, without a delay of our own or
@@ -145,7 +134,7 @@ class ConnectorTests(TransportCase):
     def test_no_answer(self) -> None:
         """Without an answer it fails when the time is over, whatever events of a closed connection
         under the same number come meanwhile."""
-        connector = self.dial(self.answerless())
+        connector = self.dial(answerless(self))
         self.turn_all()
         connector.ready(select.EPOLLIN | select.EPOLLHUP)
         self.assertEqual(self.client.made, [])
@@ -157,7 +146,7 @@ class ConnectorTests(TransportCase):
 
     def test_stopped(self) -> None:
         """Stopped, it fails; then the end of its time is no matter, nor an event that came."""
-        connector = self.dial(self.answerless())
+        connector = self.dial(answerless(self))
         connector.disconnect()
         self.client.failures[0].trap(UserError)
         self.reactor.advance(10)

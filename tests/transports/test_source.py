@@ -19,7 +19,7 @@ from acme_alpn_proxy.transports.deadlines import DeadlineQueue
 from acme_alpn_proxy.transports.dialer import Connector, Dialer
 from acme_alpn_proxy.transports.source import ANSWERS_WITHIN, VisitorSource
 
-from .transport_case import Client, TransportCase
+from .transport_case import Client, TransportCase, answerless
 
 VISITOR, ANOTHER = "127.0.0.9", "127.0.0.10"
 
@@ -64,17 +64,6 @@ class SourceTests(TransportCase):
         self.addCleanup(connection.close)
         return str(host)
 
-    def silent(self) -> Any:
-        """The address of a listener whose full queue drops SYNs."""
-        full = socket.create_server(("127.0.0.1", 0), backlog=0)
-        self.addCleanup(full.close)
-        for _ in range(3):
-            waiting = socket.socket()
-            self.addCleanup(waiting.close)
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        return full.getsockname()
-
     def test_at_once(self) -> None:
         """The target sees the visitor's address, has the first bytes at once, and it is counted."""
         self.source.use([self.where])
@@ -106,7 +95,7 @@ class SourceTests(TransportCase):
     def test_no_answer(self) -> None:
         """Without an answer within 0.3 s it is connected from this host's address, the next time at
         once; the log tells of the first such visitor. Others are not concerned."""
-        self.source.use([self.silent()])
+        self.source.use([answerless(self)])
         _, client = self.dial(VISITOR)
         self.reactor.advance(0.29)
         self.assertEqual((client.made, client.failures), ([], []))
@@ -145,7 +134,7 @@ class SourceTests(TransportCase):
 
     def test_nobody_is_answered(self) -> None:
         """A target that answers nobody is waited for, and no visitor is to blame for that."""
-        silent = self.silent()
+        silent = answerless(self)
         self.source.use([silent])
         self.source.plain = self.dialer_to(socket.AF_INET, silent, 10)
         connector, client = self.dial(VISITOR)
@@ -156,7 +145,7 @@ class SourceTests(TransportCase):
 
     def test_stopped(self) -> None:
         """A visitor that leaves meanwhile is not connected at all."""
-        self.source.use([self.silent()])
+        self.source.use([answerless(self)])
         connector, client = self.dial(VISITOR)
         connector.stopConnecting()
         client.failures[0].trap(UserError)
@@ -195,7 +184,7 @@ class SourceTests(TransportCase):
     def test_bounded(self) -> None:
         """Of many visitors without an answer the first ones are forgotten."""
         self.patch(source, "MOST_UNANSWERED", 2)
-        self.source.use([self.silent()])
+        self.source.use([answerless(self)])
         for number in (9, 10, 11):
             self.dial(f"127.0.0.{number}")
             self.reactor.advance(0.3)

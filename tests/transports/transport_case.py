@@ -168,3 +168,15 @@ class TransportCase(SynchronousTestCase):
             count -= len(visitor.recv(count))
             if not self.is_quiet():
                 self.poller.doRead()
+
+
+def answerless(case: SynchronousTestCase) -> Any:
+    """The address of a listener whose full queue drops SYNs, until the test has ended."""
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    case.addCleanup(full.close)
+    for _ in range(3):
+        waiting = socket.socket()
+        case.addCleanup(waiting.close)
+        waiting.setblocking(False)
+        waiting.connect_ex(full.getsockname())
+    return full.getsockname()

@@ -110,11 +110,24 @@ def remove_if_dead(path: str) -> None:
             os.unlink(path)
 
 
+class Peer(NamedTuple):
+    """The process at the other end, as it was when the connection was made."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(stream: socket.socket) -> Peer:
+    """Who is at the other end of a Unix socket (SO_PEERCRED of unix(7))."""
+    size = _CREDENTIALS.size
+    told = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return Peer(*_CREDENTIALS.unpack(told))
+
+
 def program_at_other_end(stream: socket.socket) -> str:
-    """The program that has connected to this Unix socket, for people (SO_PEERCRED of unix(7))."""
-    pid, _, _ = _CREDENTIALS.unpack(
-        stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
+    """The program that has connected to this Unix socket, for people."""
+    pid = peer_of(stream).pid
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             name = ascii(file.read().rstrip("\n"))[1:-1]

@@ -12,11 +12,10 @@ import json
 import os
 import re
 import socket
-import struct
 from typing import Final, Literal, TypeAlias, TypedDict
 
 from ..errors import StartError
-from ..host.unixsockets import short
+from ..host.unixsockets import peer_of, remove_if_dead, short
 
 VERSION: Final = 1
 """The version of the answer. It grows when a field is removed or changes its meaning, not when one
@@ -184,15 +183,7 @@ def sockets(pidfile: str) -> dict[int, str]:
 def remove_stale(pidfile: str) -> None:
     """Remove the sockets of killed instances, if this process may do that."""
     for path in sockets(pidfile).values():
-        try:
-            ask(path)
-        except ConnectionRefusedError:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
-        except OSError:
-            pass
+        remove_if_dead(path)
 
 
 def ask(path: str) -> InstanceStatus | None:
@@ -204,8 +195,7 @@ def ask(path: str) -> InstanceStatus | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream, short(path) as name:
         stream.settimeout(_PATIENCE)
         stream.connect(name)
-        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if struct.unpack("iii", credentials)[1] not in (0, os.geteuid()):
+        if peer_of(stream).uid not in (0, os.geteuid()):
             raise PermissionError(f"{path} is another user's")  # in a folder that all may write to
         return _checked(stream.makefile("rb").readline(_LONGEST_ANSWER))
 
