@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from acme_alpn_proxy.proxy.clienthello import (
     MAX_MESSAGE,
-    MAX_WIRE,
+    MAX_RECORDS,
     NEED_MORE,
     OTHER,
     ClientHello,
@@ -27,6 +27,7 @@ from acme_alpn_proxy.proxy.routing import ACME_TLS_1
 from .. import hellos
 
 ACME_HELLO = hellos.openssl_hello(b"h2", ACME_TLS_1, server_name=b"site.example")
+TOO_MANY = NotClientHello("no whole message in 2048 records")
 
 
 def parse(*pieces: bytes) -> Verdict:
@@ -93,11 +94,11 @@ def test_openssl_hello() -> None:
 
 
 def test_bytes_after_the_hello_are_left_alone() -> None:
-    """Bytes after the hello change nothing, even beyond the cap, and are kept for the replay."""
+    """Bytes after the hello change nothing, however many, and are kept for the replay."""
     verdict = parse(ACME_HELLO)
     assert parse(ACME_HELLO + b"\x14\x03\x03\x00\x01\x01") == verdict
-    assert parse(ACME_HELLO, bytes(MAX_WIRE)) == verdict
-    assert parse(ACME_HELLO + bytes(MAX_WIRE)) == verdict
+    assert parse(ACME_HELLO, bytes(MAX_MESSAGE)) == verdict
+    assert parse(ACME_HELLO + bytes(MAX_MESSAGE)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -195,32 +196,41 @@ def test_server_name_ends() -> None:
 
 
 def test_largest_message() -> None:
-    """A message of 65,536 bytes is taken, in whole records and in records of six bytes."""
+    """A message of 65,536 bytes is taken, in whole records and in as many as are accepted."""
     handshake = hellos.padded_message(MAX_MESSAGE, hellos.alpn_extension(ACME_TLS_1))
-    for size in (16_384, 6):
+    for size in (16_384, 33):
         data = hellos.records(handshake, size)
         assert parse(data) == ClientHello((ACME_TLS_1,))
         assert parse(data[:-1]) == NEED_MORE
 
 
-def test_too_much_on_the_wire() -> None:
-    """After 131,072 bytes without a whole message the answer is no, and not earlier."""
-    data = hellos.records(hellos.padded_message(MAX_MESSAGE), 1)
-    assert parse(data[: MAX_WIRE - 1]) == NEED_MORE
-    no = NotClientHello("no whole message in 131072 bytes")
-    assert parse(data[:MAX_WIRE]) == no
-    assert parse(data) == no
+def test_too_many_records() -> None:
+    """A hello of 2,048 records is accepted; with one more, the answer is no once that begins."""
+    for size in (1, 10, 32, 33, 100):
+        for first in (0, 1, 40):
+            length = first + size * (MAX_RECORDS - (first > 0))
+            if length - 4 > MAX_MESSAGE:
+                continue
+            for more, verdict in ((0, ClientHello()), (1, TOO_MANY)):
+                handshake = hellos.padded_message(length - 4 + more)
+                data = hellos.records(handshake[first:], size)
+                if first:
+                    data = hellos.records(handshake[:first]) + data
+                assert parse(data) == verdict
+                assert parse(data, bytes(MAX_MESSAGE)) == verdict
+            assert parse(data[: -5 - more]) == NEED_MORE
+            assert parse(data[: -4 - more]) == TOO_MANY
 
 
-def test_hello_that_ends_at_the_cap() -> None:
-    """A hello whose last byte is the last one allowed is accepted; one byte later is too late."""
-    handshake = hellos.padded_message(65_533)
-    data = hellos.records(handshake[:13_103], 1) + hellos.records(handshake[13_103:])
-    assert len(data) == MAX_WIRE
+def test_no_more_is_kept_than_a_message_in_the_most_records() -> None:
+    """75,780 bytes on the wire always have a verdict: what waits for one has a limit."""
+    most = 4 + MAX_MESSAGE + MAX_RECORDS * 5
+    handshake = hellos.padded_message(MAX_MESSAGE)
+    ones = hellos.records(handshake[: MAX_RECORDS - 4], 1)
+    data = ones + hellos.records(handshake[MAX_RECORDS - 4 :])
+    assert len(data) == most
     assert parse(data) == ClientHello()
-    longer = hellos.padded_message(65_534)
-    data = hellos.records(longer[:13_103], 1) + hellos.records(longer[13_103:])
-    assert parse(data) == NotClientHello("no whole message in 131072 bytes")
+    assert parse(data[:-1]) == NEED_MORE
 
 
 def lines_run(*pieces: bytes) -> int:
@@ -260,13 +270,11 @@ def test_work_is_linear() -> None:
 def test_tiny_records_cost_little(sizes: tuple[int, ...]) -> None:
     """A hello in thousands of tiny records costs a visitor's neighbours next to nothing: they are
     taken many at a time, not one by one."""
-    handshake = hellos.padded_message(20_000)
-    rest, wire = handshake, b""
-    for size in itertools.cycle(sizes):
+    sizes_of_all = [*itertools.islice(itertools.cycle(sizes), 2_000)]
+    rest, wire = hellos.padded_message(sum(sizes_of_all) - 4), b""
+    for size in sizes_of_all:
         wire += hellos.records(rest[:size])
         rest = rest[size:]
-        if not rest:
-            break
     halves = wire[: len(wire) // 2], wire[len(wire) // 2 :]
     assert lines_run(*halves) < 200
     assert parse(*halves) == ClientHello()

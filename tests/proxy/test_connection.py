@@ -187,9 +187,9 @@ class RouteTests(ConnectionTests):
 
     @in_thread
     def test_largest_hello(self) -> None:
-        """A hello of the largest size in the smallest records that fit comes through whole."""
-        handshake = hellos.padded_message(65_533, hellos.alpn_extension(b"acme-tls/1"))
-        sent = hellos.records(handshake[:13_103], 1) + hellos.records(handshake[13_103:])
+        """A hello of the largest size in the most records comes through whole."""
+        handshake = hellos.padded_message(65_536, hellos.alpn_extension(b"acme-tls/1"))
+        sent = hellos.records(handshake[:2_044], 1) + hellos.records(handshake[2_044:])
         with self.visit() as visitor:
             sender = threading.Thread(target=visitor.sendall, args=(sent,))
             sender.start()
@@ -200,7 +200,8 @@ class RouteTests(ConnectionTests):
     @in_thread
     def test_too_large_hello(self) -> None:
         """A hello over the limit reaches the web server, every byte of it."""
-        sent = hellos.records(hellos.padded_message(65_536, hellos.alpn_extension(b"h2")), 1)
+        handshake = hellos.padded_message(65_536, hellos.alpn_extension(b"acme-tls/1"))
+        sent = hellos.records(handshake, 1)
         with self.visit() as visitor:
             sender = threading.Thread(target=visitor.sendall, args=(sent,))
             sender.start()

@@ -16,9 +16,10 @@ MAX_MESSAGE: Final = 65_536
 """Bytes of handshake message accepted: as in Go's crypto/tls, the strictest of the usual web
 servers' TLS libraries that still accepts real hellos (the largest seen has 36 KB)."""
 
-MAX_WIRE: Final = 131_072
-"""Bytes accepted on the wire. Records may be one byte long, so their headers can be larger than the
-message; this is enough for the largest message in records of six bytes or more."""
+MAX_RECORDS: Final = 2_048
+"""Records accepted, so that a hello in many small ones costs little time. Real hellos have a few;
+clients that put each byte in a record of its own, to hide the server name, have about 1,800. With
+L{MAX_MESSAGE} this also limits the bytes on the wire: each record adds a header of five."""
 
 MAX_SERVER_NAME: Final = 255
 """Bytes of a server name that are kept, since the log and C{status} show it: no name is longer (RFC
@@ -100,11 +101,13 @@ def _each_small(record: str) -> str:
     return "|".join(record.format(size=size) for size in range(1, _SMALL + 1))
 
 
-# Real hellos have a few records; a stranger's may have 20,000. A regular expression matches many
-# small records at once: that takes a tenth of a microsecond per record, a loop several times that.
-# A header is the type, the version 3.x, and the length, whose first byte is 0 here.
+# A stranger's hello may have thousands of records. A regular expression matches many small ones at
+# once: that takes a tenth of a microsecond per record, a loop several times that. A header is the
+# type, the version 3.x, and the length, whose first byte is 0 here. A run of more records than are
+# accepted is not read to its end.
 _small_records: Final = re.compile(
-    rb"(?s:\x16\x03.\0(?:%b))++" % _each_small(r"\x{size:02x}.{{{size}}}").encode()
+    rb"(?s:\x16\x03.\0(?:%b)){1,%d}+"
+    % (_each_small(r"\x{size:02x}.{{{size}}}").encode(), MAX_RECORDS)
 ).match
 _their_fragments: Final = re.compile(
     rb"(?s)\x16\x03.\0.(%b)" % _each_small(r"(?<=\x{size:02x}).{{{size}}}").encode()
@@ -224,7 +227,7 @@ class ClientHelloParser:
         are kept but not read.
     """
 
-    __slots__ = ("_at", "_in_record", "_message", "_name", "received", "verdict")
+    __slots__ = ("_at", "_in_record", "_message", "_name", "_records", "received", "verdict")
 
     def __init__(self, name: bytes = b"") -> None:
         """
@@ -235,6 +238,7 @@ class ClientHelloParser:
         self.verdict: Verdict = NEED_MORE
         self._at = 0
         self._in_record = 0
+        self._records = 0
         self._message: bytes | bytearray = b""
 
     def feed(self, data: bytes) -> Verdict:
@@ -253,20 +257,25 @@ class ClientHelloParser:
         return self.verdict
 
     def _advance(self) -> Verdict:
-        problem = self._read_records(min(len(self.received), MAX_WIRE))
+        problem = self._read_records()
         # The records before the faulty one may hold a whole message; then that decides.
         verdict = self._judge_message()
         return verdict if problem is None or verdict is not NEED_MORE else problem
 
-    def _read_records(self, end: int) -> NotClientHello | None:
-        """Add the contents of the records up to C{end} to the message; returns what is wrong."""
-        wire = self.received
+    def _read_records(self) -> NotClientHello | None:
+        """Add the contents of the records to the message; returns what is wrong."""
+        wire, end = self.received, len(self.received)
         while self._at < end:
             if not self._in_record:
-                run = _small_records(wire, self._at, end)
-                if run is not None:
-                    self._message += b"".join(_their_fragments(wire, self._at, run.end()))
+                room = MAX_RECORDS - self._records
+                run = _small_records(wire, self._at)
+                fragments = _their_fragments(wire, self._at, run.end()) if run else []
+                self._message += b"".join(fragments[:room])
+                if not room or len(fragments) > room:
+                    return NotClientHello(f"no whole message in {MAX_RECORDS} records")
+                if run:
                     self._at = run.end()
+                    self._records += len(fragments)
                     continue
                 if wire[self._at] != _HANDSHAKE:
                     return NotClientHello("not a handshake record")
@@ -279,12 +288,11 @@ class ClientHelloParser:
                 if not 0 < length <= MAX_RECORD:
                     return NotClientHello(f"record length is {length}")
                 self._at, self._in_record = start, length
+                self._records += 1
             taken = wire[self._at : min(self._at + self._in_record, end)]
             self._message += taken
             self._at += len(taken)
             self._in_record -= len(taken)
-        if end == MAX_WIRE:
-            return NotClientHello(f"no whole message in {MAX_WIRE} bytes")
         return None
 
     def _judge_message(self) -> Verdict:

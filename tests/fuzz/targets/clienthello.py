@@ -14,7 +14,6 @@ from OpenSSL import SSL
 
 from acme_alpn_proxy.proxy.clienthello import (
     MAX_SERVER_NAME,
-    MAX_WIRE,
     NEED_MORE,
     ClientHello,
     ClientHelloParser,
@@ -54,12 +53,11 @@ def check(data: bytes) -> None:
         assert len(whole.server_name) <= 4 * MAX_SERVER_NAME
         assert whole.server_name.isascii()
         assert whole.server_name.isprintable()
-    offered = _offered_to_openssl(data[:MAX_WIRE])
+    offered = _offered_to_openssl(data)
     if acme:
         assert offered is None or ACME_TLS_1 in offered, "to the ACME client, but OpenSSL differs"
     elif offered and ACME_TLS_1 in offered:
-        assert not isinstance(whole, ClientHello), "to the web server, but OpenSSL differs"
-        assert isinstance(whole, NotClientHello) or len(data) > MAX_WIRE, "OpenSSL needs no more"
+        assert isinstance(whole, NotClientHello), "to the web server, but OpenSSL differs"
 
 
 def _parse(data: bytes, name: bytes, pieces: Sequence[bytes] | None = None) -> Verdict:
