@@ -1,4 +1,4 @@
-"""What every test run shares: none depends on how it was started."""
+"""Settings for every test run, so that no test depends on how the run was started."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         signal.signal(number, _ignore)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-# The operator's settings and systemd's socket are not the tests'.
+# Remove the operator's settings and systemd's socket from the environment of the tests.
 for name in list(os.environ):
     if name.startswith("ACME_ALPN_PROXY_") or name == "NOTIFY_SOCKET":
         del os.environ[name]

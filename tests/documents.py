@@ -1,4 +1,4 @@
-"""What stands in the documents: blocks of commands, and commands within the text."""
+"""Reads the documents: blocks of commands, and commands within the text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fenced_blocks(document: str) -> dict[str, str]:
 
 
 def spans(document: str) -> list[str]:
-    """What a document has in the type of code outside its blocks."""
+    """The code spans (between backticks) of a document, outside its blocks."""
     text = re.sub(
         rf"^ *{_FENCE}.*?^ *{_FENCE}", "", (ROOT / document).read_text(), flags=re.M | re.S
     )

@@ -64,7 +64,7 @@ class FakeIptables:
         return {name: copy.deepcopy(rules) for name, rules in self.chains.items() if rules}
 
     def rules(self, table: str) -> dict[str, list[str]]:
-        """The rules of PREROUTING in C{table} by binary, those without any left out."""
+        """By binary, the rules of PREROUTING in C{table}; a binary without rules is left out."""
         return {
             binary: [" ".join(rule) for rule in rules]
             for (binary, of, chain), rules in self.chains.items()
@@ -109,12 +109,12 @@ class FakeIptables:
 
 
 class FakeGuard:
-    """The guard in this process, at a time that stands still.
+    """A guard that runs in this process, with a clock that does not move.
 
-    @ivar order: what it is for.
-    @ivar rules_before: what was there when it was started.
-    @ivar wishes: what it was asked for.
-    @ivar calls_so_far: the commands that were run when it answered last.
+    @ivar order: the guard's C{Order}.
+    @ivar rules_before: the rules that existed when the guard was started.
+    @ivar wishes: the requests that it has received.
+    @ivar calls_so_far: the commands that had been run when it last answered.
     """
 
     def __init__(self, iptables: FakeIptables, claim: socket, order: Order) -> None:
@@ -134,7 +134,7 @@ class FakeGuard:
         return succeed(answer)
 
     def end(self, commands: ICommands) -> Deferred[None]:
-        """Removes its rules, and leaves its claim to others."""
+        """Remove its rules and release its claim."""
         self.gone = True
         self._claim.close()
         self._guard.clean_up()

@@ -50,7 +50,7 @@ def corpus() -> tuple[Case, ...]:
 
 
 def openssl_hello(*alpn: bytes, server_name: bytes | None = None) -> bytes:
-    """A ClientHello as OpenSSL writes it, by way of a memory BIO."""
+    """A ClientHello that OpenSSL writes to a memory BIO."""
     context = SSL.Context(SSL.TLS_METHOD)
     if alpn:
         context.set_alpn_protos(list(alpn))

@@ -9,7 +9,7 @@ import struct
 import sys
 
 WAIT = 10.0
-"""Seconds that nothing here takes."""
+"""Seconds after which a test gives up; nothing here takes that long."""
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
@@ -39,7 +39,7 @@ def was_reset(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLERR)
     poll.poll(WAIT * 1000)
-    # Behind a FIN the kernel reports a reset as EPIPE.
+    # After a FIN, the kernel reports a reset as EPIPE.
     error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return error in (errno.ECONNRESET, errno.EPIPE)
 

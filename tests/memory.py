@@ -16,7 +16,7 @@ from acme_alpn_proxy.interfaces import ISteerable
 
 
 class MemoryReactor(MemoryReactorClock):
-    """Twisted's, with those methods that it lacks and the proxy uses."""
+    """Twisted's C{MemoryReactorClock}, with the other methods that the proxy uses."""
 
     def callFromThread(self, function: Callable[..., Any], *arguments: object) -> None:
         function(*arguments)

@@ -75,7 +75,7 @@ class NotingRedirect:
         self.commands: list[object] = []
 
     def hold(self, name: str) -> Deferred[None]:
-        """That step fires when the returned Deferred does."""
+        """Let the step C{name} wait until the returned Deferred fires."""
         return self.pending.setdefault(name, Deferred())
 
     def _step(self, name: str, commands: object) -> Deferred[None]:
@@ -143,7 +143,7 @@ class Live:
 
 
 class FakeSynSockets:
-    """SYNs that a test says have come."""
+    """The SYNs that a test adds."""
 
     def __init__(self) -> None:
         self.listening = False
@@ -201,10 +201,10 @@ class ServiceCase(SynchronousTestCase):
         return proxy
 
     def linger(self, seconds: float = 0.5) -> None:
-        """Let the time pass for which a stop goes on accepting."""
+        """Advance the clock by the linger: the time for which a stop still accepts visitors."""
         self.reactor.pump([LINGER_STEP] * round(seconds / LINGER_STEP))
 
     def told(self, *steps: str) -> None:
-        """These steps were taken since the last look, in this order."""
+        """Assert that exactly these steps were recorded since the last call, in this order."""
         self.assertEqual(self.story, list(steps))
         self.story.clear()

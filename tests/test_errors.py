@@ -23,7 +23,7 @@ PLACEHOLDER = "X"
 MADE_ELSEWHERE = {
     "result.failure": Result(("COMMAND",), cast(int, "NUMBER"), "OUTPUT").failure,
 }
-"""Texts that other places make: what they make of placeholders, by the expression for them."""
+"""By expression: the text, with placeholders, of an error whose text is made elsewhere."""
 
 MODULES = [
     found.name for found in pkgutil.walk_packages(acme_alpn_proxy.__path__, "acme_alpn_proxy.")
@@ -54,7 +54,7 @@ def text_of(node: ast.expr, names: dict[str, object]) -> str:
 def arguments(tree: ast.Module) -> Iterator[list[ast.expr]]:
     """The arguments of each error: where it is raised, or in the class that makes its text.
 
-    An error that another process has reported is made there: its arguments are one starred value.
+    Errors that another process has reported are left out: they are raised with one starred value.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and "StartError" in map(ast.unparse, node.bases):
@@ -110,7 +110,7 @@ def test_anchors() -> None:
 
 
 def test_every_error_is_in_the_document() -> None:
-    """The page has every line by which the program refuses, and no other line."""
+    """The page has every error line of the program, and no other line."""
     assert in_the_source().keys() == in_the_document().keys()
 
 
@@ -123,6 +123,6 @@ def test_status() -> None:
 
 
 def test_cause_and_remedy() -> None:
-    """A line is one, and has the remedy after the cause."""
+    """Each error is one line: first the cause, then the remedy."""
     lines = [line for line in in_the_source() if not line.startswith("already running")]
     assert [line for line in lines if "\n" in line or "; " not in line] == []

@@ -39,8 +39,8 @@ def test_module() -> None:
 
 
 def test_nothing_is_loaded_before_the_signal_is_taken() -> None:
-    """Ctrl-C shows Python's traceback until the program handles it: none of our code comes
-    first."""
+    """Until the program handles SIGINT, Ctrl-C prints a traceback: so the start imports no other
+    module of the program before that."""
     line = "import sys; old = {*sys.modules}; import acme_alpn_proxy.__main__"
     done = run("-c", f"{line}; print(*sys.modules.keys() - old)")
     assert set(done.stdout.split()) - {"__future__"} == {

@@ -227,8 +227,8 @@ def test_own_listener(option: str, address: str) -> None:
 
 
 def test_named_routes() -> None:
-    """A target for a name is given as often as there are names; a name is compared as DNS does, and
-    an IP address is asked for by its reverse name."""
+    """C{--alpn-for} may be repeated, once for each name. Names are compared as in DNS; for an IP
+    address, visitors ask with its reverse name."""
     assert console("start")["alpn-for"] == {}
     given = (
         "--alpn-for=Site.Example.=127.0.0.1:31444",
@@ -258,7 +258,8 @@ def test_named_routes() -> None:
     ],
 )
 def test_no_name(route: str) -> None:
-    """What has no name is refused with an example, one in other letters with their spelling."""
+    """A route without a valid name is refused with an example; the message also says how a name
+    with other letters than ASCII begins."""
     assert refusal(f"--alpn-for={route}", "start") == (
         f"--alpn-for {route!r}: a name and an address are needed, such as"
         " site.example=127.0.0.1:31444; a name in other letters begins with xn--"
@@ -266,7 +267,7 @@ def test_no_name(route: str) -> None:
 
 
 def test_bad_named_routes() -> None:
-    """A name with two addresses, and one with an address that is none, are refused."""
+    """A name with two addresses, or with an unusable address, is refused."""
     words = ("--alpn-for", "a.example=[::1]:1", "--alpn-for", "A.example=[::1]:2", "start")
     assert refusal(*words) == (
         "--alpn-for 'A.example=[::1]:2': there is an address for this name already"
@@ -280,7 +281,7 @@ def test_bad_named_routes() -> None:
 
 
 def test_original() -> None:
-    """The web server may be wherever each visitor dialled; an ACME client may not."""
+    """C{original} is accepted for the web server, but not for an ACME client."""
     assert console("--fallback", "original", "start")["fallback"] is ORIGINAL
     assert "a host and a port are needed" in refusal("--alpn", "original", "start")
 
@@ -296,7 +297,8 @@ def test_headers() -> None:
 
 
 def test_load_balancers() -> None:
-    """Load balancers are addresses and networks; one with bits behind its length is a slip."""
+    """Load balancers are given as addresses and networks; a network with host bits set is refused,
+    because it is probably a mistake."""
     assert console("start")["proxy-protocol-from"] is None
     networks = console("--proxy-protocol-from=192.0.2.1,2001:db8::/64", "start")
     assert list(map(str, networks["proxy-protocol-from"])) == ["192.0.2.1/32", "2001:db8::/64"]
@@ -316,12 +318,12 @@ def test_bad_seconds(option: str, value: str) -> None:
 
 @pytest.mark.parametrize(("value", "seconds"), [("0", 0.0), ("2.5", 2.5), ("86400", 86_400.0)])
 def test_seconds(value: str, seconds: float) -> None:
-    """Fractions are taken, and both ends of the range."""
+    """Fractions and both limits of the range are accepted."""
     assert console("start", "--linger", value)["linger"] == seconds
 
 
 def test_unknown_redirect() -> None:
-    """A way of steering that there is not is refused with those that there are."""
+    """An unknown redirect is refused, and the message lists the known ones."""
     assert refusal("start", "--redirect", "magic").endswith(
         "--redirect 'magic': choose one of iptables, nftables, sk-lookup, auto, none"
     )
@@ -379,7 +381,7 @@ def test_user_and_group() -> None:
 
 
 def test_rulespec() -> None:
-    """The environment's rulespec is split as a shell would; a blank one is none at all."""
+    """The rulespec in the environment is split as a shell would; a blank one counts as not set."""
     spec = "-p tcp -m comment --comment 'my proxy'"
     options = console("start", environment={"ACME_ALPN_PROXY_RULESPEC": spec})
     assert options["rulespec"] == ["-p", "tcp", "-m", "comment", "--comment", "my proxy"]

@@ -58,7 +58,7 @@ class Package:
     bin: Path
 
     def run(self, program: str, *words: str) -> str:
-        """Run a program of the environment, in a folder of no interest."""
+        """Run a program of the environment, in a folder outside the source tree."""
         return run(self.bin / program, *words, cwd=self.bin.parent.parent)
 
 
@@ -88,8 +88,8 @@ def test_sdist(package: Package) -> None:
 
 
 def test_wheel(package: Package) -> None:
-    """The wheel holds every module, the plugin, the mark that types are there, and no caches; nor
-    anything that would stand in the way of Twisted's own files."""
+    """The wheel holds every module, the plugin and C{py.typed}. It holds no caches, and no file
+    that would replace one of Twisted's."""
     with zipfile.ZipFile(package.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     source = ROOT / "src"
@@ -101,7 +101,7 @@ def test_wheel(package: Package) -> None:
 
 
 def test_away_from_the_source(package: Package) -> None:
-    """The following tests run the installed package."""
+    """The environment imports the installed package, not the source."""
     script = "import acme_alpn_proxy, sys; print(acme_alpn_proxy.__file__, *sys.path, sep='\\n')"
     file, *path = package.run("python", "-c", script).splitlines()
     assert Path(file).is_relative_to(package.bin.parent)

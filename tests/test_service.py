@@ -34,7 +34,7 @@ class StartTests(ServiceCase):
         self.assertTrue(self.proxy.running)
 
     def test_blocking_before_the_reactor_runs(self) -> None:
-        """Before the reactor runs commands block, once it runs nothing does."""
+        """Commands block before the reactor runs, and do not block once it runs."""
         self.assertIsInstance(commands_for(self.reactor), BlockingCommands)
         self.reactor.running = True
         self.assertIsInstance(commands_for(self.reactor), SpawningCommands)
@@ -93,7 +93,7 @@ class StartTests(ServiceCase):
         self.successResultOf(started)
 
     def test_stop_while_starting(self) -> None:
-        """Stopped while it starts, it first gets to the end of that, then stops in order."""
+        """A service that is stopped while it starts first completes the start, then stops."""
         self.reactor.running = True
         steering = self.redirect.hold("steer")
         self.proxy.startService()
@@ -233,7 +233,8 @@ class StopTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_end_wait_while_letting_go(self) -> None:
-        """C{end_wait} while the redirect is being removed skips the linger and resets the rest."""
+        """C{end_wait} during the removal of the redirect skips the linger and resets the
+        connections that are left."""
         letting_go = self.redirect.hold("let go")
         stopped = self.proxy.stopService()
         self.proxy.end_wait()

@@ -79,8 +79,8 @@ class TapTests(SynchronousTestCase):
         return made[0]
 
     def test_routes(self) -> None:
-        """Each name has a target of its own; a header is for those targets that are to get one, and
-        not for the responder, which stands before them all."""
+        """Each name has a separate target. The targets that are to get a header get one; the
+        responder, which is asked before all ACME clients, gets none."""
         words = ("--alpn-for=b.example=127.0.0.1:2", "--fallback=original")
         made = self.made_of("--alpn-proxy-protocol=v2", *words)
         routing, targets = made.routing, made._targets
@@ -100,7 +100,8 @@ class TapTests(SynchronousTestCase):
         self.assertIsInstance(made, BalancedServer)
 
     def test_lists(self) -> None:
-        """A list makes a choice, which a rule of the operator's ends in favour of iptables."""
+        """A list, or C{auto}, makes a choice of redirects. With a rule of the operator's, C{auto}
+        means iptables; a list stays as it is."""
         for words, rule, name in (
             ("iptables,sk-lookup", "", "iptables,sk-lookup"),
             ("auto", "", "sk-lookup,nftables,iptables"),

@@ -33,7 +33,7 @@ NAMES = ["site.example", "www.site.example"]
 
 
 def achall(identifier: str) -> KeyAuthorizationAnnotatedChallenge:
-    """What certbot makes of a CA's challenge."""
+    """A challenge of a CA, annotated as certbot passes it to the plugin."""
     token = b64encode(TOKEN).decode()
     offered = {"type": "tls-alpn-01", "token": token, "url": "https://ca.example/1"}
     return KeyAuthorizationAnnotatedChallenge(
@@ -61,7 +61,7 @@ class OwnProxy:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the daemon listens, of the PID file in the environment."""
+    """The control socket that belongs to the PID file in the environment."""
     monkeypatch.setenv("ACME_ALPN_PROXY_PIDFILE", str(tmp_path / "proxy.pid"))
     OwnProxy.path = tmp_path / "proxy.control"
     OwnProxy.asked, OwnProxy.options = [], []
@@ -71,7 +71,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def plugin(*words: str) -> Authenticator:
-    """The plugin, of a command line of certbot's."""
+    """The plugin, configured from these words of certbot's command line."""
     parser = argparse.ArgumentParser()
     Authenticator.inject_parser_options(parser, "alpn-proxy")
     return Authenticator(cast(NamespaceConfig, parser.parse_args(words)), "alpn-proxy")
@@ -87,8 +87,9 @@ def digest() -> str:
 
 
 def test_perform_and_cleanup(path: Path) -> None:
-    """The daemon that runs is asked to answer for each name, with the digest of its challenge, and
-    afterwards no more; certbot gets a response for each, which is an empty object."""
+    """The plugin asks the running daemon to answer for each name, with the digest of its challenge,
+    and ends each request at the cleanup. The response that certbot gets for each name is an empty
+    object."""
     one = plugin()
     both = [achall(name) for name in NAMES]
     with control_daemon(path, lambda line: b"OK\n") as asked:
@@ -114,8 +115,8 @@ def test_addresses_and_types(path: Path) -> None:
 
 
 def test_anothers_class(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """If another plugin has registered a class of its own later, certbot makes that one of what the
-    CA offers, and so it is the one that is asked for."""
+    """If another plugin has registered its own challenge class later, certbot uses that class, so
+    our plugin asks for that class."""
 
     class Another(authenticator.TLSALPN01):
         pass
@@ -137,8 +138,8 @@ print(challenges.Challenge.TYPES["tls-alpn-01"].__name__, "twisted" in sys.modul
 
 
 def test_import() -> None:
-    """certbot imports the plugin always: it replaces no class that is there (certbot 4 has one),
-    and loads nothing of Twisted."""
+    """certbot imports the plugin at every start. So the plugin replaces no existing class (certbot
+    4 has one), and loads nothing of Twisted."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
     )
@@ -147,14 +148,15 @@ def test_import() -> None:
 
 UNKNOWN = """
 import sys
-sys.modules["acme"] = None  # to import it fails
+sys.modules["acme"] = None  # importing it fails
 import acme_alpn_proxy.certbot
 print(acme_alpn_proxy.certbot.Authenticator.__mro__)
 """
 
 
 def test_unknown_certbot() -> None:
-    """A certbot that the plugin does not fit goes on without it, and the operator is told."""
+    """If the plugin does not fit this certbot, certbot continues without it, and one line on
+    standard error says so."""
     done = subprocess.run(
         [sys.executable, "-c", UNKNOWN], capture_output=True, text=True, check=True
     )
@@ -192,7 +194,7 @@ def test_another_control_socket(tmp_path: Path, path: Path) -> None:
 
 
 def test_running_without_control_socket(path: Path, tmp_path: Path) -> None:
-    """Where an instance runs that listens elsewhere the operator is told to say where."""
+    """If the running instance has another control socket, the error asks for its path."""
     OwnProxy.path = tmp_path / "another"
     one = plugin()
     with pytest.raises(errors.PluginError, match=f"no control socket {path}; stop it, or give its"):
@@ -203,7 +205,7 @@ def test_running_without_control_socket(path: Path, tmp_path: Path) -> None:
 
 
 def test_refused(path: Path) -> None:
-    """If the daemon refuses a name certbot is told why; cleaning up takes the others back."""
+    """If the daemon refuses a name, certbot gets the reason; the cleanup ends all requests."""
     one = plugin()
     both = [achall(name) for name in NAMES]
 
@@ -218,7 +220,7 @@ def test_refused(path: Path) -> None:
 
 
 def test_cannot_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no proxy can be started certbot is told why; there is nothing to clean up."""
+    """If no proxy can be started, certbot gets the reason; there is nothing to clean up."""
 
     def refuse(options: Sequence[str]) -> None:
         raise CannotStart("nobody answers at 127.0.0.1:443; start the web server")
@@ -231,7 +233,7 @@ def test_cannot_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_options(path: Path) -> None:
-    """Options that no shell understands are no defect of the plugin."""
+    """Options that a shell could not split are reported as a C{PluginError}."""
     with pytest.raises(
         errors.PluginError, match=r"^--alpn-proxy-options: No closing quotation; qu"
     ):
@@ -239,7 +241,8 @@ def test_wrong_options(path: Path) -> None:
 
 
 def test_cleanup_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A daemon that does not take a name back is logged; one that has ended is not asked to."""
+    """If the daemon refuses to end a request, its reason is logged. If the daemon has ended,
+    nothing is logged."""
     one = plugin()
     with control_daemon(path, lambda line: b"OK\n" if line[0] == "a" else b"ERR why; do\n"):
         one.perform([achall("site.example")])
@@ -252,8 +255,8 @@ def test_cleanup_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_hint(path: Path) -> None:
-    """After the CA's words the operator reads who dialled, asked for what, and got which answer;
-    and which name nobody asked for."""
+    """After the CA's words, the operator reads the source, the name and the result of each
+    validation, and which names nobody has asked for."""
     asked = [
         {"peer": "192.0.2.7:50123", "name": "site.example", "answer": "answered"},
         {"peer": "[2001:db8::8]:443", "name": None, "answer": "not answered"},
@@ -280,7 +283,7 @@ def test_hint(path: Path) -> None:
 
 
 def test_no_hint(path: Path) -> None:
-    """Where the daemon cannot be asked any more that is said."""
+    """If the daemon cannot be asked, the hint says so."""
     hint = plugin().auth_hint([achall("site.example")])
     assert hint.endswith(
         f"is not known: no daemon listens at {path}; start it: acme-alpn-proxy start"

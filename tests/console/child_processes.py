@@ -24,7 +24,7 @@ def stubborn_process(case: SynchronousTestCase) -> subprocess.Popen[bytes]:
 
 
 def assert_was_waited_for(case: SynchronousTestCase, process: subprocess.Popen[bytes]) -> None:
-    """It was killed and has ended."""
+    """Assert that the process, which was killed, has ended and was reaped."""
     process.returncode = -signal.SIGKILL
     with case.assertRaises(ProcessLookupError):
         os.kill(process.pid, 0)

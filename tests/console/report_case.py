@@ -20,7 +20,7 @@ class ReportCase(SynchronousTestCase):
         self.ours, self.theirs = socket.socketpair()
         self.addCleanup(self.ours.close)
         self.addCleanup(self.theirs.close)
-        # A hook of a process's forks is there for good: those of the tests' own come to nothing.
+        # A hook of C{os.register_at_fork} cannot be removed: so the tests only remember it.
         self.patch(os, "register_at_fork", self.remember)
         self.report = Report(self.theirs)
 

@@ -95,7 +95,7 @@ import os, signal, sys
 def count(number, frame):
     global interrupts
     interrupts += 1
-    os.write(1, b"interrupted")  # print would not stand being interrupted by itself
+    os.write(1, b"interrupted")  # print is not reentrant
 interrupts = 0
 signal.signal(signal.SIGINT, count)
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(40 + interrupts))
@@ -114,7 +114,8 @@ def test_interrupt_of_the_terminal() -> None:
         _read_until(terminal, b"ready")
         os.write(terminal, b"\x03")
         _read_until(terminal, b"interrupted")
-        os.kill(pid, signal.SIGTERM)  # is taken after a SIGINT, had one been passed on
+        # A SIGINT that this process had passed on would be handled before this SIGTERM.
+        os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 41
     finally:
         os.close(terminal)

@@ -232,7 +232,7 @@ class OtherOptionsTests(CommandCase):
         return str(ended.exception)
 
     def answer(self, *words: str) -> InstanceStatus:
-        """That of an instance that was started so."""
+        """The status of an instance that was started with these words."""
         options = of_the_proxy(self.options("--logfile", os.devnull, *words, "start"))
         return {**answer_of(describe()), "options": options}
 
@@ -255,7 +255,8 @@ class OtherOptionsTests(CommandCase):
         self.assertEqual((self.refusal.status, self.kept), (os.EX_TEMPFAIL, []))
 
     def test_unknown(self) -> None:
-        """One that does not say, as an older release, is taken for the same."""
+        """An instance that does not report its options, such as one of an older release, counts as
+        one with the same options."""
         older = self.answer()
         older["options"] = {}
         for answer in (None, older):
@@ -267,7 +268,7 @@ class CheckTests(CommandCase):
     """The output of C{check}."""
 
     def check(self, *findings: Finding, words: tuple[str, ...] = ()) -> tuple[int, str]:
-        """Its exit status and its output, if this is found."""
+        """The exit status and the output of C{check} for these findings."""
 
         def look(options: object, pidfile: object, tell: Tell, doing: object) -> list[Finding]:
             for finding in findings:
