@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def hook() -> NoReturn:
     """Run C{acme-alpn-proxy hook} with all words of the command line: C{acme-alpn-proxy-hook}.
 
-    It is a program of its own because ACME clients take the name of a hook program without
-    arguments.
+    ACME clients accept only the name of a hook program, without arguments. So the hook is a
+    separate program.
     """
     from .console.hook import client_of
 

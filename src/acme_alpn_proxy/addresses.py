@@ -124,7 +124,7 @@ class Address:
 
 
 ORIGINAL: Final = Address("original", "", 0)
-"""Stands for the address that each visitor has dialled."""
+"""Means: for each visitor, the address that the visitor connected to."""
 
 
 def is_ours(family: int, address: Any) -> bool:

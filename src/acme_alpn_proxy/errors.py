@@ -57,7 +57,7 @@ class VisitorsLost(StartError):
 
     @classmethod
     def because_of(cls, problem: StartError) -> VisitorsLost:
-        """Make one from a reason not to start that has come up while the proxy runs."""
+        """Turn a L{StartError} that occurs while the proxy runs into an error of this class."""
         return cls(str(problem), problem.status)
 
 

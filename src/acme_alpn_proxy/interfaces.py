@@ -124,7 +124,7 @@ class ITarget(Interface):
 
         Either may happen before this returns; then C{None} may be returned.
 
-        @param factory: C{factory.arrival()} says how the visitor came.
+        @param factory: C{factory.arrival()} returns the addresses of the visitor's connection.
         @param first: what the protocol will write first. Some of it may be sent before the protocol
             is made; C{factory.sent_ahead} is the number of those bytes.
         """
@@ -153,13 +153,13 @@ class INetwork(Interface):
 
 
 class IPIDFile(Interface):
-    """The mark that an instance is running."""
+    """A PID file, which shows that an instance is running; or a stand-in that does nothing."""
 
     def claim() -> None:
-        """Take the mark for this process; raises L{acme_alpn_proxy.errors.StartError}."""
+        """Claim it for this process; raises L{acme_alpn_proxy.errors.StartError}."""
 
     def release() -> None:
-        """Remove the mark if it still belongs to this process. Never raises."""
+        """Remove it if it still belongs to this process. Never raises."""
 
 
 class ICommands(Interface):
@@ -186,7 +186,7 @@ class ISteerable(Interface):
         """
 
     def needed_no_more(what: object) -> None:
-        """C{what} does not need it any more; no error if it never did."""
+        """Steer no longer because of C{what}; no error if C{what} does not need it."""
 
 
 class IRedirect(Interface):

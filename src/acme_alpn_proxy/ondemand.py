@@ -37,7 +37,8 @@ class OnDemandProxy(Service):
         pidfile: IPIDFile | None = None,
     ) -> None:
         """
-        @param rehearsed: tells at the start what will not work, and never starts itself.
+        @param rehearsed: a service that is never started; only its C{rehearse} is called, to find
+            out at the start what would fail later.
         @param make: makes each L{ProxyService}; all count in the same statistics.
         """
         self._make = make
@@ -108,7 +109,7 @@ class OnDemandProxy(Service):
         return steers
 
     def needed_no_more(self, what: object) -> None:
-        """C{what} does not need it any more; no error if it never did."""
+        """Steer no longer because of C{what}; no error if C{what} does not need it."""
         self._needs.discard(what)
         self._rest_unless_needed()
 
@@ -159,7 +160,7 @@ class OnDemandProxy(Service):
                 steers.callback(None)
             else:
                 steers.errback(problem)
-        self._rest_unless_needed()  # it may have gone meanwhile
+        self._rest_unless_needed()  # the need may have ended meanwhile
 
     def _rest_unless_needed(self) -> None:
         if not self._needs and self._state == "running":

@@ -68,7 +68,7 @@ GO_WITH: Final = {
     "json": ("status", "check", "explain"),
     "watch": ("status",),
 }
-"""The commands that a flag goes with."""
+"""For each flag, the commands that accept it."""
 
 DEFAULT_PIDFILE: Final = "/var/run/acme-alpn-proxy.pid"
 DEFAULT_LOGFILE: Final = "/var/log/acme-alpn-proxy.log"
@@ -87,7 +87,8 @@ _LONGEST: Final = 86_400.0
 class Topic:
     """A heading in the help, with options under it.
 
-    @ivar commands: the commands whose help has these options. L{GO_WITH} comes first.
+    @ivar commands: the commands whose help has these options. For a flag in L{GO_WITH}, the
+        commands listed there are used instead.
     """
 
     title: str
@@ -262,7 +263,7 @@ def _folder(value: str) -> Path:
 def _user(value: str) -> int:
     try:
         return pwd.getpwuid(uidFromString(value)).pw_uid
-    except KeyError:  # numbers are not accepted: twistd looks up the user's groups
+    except KeyError:  # nor a number without a user: the user's groups are needed
         raise Unusable(
             f"--uid {value!r}: there is no such user; name one of: getent passwd", os.EX_NOUSER
         ) from None
@@ -707,7 +708,7 @@ def _one_of(names: Iterable[str]) -> str:
 def of_the_proxy(options: Mapping[str, Any]) -> dict[str, str]:
     """The options of C{start} about the proxy itself, as text, by name.
 
-    They serve to compare two starts. Options about the command itself, such as to wait, are left
+    They serve to compare two starts. Options of the command itself, such as C{--wait}, are left
     out.
 
     @param options: parsed L{ConsoleOptions}.

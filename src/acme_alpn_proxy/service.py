@@ -150,7 +150,8 @@ class ProxyService(MultiService):
             service.setServiceParent(self)
 
     def run_beside(self, service: IService) -> None:
-        """Start C{service} before the proxy steers, and stop it when it steers no more."""
+        """Start C{service} before the proxy steers. Stop C{service} when the proxy has stopped
+        steering."""
         service.setServiceParent(self)
         self._beside.add(service)
 
@@ -198,7 +199,7 @@ class ProxyService(MultiService):
         """Nothing to do: this proxy steers until it is stopped."""
 
     def when_let_go(self) -> Deferred[None]:
-        """Return a Deferred that fires when it no longer steers because it was stopped."""
+        """Return a Deferred that fires when C{stopService} has ended the steering."""
         return _result_of(self._let_go_done)
 
     def stopService(self) -> Deferred[None]:
@@ -233,7 +234,8 @@ class ProxyService(MultiService):
 
     @inlineCallbacks
     def rehearse(self) -> Generator[Deferred[Any], Any, None]:
-        """The same, and what else a start does before it steers; leaves nothing behind."""
+        """Do what L{check} does, and every other step of a start that can fail before it steers;
+        undo these steps again. Raises L{StartError}."""
         yield self.check()
         yield self._visitor_address.open(self._blocking)
         self._visitor_address.close()

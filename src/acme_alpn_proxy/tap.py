@@ -1,4 +1,4 @@
-"""From options to the service. Composes, decides nothing."""
+"""Makes the service from the options. It only puts the parts together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_redirect(options: Mapping[str, Any]) -> IRedirect:
         return make_way("none", options)
     usable: Sequence[str] = WAYS
     if options.get("on-demand") and options["uid"]:
-        usable = WAYS[1:]  # the programs that iptables needs have no rights
+        usable = WAYS[1:]  # iptables would run without capabilities
         names = [name for name in names if name in usable]
     by_default = names == list(WAYS)
     why = "it works here"
@@ -61,7 +61,7 @@ def make_redirect(options: Mapping[str, Any]) -> IRedirect:
 def make_way(name: str, options: Mapping[str, Any], *, alone: bool = True) -> IRedirect:
     """One redirect.
 
-    @param alone: whether no other one is tried if it refuses.
+    @param alone: whether this is the only redirect that may be used.
     """
     how = {each: bool(options[each]) for each in ("ipv6", "force")}
     makers: dict[str, Callable[[], IRedirect]] = {
@@ -140,7 +140,8 @@ class Parts:
     def later_proxy(self) -> ProxyService:
         """The same for a process that may have become another user.
 
-        That user cannot run the programs that read the firewall, so it was judged at the start.
+        That user cannot run the programs that read the firewall. So the firewall was checked at the
+        start, and is not checked again.
         """
         force = self._options["force"] or bool(self._options["uid"])
         return self.proxy(make_redirect({**self._options, "force": force}))

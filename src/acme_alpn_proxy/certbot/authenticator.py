@@ -38,7 +38,7 @@ class TLSALPN01Response(challenges.KeyAuthorizationChallengeResponse):
 
 
 class TLSALPN01(challenges.KeyAuthorizationChallenge):
-    """A challenge of that type; certbot itself has none since version 5."""
+    """A TLS-ALPN-01 challenge. certbot has no class for it since version 5."""
 
     typ = TLS_ALPN_01
     response_cls = TLSALPN01Response
@@ -48,7 +48,8 @@ class TLSALPN01(challenges.KeyAuthorizationChallenge):
         return self.key_authorization(account_key)
 
 
-# If certbot or a plugin has a class for that type, it is used: a second one would replace it.
+# If certbot or another plugin has registered a class for TLS-ALPN-01, that class is used:
+# registering this one would replace it.
 if TLS_ALPN_01 not in challenges.Challenge.TYPES:
     challenges.Challenge.register(TLSALPN01)
 
@@ -91,15 +92,15 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
     def get_chall_pref(self, identifier: str) -> Iterable[type[challenges.Challenge]]:
         """The only type, for a name and for an IP address (RFC 8738).
 
-        Plugins that were loaded later may have registered a class of their own; certbot compares
-        the classes.
+        Each call looks the class up: a plugin that was loaded later may have replaced it, and
+        certbot compares the classes.
         """
         return [challenges.Challenge.TYPES[TLS_ALPN_01]]
 
     def perform(
         self, achalls: list[achallenges.AnnotatedChallenge]
     ) -> list[challenges.ChallengeResponse]:
-        """Make the daemon answer all of them; raises C{PluginError}; certbot then calls
+        """Make the daemon answer all these challenges. Raises C{PluginError}; certbot then calls
         C{cleanup}."""
         try:
             return [self._answer(achall) for achall in achalls]
@@ -139,7 +140,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
                 if answered
                 else _UNSEEN.format(identifier)
             )
-            # Each report has all validations: they may have asked for another name.
+            # Each report has all the last validations: a CA may have asked for another name.
             dialled |= Counter(
                 f"{one['peer'].rpartition(':')[0]} asked for {one['name'] or 'no name'}:"
                 f" {one['answer']}"
@@ -170,7 +171,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             self._own = OwnProxy(self._options())
             try:
                 ask(path, line)
-            except NotListening:  # one runs, but without this control socket
+            except NotListening:  # an instance runs, but not with this control socket
                 raise ControlError(
                     f"the instance that runs has no control socket {path}; stop it, or give its"
                     " path by --alpn-proxy-control"

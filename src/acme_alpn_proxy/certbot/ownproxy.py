@@ -1,4 +1,4 @@
-"""An acme-alpn-proxy that steers only while this process holds it."""
+"""Starts an acme-alpn-proxy that steers until this process stops it or ends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Final
 
 _PROGRAM: Final = (sys.executable, "-P", "-m", "acme_alpn_proxy")
-"""The Python that has loaded this module: a console script may not be on PATH, or have another
-version. C{-P}: import nothing from the folder in which certbot runs."""
+"""The Python that has loaded this module: the console script may not be on PATH, or may belong to
+another version of the package. C{-P}: import nothing from the folder in which certbot runs."""
 
 _LET_GO: Final = 60.0
-"""Seconds to wait; C{run} gives up after half of that."""
+"""Seconds to wait until the proxy has stopped steering; C{run} itself waits for half of that."""
 
 _UNIT: Final = "INVOCATION_ID"
 """A variable in the environment of every process of a systemd unit (systemd.exec(5))."""
@@ -33,7 +33,7 @@ class CannotStart(Exception):
 
 
 class OwnProxy:
-    """C{acme-alpn-proxy run -- cat}; this process holds both ends of cat.
+    """Runs C{acme-alpn-proxy run -- cat}, with pipes to cat's input and from its output.
 
     cat repeats a line once new connections are steered. It ends when its input does: when L{end}
     closes that, or when this process ends for any reason. Then C{run} stops steering.
