@@ -24,8 +24,8 @@ _OF_THE_KERNEL: Final = 0x80
 command."""
 
 _LOOK_AGAIN: Final = 0.5
-"""Seconds between two checks of the command without a signal: in a process with other threads, one
-of them may have received SIGCHLD."""
+"""Seconds after which the command is checked even if no signal came: in a process with other
+threads, another thread may have received SIGCHLD."""
 
 _IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 

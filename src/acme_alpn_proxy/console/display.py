@@ -17,13 +17,13 @@ _REASONS: Final = {
     "end_of_file": "ended before a whole hello",
     "crowded": "with half a hello, as too many others",
 }
-"""The reasons why visitors took the fallback, as a text after their number."""
+"""For each reason why connections went to the fallback: the text after their count."""
 
 _HEADS: Final = ("route", "target", "open", "all", "not reached", "received", "sent")
 _BINARY: Final = ("KiB", "MiB", "GiB", "TiB")
 
 _MOST_CALLERS: Final = 5
-"""How many addresses are shown; a CA asks from about so many."""
+"""How many addresses are shown; a CA validates from about as many."""
 
 
 def table(answers: Sequence[Answer], now: float) -> str:
@@ -68,7 +68,7 @@ def _instance(answer: Answer, now: float) -> str:
 
 
 def _seen(fallback: FallbackStatus) -> str:
-    """Whose addresses it saw."""
+    """How often the web server saw a visitor's own address, and how often one of this host."""
     visitors, host = fallback["from_visitor_address"], fallback["from_host_address"]
     return f"{visitors} from the visitor's address, {host} from one of this host"
 
@@ -113,7 +113,7 @@ def account(answer: InstanceStatus, now: float) -> list[str]:
 
 
 def _of_validations(answer: InstanceStatus, field: Literal["live", "total", "failures"]) -> int:
-    """The number of those of all names."""
+    """The sum of a number over the routes for validations, those for certain names included."""
     routes = answer["routes"]
     return sum(route[field] for route in (routes["acme"], *routes["acme_for"].values()))
 

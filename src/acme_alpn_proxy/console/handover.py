@@ -33,7 +33,7 @@ _ACK_DEADLINE: Final = 5.0
 """Seconds for the answer of C{start}, which only waits for the result."""
 
 _FORKS_OF_TWISTD: Final = 2
-"""After so many forks, the process is the daemon."""
+"""The number of forks after which the process is the daemon."""
 
 
 class Told(TypedDict):
@@ -117,7 +117,8 @@ def _died(child: int) -> DaemonDied:
 
 
 def _await_runner(child: int) -> None:
-    """Wait for twistd's first process: the daemon lets it end, but cannot if it was killed."""
+    """Wait for twistd's first process. It ends when the daemon allows it; if the daemon was killed,
+    kill this process, too."""
     with ProcessHandle(child) as process:
         if not process.ended(RUNNER_DEADLINE):
             os.kill(child, signal.SIGKILL)
@@ -157,8 +158,8 @@ class Report:
         # Commands that run during the start inherit the socket (see L{BlockingCommands}). So an
         # end-of-file also means that no command can still change a rule.
         stream.set_inheritable(True)
-        # The processes that twistd's runner leaves must not keep the socket open: an end-of-file
-        # means that the daemon has died. The daemon itself forks, too, for its commands.
+        # When twistd's runner forks, the parent must not keep the socket open: an end-of-file means
+        # that the daemon has died. The daemon itself forks, too, for its commands.
         self._forks_to_come = _FORKS_OF_TWISTD
         os.register_at_fork(after_in_parent=self._forget, after_in_child=self._count_fork)
 

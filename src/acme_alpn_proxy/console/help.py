@@ -45,7 +45,7 @@ SYNOPSES: Final = {
     "completion": "completion bash|zsh|fish",
     "manual": "manual",
 }
-"""The command lines of commands that take more, or less, than options."""
+"""The command line of each command that takes other words than options, or no options."""
 
 DETAILS: Final = {
     "start": (
@@ -145,7 +145,7 @@ KINDS: Final = {"FILE": "file", "USER": "user", "GROUP": "group"}
 """Kinds of values that a shell can complete, by the placeholder of the value."""
 
 _WIDTH: Final = 79
-"""Columns of a terminal that has 80."""
+"""Columns to fill: one fewer than a terminal usually has."""
 
 _WIDEST_TERM: Final = 26
 

@@ -17,8 +17,9 @@ from typing import Final
 
 _USUAL_THRESHOLD: Final = gc.get_threshold()
 _LOADING_THRESHOLD: Final = 100_000
-"""More objects than all imports leave (46,000; 64,000 if cryptography is installed). With Python's
-default threshold, the collector runs sixty times during the imports."""
+"""The garbage collector's threshold during the imports, above the number of objects that they make
+(46,000; 64,000 if cryptography is installed). With Python's default threshold, the collector runs
+sixty times during the imports."""
 
 
 def load_lightly() -> None:

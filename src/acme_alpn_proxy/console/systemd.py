@@ -44,7 +44,8 @@ def notify(environment: Mapping[str, str], **fields: object) -> None:
 
 
 def watchdog_seconds(environment: Mapping[str, str]) -> float:
-    """The interval, in seconds, for signs of life (WatchdogSec=); 0: the manager wants none."""
+    """The watchdog's interval, in seconds (WatchdogSec=); 0: the manager wants no keep-alive
+    messages."""
     try:
         microseconds = int(environment.get("WATCHDOG_USEC", "0"))
         pid = int(environment.get("WATCHDOG_PID", os.getpid()))
@@ -55,8 +56,8 @@ def watchdog_seconds(environment: Mapping[str, str]) -> float:
 
 @implementer(ILogObserver)
 class ServiceManager(Service):
-    """Reports to systemd, if that has started this process, when the proxy steers, when it stops,
-    and what it is doing. Starts last, and so stops first.
+    """If systemd has started this process, reports to it when the proxy steers, when it stops, and
+    what it is doing. Starts last, and so stops first.
     """
 
     def __init__(self, reactor: IReactorTime, program: Program, patience: float) -> None:

@@ -19,7 +19,7 @@ COLOURS: Final = {
     "failed": 31,
     "silent": 31,
 }
-"""Green, yellow and red, by word (ECMA-48 SGR)."""
+"""For each word, its colour: 32 is green, 33 yellow, 31 red (ECMA-48 SGR)."""
 
 _ERASE_LINE: Final = "\r\x1b[K"
 
