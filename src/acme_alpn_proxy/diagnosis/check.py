@@ -65,7 +65,8 @@ def _why(problem: BaseException) -> str:
 
 
 def _or_another_way(finding: Finding, names: Sequence[str]) -> Finding:
-    """A failed finding gets the remedy to take one of the ways that work here."""
+    """The finding; if it has failed, its remedy also offers the redirects C{names}, which work
+    here."""
     if finding.level is not Level.FAILED:
         return finding
     return replace(finding, remedy=or_another_way(names, finding.remedy))
@@ -87,7 +88,8 @@ class Check:
     ) -> None:
         """
         @param tell: called with each finding.
-        @param probe: the real trial: it steers and dials.
+        @param probe: like L{acme_alpn_proxy.diagnosis.probe.probe}: it steers for a moment, and
+            makes connections.
         @param doing: called with the name of each step that may take a while.
         """
         self._reactor = reactor
@@ -243,7 +245,8 @@ class Check:
 
     @inlineCallbacks
     def _look_at_ways(self) -> Generator[Deferred[Any], Any, list[Finding]]:
-        """A way that does not work counts as failed only if start would not take another one."""
+        """The findings about the redirects. One that does not work is a failure only if C{start}
+        would not choose another one."""
         found: dict[str, list[Finding]] = {}
         for way in ("sk-lookup", "nftables"):
             found[way] = [(yield self._prepare(way))]

@@ -31,7 +31,8 @@ from ..responder.server import REFUSED
 from .finding import Finding, Level
 
 PERSPECTIVES: Final = 5
-"""From December 2026 on, Let's Encrypt validates from at least so many places."""
+"""The number of places (perspectives) from which Let's Encrypt validates, from December 2026 on, at
+least."""
 
 _PATIENCE: Final = 5.0
 """Seconds that the ACME client has to answer."""
@@ -73,7 +74,8 @@ def explain(
     target: Callable[[str], str],
     look_up: Lookup = look_up,
 ) -> Iterator[Finding]:
-    """The findings for each identifier; without identifiers, for all that CAs have asked for.
+    """The findings for each identifier; without identifiers, for all whose validations have been
+    seen.
 
     @param seen: the last validations.
     @param target: gives the address to which validations of an identifier go.

@@ -33,7 +33,7 @@ class Handshake(Protocol):
 
     def __init__(self, name: str | None, *alpn: str, header: bytes = b"") -> None:
         """
-        @param header: what is sent before, in one write with the hello.
+        @param header: bytes to send before the hello, in the same write.
         """
         self.done: Deferred[str | None] = Deferred(lambda done: self._abort())
         self._tls, self._incoming, self._outgoing = tls_client(name, *alpn)

@@ -53,7 +53,7 @@ def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
     """
     taken = list(_in_use(listing))
     for number in choices:
-        # From 192 on: in the range below, clouds offer services to their machines.
+        # From 169.254.192.0 on: cloud providers use lower addresses, such as 169.254.169.254.
         network = ipaddress.IPv4Network((0xA9FEC000 + number % 0x3E00 // 4 * 4, 30))
         if not any(network.overlaps(each) for each in taken):
             return Subnet(4, str(network[1]), str(network[2]), 30)

@@ -1,8 +1,10 @@
-"""The real trial: a visitor and a CA's validator dial :443 of this host through the kernel's path.
+"""The probe: it steers for a moment, and connects to port 443 of this host as a visitor and as a
+CA's validator.
 
-They dial from a network namespace of their own, connected to the host by a veth pair. The namespace
-has no name: only a thread and sockets of this process hold it. However this process ends, the
-namespace disappears, and with it both ends of the pair.
+The connections come from a separate network namespace, which a veth pair connects to the host. So
+their packets take the same path through the kernel as those of real visitors. The namespace has no
+name: only a thread and sockets of this process hold it. However this process ends, the namespace
+disappears, and with it both ends of the pair.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ DIAL_DEADLINE: Final = 3.0
 more, since visitors are steered in the meantime."""
 
 PAUSE: Final = 0.05
-"""Seconds between the two segments of the validator's hello: the first one is read alone."""
+"""Seconds between the two segments of the validator's hello, so that the proxy reads the first one
+alone."""
 
 ANSWER: Final = b"\x15\x03\x03\x00\x02\x02\x50"
 """The answer of the probe's own responder: the alert internal_error (RFC 8446 section 6)."""
@@ -115,7 +118,7 @@ class Responder(Protocol):
 
 
 class _NotingFactory(ProxyServerFactory):
-    """Remembers all connections.
+    """Makes the proxy's connections, and records each one's peer.
 
     @ivar met: address and port of each peer.
     @ivar seen_as: for each peer that was connected to its target at once: the address that the
@@ -141,7 +144,7 @@ class _NotingFactory(ProxyServerFactory):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """One that dials: a visitor or a validator.
+    """A simulated client: a visitor or a CA's validator.
 
     @ivar role: C{visitor} or C{validator}.
     @ivar segments: its hello.
@@ -175,7 +178,7 @@ def judge(
     redirect: str,
     seen_as: str | None = None,
 ) -> Finding:
-    """The finding for one call.
+    """The finding for one connection of the probe.
 
     @param met: address and port of each connection that reached the proxy.
     @param seen: the hellos that the responder received.
@@ -270,7 +273,7 @@ def probe(
 
     @param reactor: is already running.
     @param tell: called with each finding.
-    @param names: returns whether the firewall names interfaces, for a family.
+    @param names: returns whether a rule of the firewall matches on an interface, for a family.
     @param doing: called with the name of each step that may take a while.
     """
     families = [4]
