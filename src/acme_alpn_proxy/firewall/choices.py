@@ -1,8 +1,9 @@
-"""What happens to a packet, depending on questions that cannot be answered beforehand.
+"""What happens to a packet in the firewall, if some conditions of rules have unknown results.
 
-An outcome is an end, or a choice between two outcomes by the answer to a question. Equal outcomes
-are one object (a reduced, ordered binary decision diagram): if the same happens to two packets,
-they have the same outcome; if not, their outcomes differ exactly where the answers matter.
+Each such condition is a question (see L{acme_alpn_proxy.firewall.packets}). An outcome is an end,
+or a choice between two outcomes by the answer to a question. Equal outcomes are one object (a
+reduced, ordered binary decision diagram): if the same happens to two packets, they have the same
+outcome; if not, their outcomes differ exactly where the answers matter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True, eq=False)
 class End:
-    """The packet passes, or it is caught.
+    """The packet passes; or a rule or policy catches it: takes the action that a
+    L{acme_alpn_proxy.firewall.rules.Course} looks for, such as a drop.
 
     @ivar by: the text of the rule or policy that catches it; empty if it passes.
     """
@@ -77,7 +79,7 @@ class Choices:
                     self.choose(question, _below(yes, top, False), _below(no, top, False)),
                 )
             self._chosen[key] = found
-            self._kept += yes, no  # a kept object's identity is never reused
+            self._kept += yes, no  # Python would reuse the id() of a freed object
         return found
 
     def _choice(self, question: int, yes: Outcome, no: Outcome) -> Outcome:
@@ -86,7 +88,8 @@ class Choices:
         return self._made.setdefault((question, id(yes), id(no)), Choice(question, yes, no))
 
     def lost(self, before: Outcome, after: Outcome) -> str | None:
-        """What catches C{after} for answers with which C{before} passes; L{None}: nothing."""
+        """The rule or policy that catches the packet of C{after} although, with the same answers,
+        the packet of C{before} passes; L{None} if there is none."""
         to_do, done = [(before, after)], set()
         while to_do:
             before, after = pair = to_do.pop()

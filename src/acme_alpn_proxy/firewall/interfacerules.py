@@ -21,7 +21,7 @@ _TABLES: Final = ("raw", "mangle", "filter")
 _HOOKS: Final = ("PREROUTING", "INPUT")
 
 _Rule = tuple[bool, set[str]]
-"""Whether a rule names an interface, and the chains that it leads to."""
+"""A rule: whether it matches on an interface, and the chains that it leads to."""
 
 
 @inlineCallbacks

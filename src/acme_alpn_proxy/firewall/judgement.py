@@ -40,8 +40,9 @@ from .xtables import BINARIES
 _TRACKING: Final = -200
 _REDIRECT: Final = -100
 _BACK: Final = 100
-"""The priorities of connection tracking and its translations in a hook (<linux/netfilter_ipv4.h>):
-to another destination, and to another source for answers."""
+"""Priorities in a hook (<linux/netfilter_ipv4.h>): connection tracking; the translation of
+destinations (DNAT); the translation of sources (SNAT), which also restores the source of replies.
+"""
 
 FAR: Final = {
     4: tuple(map(ip_address, ("192.0.2.1", "203.0.113.77", "1.0.0.1"))),
@@ -56,8 +57,9 @@ class Way:
 
     @ivar port: the port that a redirect leads to; L{None}: the packet is not changed.
     @ivar keeps_address: whether the redirect changes only the port.
-    @ivar priority: translations of others with this priority or a later one run after this way;
-        L{None}: all of them run before it and can take visitors away from it.
+    @ivar priority: the redirect's priority in the hook prerouting: translations with a higher
+        number run after it. L{None}: all chains of that hook run before it, and can take visitors
+        away from it.
     """
 
     port: int | None = None
@@ -78,11 +80,11 @@ visitors."""
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One way for visitors to come in.
+    """An interface through which visitors' packets to an address of this host arrive.
 
     @ivar address: the address of the interface, to which REDIRECT maps visitors from this
         interface; L{None}: it has no address.
-    @ivar visitors: some addresses of visitors that may come in this way.
+    @ivar visitors: some addresses that such visitors may have.
     """
 
     interface: str
@@ -92,8 +94,8 @@ class Arrival:
 
 
 def arrivals(family: int) -> list[Arrival]:
-    """All ways in: for each address, its own interface and the interface that answers leave
-    through."""
+    """All interfaces through which visitors may arrive: for each address of this host, its own
+    interface, and the interface through which replies leave."""
     found = {each.name: each for each in routes.interfaces(family)}
     ways: dict[tuple[str, Address], None] = {}
     for interface in found.values():
@@ -169,7 +171,7 @@ class Host:
     def why_spared(
         self, way: Way, commands: ICommands
     ) -> Generator[Deferred[Any], Any, str | None]:
-        """The rule that keeps some visitors out today, but would not if they were steered this way.
+        """The rule that keeps some visitors out today, but would let them in with this redirect.
 
         @return: a Deferred of one line, or of L{None}; it never fails.
         """
@@ -182,7 +184,8 @@ class Host:
         return None
 
     def not_first(self, way: Way) -> str | None:
-        """While this way steers: why visitors are sent elsewhere first; L{None}: they are not."""
+        """While this redirect is applied: why visitors are sent elsewhere before it sees them;
+        L{None}: they are not."""
         for family in self._firewalls:
             judge = self._judge(family, way, applied=True)
             for arrival in self._around.arrivals[family]:
@@ -211,7 +214,8 @@ class Host:
 class _Judge:
     """Judges one way for one family.
 
-    @ivar useless: the rule that catches all visitors, steered or not.
+    @ivar useless: set by L{hurts}: a rule that catches all visitors, steered or not, so that
+        steering would be of no use; L{None} if visitors can get through.
     """
 
     useless: str | None = None
@@ -292,8 +296,8 @@ class _Judge:
     def _is_younger(self, base: Base, own: Base | None) -> bool:
         """For two chains of equal priority: whether the kernel consults C{base} before ours.
 
-        The kernel consults the chain that was registered last first. That will be ours, if it does
-        not exist yet.
+        Of two chains with equal priority, the kernel consults the newer one first. If our chain
+        does not exist yet, it will be the newer one.
         """
         if own is None or self._way.port is None:
             return False
@@ -320,8 +324,8 @@ class _Judge:
         return None
 
     def _answered_elsewhere(self, arrival: Arrival) -> str | None:
-        """Why answers would leave by another route: until they are translated back, they come from
-        another address and port."""
+        """Why replies would take another route: until the translation restores their source, they
+        come from another address and port."""
         if self._way.port is None:
             return None
         packet = self._steered(arrival)
@@ -360,7 +364,7 @@ class _Judge:
         choices = Choices()
         courses = Course(before, choices), Course(after, choices)
         outcomes = [course.through(bases) for course in courses]
-        if courses[0].marked != courses[1].marked:  # then answers about marks differ
+        if courses[0].marked != courses[1].marked:  # questions about marks then differ
             if after.reply and self._family in self._around.by_mark:
                 by, _ = min(courses[0].marked ^ courses[1].marked)
                 return f"{by}, and routes depend on marks", None

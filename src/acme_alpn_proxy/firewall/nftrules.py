@@ -65,7 +65,8 @@ def only(value: Mapping[str, Json]) -> tuple[str, Json]:
 class Sets:
     """The contents of the named sets and maps of a table.
 
-    @ivar wanted: those that a packet was compared with but whose contents are unknown.
+    @ivar wanted: the sets whose contents are needed: a packet was compared with them, and their
+        contents are unknown.
     """
 
     def __init__(self, known: Mapping[str, Sequence[Json] | None]) -> None:
@@ -126,7 +127,7 @@ class Table:
     ) -> Iterator[Rule]:
         elements = self._sets.elements(content["data"], needed=False)
         if elements is None:
-            # The verdicts and their packets are unknown: it may drop any packet.
+            # Which packets get which verdict is unknown, so the rule may drop any packet.
             what = self._asked(content["key"], content["data"])
             yield Rule(text, (*conditions, Condition(what, usual=None)), Action.DROP)
         for key, verdict in elements or ():
@@ -220,7 +221,8 @@ _KNOWN: Final = (
 
 
 def _question(expression: Json) -> Test:
-    """A question without a known answer; the same for packets that do not differ in it."""
+    """A test with an unknown result. The question is the same for two packets if all values that
+    the expression reads are the same in both."""
     text = json.dumps(expression)
     return lambda packet: f"{text} {_own(expression, packet)}"
 
@@ -288,9 +290,9 @@ def _parts(expression: Json) -> Iterator[tuple[str, Json]]:
 
 
 def _own(expression: Json, packet: Packet) -> str:
-    """The values in this packet that an expression looks at and that a redirect may have changed.
+    """The values in this packet that the expression reads and that a redirect may have changed.
 
-    Empty if the expression looks only at what two packets of the same visitor share.
+    Empty if it reads only values that two packets of the same visitor have in common.
     """
     return " ".join(filter(None, (_changed(packet, *part) for part in _parts(expression))))
 
@@ -324,7 +326,8 @@ def _changed(packet: Packet, kind: str, what: Mapping[str, Json]) -> str:
 
 
 def _wanted_flags(left: Json, right: Json, op: str) -> list[tuple[list[str], list[str]]] | None:
-    """Pairs of TCP flags to look at and of those among them that must be set; one pair must match.
+    """Pairs of TCP flags: a mask, and the flags in the mask that must be set. A packet matches if
+    one of the pairs matches.
 
     L{None} if the expression is not about TCP flags.
     """

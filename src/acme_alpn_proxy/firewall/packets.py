@@ -1,8 +1,8 @@
 """A packet of a visitor's connection, as the rules of a firewall see it.
 
-The answer to a rule's condition is known for a packet, or it depends on a question without a known
-answer: is the visitor in that network, is that limit reached? Then the answer is the question's
-text. Two packets with the same question get the same answer, whatever it is.
+For a packet, the result of a rule's condition may be known: yes or no. Or it may be unknown: is the
+visitor in that network, is that limit reached? Then the L{Answer} is the text of the question. Two
+packets with the same question get the same result, whatever it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LATER_FLAGS: Final = ("psh", "fin")
 
 
 def any_of(answers: Iterable[Answer]) -> Answer:
-    """Whether any of these is true; several questions become one question for any of them."""
+    """Whether any of these is true (logical or). The texts of several questions are joined."""
     questions = set()
     for answer in answers:
         if answer is True:
@@ -53,7 +53,7 @@ def any_of(answers: Iterable[Answer]) -> Answer:
 
 
 def all_of(answers: Iterable[Answer]) -> Answer:
-    """Whether all of these are true; several questions become one question for all of them."""
+    """Whether all of these are true (logical and). The texts of several questions are joined."""
     questions = []
     for answer in answers:
         if answer is False:
@@ -161,7 +161,8 @@ class Packet:
 
 @lru_cache(maxsize=1024)
 def _network(text: str) -> tuple[int, int, int, bool | None]:
-    """Version, first and last address, and whether all, none or some visitors are in there."""
+    """Version, first and last address of a network; and whether visitors are in it: all of them
+    (L{True}), none (L{False}), or perhaps some (L{None})."""
     if "-" in text:
         first, last = map(ip_address, text.split("-"))
         version, low, high = first.version, int(first), int(last)

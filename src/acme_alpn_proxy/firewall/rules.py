@@ -170,7 +170,7 @@ class Base:
 
 
 class Course:
-    """A packet's way through base chains.
+    """The path of a packet through base chains.
 
     @ivar marked: the rules that may mark it.
     """
@@ -179,7 +179,7 @@ class Course:
         self, packet: Packet, choices: Choices, catches: Action = Action.DROP, own_port: str = ""
     ) -> None:
         """
-        @param catches: the action to look for.
+        @param catches: the action that counts as catching the packet.
         @param own_port: a translation to this port is intended, so it does not count.
         """
         self._packet = packet

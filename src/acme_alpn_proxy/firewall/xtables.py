@@ -15,13 +15,15 @@ from ..interfaces import NOT_FOUND, Result
 BINARIES: Final = {4: "iptables", 6: "ip6tables"}
 
 _VARIANTS: Final = {"xtables-nft-multi": "-nft", "xtables-legacy-multi": "-legacy"}
-"""The programs that the links lead to, and the endings of their names."""
+"""For each program to which the link C{iptables} may lead: the ending of the name that always means
+this variant."""
 
 LOCK_WAIT: Final = "5"
 """Seconds that iptables waits for its lock (C{-w})."""
 
 NO_SUCH_RULE: Final = 1
-"""Exit status of C{-D} and C{-C} if the rule does not exist; a lock or a wrong rule has others."""
+"""Exit status of C{-D} and C{-C} if the rule does not exist. If the lock is held or the rule is
+wrong, the status is another one."""
 
 NO_SUCH_TABLE: Final = 3
 """Exit status if the kernel has no such table, or does not know this family."""
@@ -38,7 +40,7 @@ def command(family: int, table: str, *words: str, variant: str = "") -> list[str
 
 
 def pinned(family: int) -> str:
-    """The program that makes a rule of this family now, by a name that never changes its meaning.
+    """The variant of iptables that makes a rule of this family now, by its own name if it has one.
 
     C{iptables} is C{iptables-nft} or C{iptables-legacy}, as the host chooses
     (update-alternatives(1)); the choice may change while a rule exists.
