@@ -23,7 +23,7 @@ C{linux/if_link.h}."""
 
 
 def filtered_bridges(family: int, proc: Path = PROC) -> set[str]:
-    """The names of these bridges; raises L{OSError}.
+    """The names of the bridges whose packets pass the firewall; raises L{OSError}.
 
     @param family: 4 or 6.
     """

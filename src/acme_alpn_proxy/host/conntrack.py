@@ -4,7 +4,7 @@
 When the last user of connection tracking is removed, its entries stay until their timeouts. If
 tracking comes back, a connection that began in between from the same address and port meets the old
 entry, with its translation, and breaks. So entries that were translated to the proxy's port are
-deleted before tracking may go off, and before it may come on.
+deleted before tracking may be switched off, and before it may be switched on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def forget(entries: Iterable[Entry]) -> None:
 
 def _translated(kernel: Netlink, family: int, port: int) -> Iterator[Entry]:
     packed = struct.pack("!H", port)
-    # This search sorts out most entries; it takes far less time than parsing them.
+    # This search skips most entries; it takes far less time than parsing them.
     sign = attribute(_SOURCE_PORT, packed)[:6]
     for body in kernel.dump(_GET, _GENERIC.pack(family, 0, 0)):
         if sign not in body:

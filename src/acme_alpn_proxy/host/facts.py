@@ -73,7 +73,7 @@ def _default_route_interfaces_v6(proc: Path) -> set[str]:
     """Interfaces of the default routes by IPv6 (/proc/net/ipv6_route).
 
     The list has all tables, and routes to this host itself, such as those of a
-    L{acme_alpn_proxy.host.returnpath.ReturnPath}: nobody comes in by them.
+    L{acme_alpn_proxy.host.returnpath.ReturnPath}: no visitor arrives through these.
     """
     found = set()
     for line in (proc / "net/ipv6_route").read_text().splitlines():
@@ -108,7 +108,7 @@ def _numbered_interfaces_v6(proc: Path) -> set[str]:
 
 
 def visitor_interfaces(family: int, proc: Path = PROC) -> set[str]:
-    """The interfaces that visitors come in through, going by the routes; empty if unknown.
+    """The interfaces through which visitors arrive, according to the routes; empty if unknown.
 
     @param family: 4 or 6.
     """
@@ -120,7 +120,7 @@ def visitor_interfaces(family: int, proc: Path = PROC) -> set[str]:
 
 
 def unnumbered_interfaces(family: int, proc: Path = PROC) -> list[str]:
-    """The interfaces that visitors come in through, going by the routes, and that have no address.
+    """The interfaces without an address through which visitors arrive, according to the routes.
 
     REDIRECT leads to the incoming interface's address (iptables-extensions(8)); if it has none, the
     kernel drops the packet.
@@ -195,7 +195,7 @@ def may_administer_network() -> bool:
 def process_start_time(pid: int | str, proc: Path = PROC) -> str | None:
     """When a process started, in clock ticks since boot (proc_pid_stat(5), field 22).
 
-    PID and start time together identify a process for ever: the kernel uses PIDs again. L{None} if
+    PID and start time together identify a process for ever: the kernel reuses PIDs. L{None} if
     there is no such process, or if it has ended and its parent has not waited for it yet (state Z).
     """
     try:

@@ -1,10 +1,10 @@
 """The PID file: it shows which instance runs.
 
 The running instance holds a lock (F_OFD_SETLK of fcntl(2)) on its file for as long as it steers. So
-a live file can be told for certain from a file that was left over, that has garbage in it, or whose
-PID now belongs to another program: on those, no process holds a lock. The lock is a write lock
-until the PID is written, and a read lock after that. So nobody takes the PID of a previous owner
-for the new owner's.
+the lock shows whether the file is valid: no process holds a lock on a file that was left over, that
+has garbage in it, or whose PID now belongs to another program. The lock is a write lock until the
+PID is written, and a read lock after that. So nobody takes the PID of a previous owner for the new
+owner's.
 
 Root may send signals to the PID in the file. So a file that other users could have opened or
 written does not count: a claim replaces it. And the process that claims it keeps only a read-only
@@ -113,7 +113,8 @@ class PIDFile:
             os.close(descriptor)
 
     def _take(self, descriptor: int) -> bool:
-        """Return whether the file is ours now. If not, the reason no longer exists: try again."""
+        """Return whether the file is ours now. If not, it has been removed or replaced, or its
+        owner has just ended: try again."""
         if not _is_private(descriptor):
             self._remove_strange(descriptor)
             return False

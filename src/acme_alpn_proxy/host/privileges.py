@@ -32,7 +32,8 @@ addresses."""
 
 
 def drop_privileges(uid: int, gid: int | None = None, keep: Collection[int] = ()) -> None:
-    """Become another user, keep only the named capabilities, and let no program bring others back.
+    """Become another user and keep only the named capabilities. No program that this process runs
+    can get any.
 
     Capabilities and no_new_privs belong to a thread: call this while there is only one; later
     threads inherit them. From then on, other processes of the user cannot inspect this one
@@ -63,7 +64,7 @@ def _empty_bounding_set() -> None:
         try:
             _prctl(_DROP_FROM_BOUNDING_SET, capability)
         except OSError as problem:
-            if problem.errno in (errno.EINVAL, errno.EPERM):  # no more of them; not permitted
+            if problem.errno in (errno.EINVAL, errno.EPERM):  # that was the last; not permitted
                 return
             raise
 

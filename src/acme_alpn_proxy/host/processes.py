@@ -45,7 +45,7 @@ class BlockingCommands:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=DEADLINE,
-                close_fds=False,  # our inheritable sockets close only when the command ends, too
+                close_fds=False,  # the command keeps our inheritable sockets open until it ends
             )
         except subprocess.TimeoutExpired:
             return succeed(_too_slow(argv))
@@ -121,7 +121,7 @@ class SpawningCommands:
         if program is None:
             return succeed(Result.not_found(argv))
         collector = _Collector(argv, self._reactor)
-        # As above, our inheritable sockets close only when the command ends, too.
+        # As above, the command keeps our inheritable sockets open until it ends.
         descriptors = {0: "w", 1: "r", 2: "r"} | {each: each for each in _inheritable()}
         self._reactor.spawnProcess(collector, program, argv, env=None, childFDs=descriptors)
         return collector.ended
@@ -131,5 +131,5 @@ class SpawningCommands:
 
 
 def commands_for(reactor: Reactor) -> BlockingCommands | SpawningCommands:
-    """The right one of both for the reactor's state."""
+    """Blocking commands while the reactor does not run; after that, commands that it waits for."""
     return SpawningCommands(reactor) if reactor.running else BlockingCommands()

@@ -11,11 +11,11 @@ things keep packets B{from} the web server's loopback address and port on this h
 
 No packet with such a source may leave a host, so nothing else is affected: there is no mark, no
 change to the host's settings, no firewall rule and no connection tracking. TUN is a device without
-persistence. No packet passes it, since a local route delivers by C{lo}, but its routes exist as
-long as this process has its descriptor: after SIGKILL nothing is left for IPv6, and for IPv4 a rule
-with an empty table. A small process, whose program is L{main}, waits for the end of this one and
-removes the rule; it can do that even if this one has dropped the privilege. If both are killed, the
-next start or stop removes the rule (L{sweep}).
+persistence. No packet passes it, because a local route delivers through C{lo}. But its routes exist
+as long as this process has its descriptor: after SIGKILL nothing is left for IPv6, and for IPv4 a
+rule with an empty table. A small process, the sweeper, whose program is L{main}, waits for the end
+of this one and removes the rule; it can do that even if this one has dropped the privilege. If both
+are killed, the next start or stop removes the rule (L{sweep}).
 
 This module imports only the standard library and modules that do the same: the program may be
 removed while that process runs.
@@ -105,7 +105,7 @@ _FRA_TABLE: Final = 15
 _FRA_PROTOCOL: Final = 21
 _FRA_IP_PROTOCOL: Final = 22
 _FRA_SOURCE_PORTS: Final = 23
-"""FR_ACT_TO_TBL, and attributes of a rule (linux/fib_rules.h); the last two are of Linux 4.17."""
+"""FR_ACT_TO_TBL, and attributes of a rule (linux/fib_rules.h); the last two need Linux 4.17."""
 
 _METRIC: Final = 1024
 """The default metric of IPv6. Two instances need two: each adds the index of its device."""
@@ -122,7 +122,8 @@ package."""
 
 _LOOK: Final = 0.01
 _LOOKS: Final = 1_000
-"""Seconds between two checks of that process whether the device has gone, and their number."""
+"""How the sweeper waits until the device has gone: the seconds between two checks, and the largest
+number of checks."""
 
 _PATIENCE: Final = 2.0
 """Seconds to wait for that process; normally some hundredths."""
@@ -215,8 +216,9 @@ def _bring_up(kernel: Netlink, name: str, index: int) -> None:
     with suppress(OSError):  # no IPv6 in this kernel
         kernel.do(_NEW_LINK, link + nested(_LINK_FAMILIES, mode))
     disabled = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
-    with suppress(OSError):  # as above, or it cannot be written: then there will be no answer
-        if disabled.read_text() == "1\n":  # as new devices have it here
+    # No IPv6 here; or no right to write: then the trial connection by IPv6 gets no answer.
+    with suppress(OSError):
+        if disabled.read_text() == "1\n":  # the default for new devices here
             disabled.write_text("0")
     kernel.do(_NEW_LINK, struct.pack("=BxHiII", 0, 0, index, _UP, _UP))
     multicast = _route(socket.AF_INET6, _TABLE_LOCAL, index, kind=_MULTICAST, to="ff00::/8", by=0)

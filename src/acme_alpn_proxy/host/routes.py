@@ -1,6 +1,6 @@
 """The addresses of this host, and the routes of its packets: rtnetlink(7).
 
-The kernel answers with all its rules and tables in mind. Nothing is sent to the network.
+The kernel applies all its rules and tables to answer. Nothing is sent to the network.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Interface:
     @ivar addresses: those with global scope, in the kernel's order: REDIRECT leads visitors from
         this interface to the first one.
     @ivar neighbours: an address in each of its subnets that is not the interface's own.
-    @ivar apart: whether nothing comes in through it: the loopback, or a dummy with an address.
+    @ivar apart: whether no packet arrives through it. That is so for the loopback, and for a dummy
+        with an address.
     """
 
     name: str
@@ -159,8 +160,8 @@ def routes_by_mark(family: int) -> bool:
 
 
 def only_go_out(family: int, with_default_route: Iterable[str]) -> bool:
-    """Whether no visitor comes in through an interface without an address, even if packets leave
-    through it.
+    """Whether interfaces without an address only send: packets may leave through them, but no
+    visitor arrives through them.
 
     This is the case with a VPN that has the default route but no address of this family: the host's
     addresses are on another interface, which has a default route, too. If the host has a global

@@ -86,7 +86,7 @@ def is_dead(path: str) -> bool:
             stream.connect(name)
         except ConnectionRefusedError:
             return True
-        except BlockingIOError:  # it has no time to accept
+        except BlockingIOError:  # a full backlog: the program is alive
             pass
     return False
 
@@ -119,7 +119,7 @@ class Peer(NamedTuple):
 
 
 def peer_of(stream: socket.socket) -> Peer:
-    """Who is at the other end of a Unix socket (SO_PEERCRED of unix(7))."""
+    """The process at the other end of a Unix socket (SO_PEERCRED of unix(7))."""
     size = _CREDENTIALS.size
     told = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     return Peer(*_CREDENTIALS.unpack(told))
