@@ -31,13 +31,14 @@ _TOO_LARGE: Final = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\
 
 
 class Collector:
-    """A collector for C{CollectorRegistry}: each time it is asked, it asks the proxy."""
+    """A collector for C{CollectorRegistry}: at each scrape it gets the numbers from the proxy."""
 
     def __init__(self, describe: Callable[[], ProxyStatus]) -> None:
         self._describe = describe
 
     def describe(self) -> list[Any]:
-        """Part of the registry's contract: the names that it checks for duplicates, here none."""
+        """Return no metrics. The registry calls this when the collector is registered, to find
+        duplicate names."""
         return []
 
     def collect(self) -> Iterator[Any]:

@@ -49,8 +49,12 @@ class AcmeStatus(RouteStatus):
 
 
 class FallbackStatus(RouteStatus):
-    """The numbers of the fallback's route, the reasons why connections took it, and how many of
-    them the web server saw with the visitor's own address, and how many with one of this host."""
+    """The numbers of the fallback's route.
+
+    @ivar reasons: for each reason why connections went to the fallback, their number.
+    @ivar from_visitor_address: how many the web server saw with the visitor's own address.
+    @ivar from_host_address: how many it saw with an address of this host.
+    """
 
     reasons: dict[str, int]
     from_visitor_address: int
@@ -154,7 +158,8 @@ _NEW_FIELDS: Final = {
     "validations": (),
 }
 _LONGEST_ANSWER: Final = 1_048_576
-"""Bytes; a name with a target of its own takes 500 at most."""
+"""The longest answer that is read, in bytes. Each name with a target of its own takes at most
+500."""
 
 _LIMIT: Final = 2**53
 """The limit for numbers in an answer: JSON is exact below it (RFC 8259 section 6)."""

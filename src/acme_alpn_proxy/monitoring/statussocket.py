@@ -1,4 +1,4 @@
-"""The socket through which C{status} asks an instance, and through which other commands hold it.
+"""The socket through which C{status} asks an instance, and through which C{run} keeps it running.
 
 Every connection gets the status, one line. The client may then send lines of one word. The answer
 is C{OK}, or C{ERR STATUS WHY} if the proxy cannot steer:
@@ -164,7 +164,8 @@ class StatusService(Service):
                 why=problem.strerror,
             )
             return
-        # Not when this service stops: status must show live connections as long as they drain.
+        # Close the socket at the reactor's end, not when this service stops: C{status} must show
+        # live connections as long as they drain.
         self._reactor.addSystemEventTrigger("during", "shutdown", listener.close)
 
     def _answer(self, stream: socket.socket) -> None:
@@ -177,7 +178,7 @@ class StatusService(Service):
             **self._describe(),
         }
         try:
-            stream.sendall(json.dumps(answer).encode() + b"\n")  # the socket's buffer is larger
+            stream.sendall(json.dumps(answer).encode() + b"\n")  # fits into the buffer
         except OSError:  # the client has gone
             stream.close()
         else:

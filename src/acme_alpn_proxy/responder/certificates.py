@@ -29,7 +29,8 @@ _OCTET_STRING: Final = b"\x04\x20"
 """The DER header of an OCTET STRING with 32 bytes."""
 
 _SUBJECT: Final = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "TLS-ALPN-01 challenge")])
-"""Not the identifier: a common name has at most 64 characters (RFC 5280, ub-common-name)."""
+"""The subject of every certificate. It does not have the identifier, because a common name has at
+most 64 characters (RFC 5280, ub-common-name)."""
 
 _VALID_FROM: Final = datetime.timedelta(days=1)
 _VALID_UNTIL: Final = datetime.timedelta(days=7)

@@ -3,7 +3,7 @@
 A request is a line of words. So is the answer: C{OK}, with a space and a text if there is one, or
 C{ERR WHY}.
 
-  - C{auth IDENT DIGEST [SECONDS]}: answer validations of C{IDENT}, for so many seconds;
+  - C{auth IDENT DIGEST [SECONDS]}: answer validations of C{IDENT}, for C{SECONDS} seconds;
   - C{unauth IDENT}: stop answering them;
   - C{report IDENT}: one JSON object (L{Report}) with what has been seen for C{IDENT};
   - C{leave}: end the program as soon as nothing is pending and no command needs it.
@@ -83,9 +83,11 @@ class Report(TypedDict):
 
 
 def load() -> None:
-    """Load what answers, and try it: it loads more when it is used.
+    """Load the modules that answer validations, and use them once: they load more when they are
+    used.
 
-    With C{--uid} this comes before the privileges go, since the user may not be able to read it.
+    With C{--uid}, call this before the privileges are dropped: the user may not be able to read the
+    files.
     """
     from .tls import load_all
 
@@ -93,8 +95,8 @@ def load() -> None:
 
 
 def load_in_thread() -> Deferred[object]:
-    """Load them in a thread: the first time, that takes a tenth of a second; visitors are
-    served."""
+    """Load them in a thread, so that visitors do not wait: the first time, loading takes a tenth of
+    a second."""
     return succeed(None) if f"{__package__}.tls" in sys.modules else deferToThread(load)
 
 

@@ -87,7 +87,7 @@ class AnsweringFactory(Factory):
 
 @implementer(IOpenSSLContextFactory)
 class _Contexts:
-    """Returns always the same context."""
+    """Always returns the same context."""
 
     def __init__(self, context: SSL.Context) -> None:
         self._context = context
