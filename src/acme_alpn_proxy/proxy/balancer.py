@@ -141,7 +141,7 @@ class BalancedServer(ProxyServer):
 
 @implementer(IStreamServerEndpoint)
 class _Nowhere:
-    """An endpoint that only keeps the factory that should listen."""
+    """An endpoint that does not listen: it only stores the factory."""
 
     factory: Any
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 MAX_MESSAGE: Final = 65_536
-"""Bytes of handshake message accepted: as in Go's crypto/tls, the strictest of the usual web
-servers' TLS libraries that still accepts real hellos (the largest seen has 36 KB)."""
+"""Bytes of handshake message accepted: the limit of Go's crypto/tls. Of the usual web servers' TLS
+libraries that accept all real hellos (the largest seen has 36 KB), none has a lower one."""
 
 MAX_RECORDS: Final = 2_048
 """Records accepted, so that a hello in many small ones costs little time. Real hellos have a few;
@@ -93,7 +93,7 @@ OTHER: Final = OtherClientHello()
 
 
 _SMALL: Final = 32
-"""Up to so many bytes of fragment, a record counts as small."""
+"""The largest number of fragment bytes in a record that counts as small."""
 
 
 def _each_small(record: str) -> str:
@@ -103,8 +103,8 @@ def _each_small(record: str) -> str:
 
 # A stranger's hello may have thousands of records. A regular expression matches many small ones at
 # once: that takes a tenth of a microsecond per record, a loop several times that. A header is the
-# type, the version 3.x, and the length, whose first byte is 0 here. A run of more records than are
-# accepted is not read to its end.
+# type, the version 3.x, and the length, whose first byte is 0 here. The expression stops after the
+# largest number of records that is accepted.
 _small_records: Final = re.compile(
     rb"(?s:\x16\x03.\0(?:%b)){1,%d}+"
     % (_each_small(r"\x{size:02x}.{{{size}}}").encode(), MAX_RECORDS)
@@ -258,7 +258,7 @@ class ClientHelloParser:
 
     def _advance(self) -> Verdict:
         problem = self._read_records()
-        # The records before the faulty one may hold a whole message; then that decides.
+        # The records before the faulty one may hold a whole message; then the message decides.
         verdict = self._judge_message()
         return verdict if problem is None or verdict is not NEED_MORE else problem
 

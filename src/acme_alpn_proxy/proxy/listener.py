@@ -77,8 +77,9 @@ def _descriptor_limit() -> int:
 def limits_of(descriptors: int) -> Limits:
     """The limits for this number of open files.
 
-    A visitor takes two of them, one for the connection to the target. Half of them, at most
-    L{WAITING_ROOM}, are for connections whose target is not known yet or not connected.
+    A visitor takes two files: one for its own connection, one for the connection to the target.
+    Half of the files that are free, at most L{WAITING_ROOM}, are for visitors whose target is not
+    known yet or not connected.
     """
     free = descriptors - _RESERVE
     waiting = min(free // 2, WAITING_ROOM)

@@ -42,7 +42,7 @@ MAX_HELD: Final = 67_108_864
 fallback: a visitor sends its hello at once, and 64 MiB are 20,000 hellos of the usual size."""
 
 MAX_OWN_ADDRESSES: Final = 65_536
-"""How many addresses of this host are remembered; so many take about 10 MB."""
+"""How many addresses of this host are remembered; together they take about 10 MB."""
 
 IDLE_LOOKS: Final = 4
 """How often an established connection is checked within its idle timeout."""
@@ -139,8 +139,10 @@ class ProxyServer(Protocol):
     after that, the relay uses it. It is in the live set until both sides have ended.
 
     @ivar relay: exists only while the target is connected.
-    @ivar host: the visitor's address, IPv4 as IPv4; empty if unknown.
-    @ivar may_be: which connections to targets this one may be, if it comes from this host.
+    @ivar host: the visitor's address; an IPv4 address also if it was received as IPv4-mapped IPv6.
+        Empty if unknown.
+    @ivar may_be: if it comes from this host: the proxy's own connections to targets that have the
+        same source address and port. It may be one of them, in a loop.
     @ivar lead: bytes that its target gets before the visitor's.
     """
 
@@ -170,7 +172,7 @@ class ProxyServer(Protocol):
         return self._route.target
 
     def arrival(self) -> Arrival:
-        """How the visitor has come."""
+        """The addresses of the visitor's connection."""
         visitor, here = end_of(self.visitor), self._here()
         return Arrival(visitor, here, here)
 
@@ -218,8 +220,9 @@ class ProxyServer(Protocol):
         self.end_lost(self.transport)
 
     def _came_back(self) -> bool:
-        """Whether this is the proxy's own connection to a target, which would loop for ever. A
-        client on this host may have the same port, but then it has dialled another address."""
+        """Whether this is the proxy's own connection to a target, which would loop for ever.
+        Another client on this host may have the same source port, but then it connects to another
+        address."""
         dialled = {end_of(self.transport.getHost()), self._here()}
         return any(there in dialled for _, there in self.may_be)
 
@@ -233,8 +236,10 @@ class ProxyServer(Protocol):
         return found
 
     def _came_home(self) -> bool:
-        """The same of one that came from a visitor's address: no visitor dials [::1]. By IPv4 there
-        is no way back from the listener's port (L{acme_alpn_proxy.host.returnpath})."""
+        """Whether this is the proxy's own connection to a target, made from a visitor's address:
+        no visitor connects to [::1] from an address that is not this host's. With IPv4 there is no
+        such connection: the listener's port has no return path
+        (L{acme_alpn_proxy.host.returnpath})."""
         return (
             ":" in self.host
             and self.host not in self.factory.own_addresses
@@ -307,7 +312,7 @@ class ProxyServer(Protocol):
         """Connect the route's target: there is room now."""
         assert self._parser is not None
         connector = self.factory.connect(self._route, self, bytes(self._parser.received))
-        if self._connecting:  # still
+        if self._connecting:  # the attempt is still under way
             self._connector = connector
             self._hold_back()
 
@@ -350,7 +355,7 @@ class ProxyServer(Protocol):
 
 
 def statistics_for(routing: Routing) -> Statistics:
-    """Numbers that begin with zero."""
+    """New statistics, with all counts at zero."""
     return Statistics(routing, (NOT_TLS, NO_HELLO_IN_TIME, END_OF_FILE, TOO_MANY_HELLOS))
 
 
@@ -367,8 +372,8 @@ class ProxyServerFactory(ServerFactory):
     @ivar validations: the validations under way.
     @ivar log_visitors: whether a line is logged for each visitor.
     @ivar hangups: reports resets on connections that are not being read.
-    @ivar own_addresses: the known addresses of this host: a connection from one of them may be a
-        connection to a target that has come back.
+    @ivar own_addresses: the known addresses of this host: a connection from one of them may be the
+        proxy's own connection to a target, in a loop.
     """
 
     noisy = False
@@ -445,7 +450,7 @@ class ProxyServerFactory(ServerFactory):
         return server
 
     def report_loop(self) -> None:
-        """A connection to a target has come back."""
+        """Log once that a connection to a target has reached the proxy itself."""
         if not self._loop_reported:
             self._loop_reported = True
             self._log.error(
@@ -541,7 +546,7 @@ class ProxyServerFactory(ServerFactory):
         return self.statistics.visitor(verdict)
 
     def ended(self, record: ConnectionRecord, from_visitor: int, to_visitor: int) -> None:
-        """A connection has ended, after so many bytes each way. Log the result of a validation."""
+        """Count the end of a connection, and its bytes each way. Log the result of a validation."""
         self.statistics.ended(record, from_visitor, to_visitor)
         validation = record.validation
         if validation is not None:

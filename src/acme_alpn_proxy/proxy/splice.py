@@ -17,8 +17,8 @@ _ENOUGH: Final = 16_384
 """For fewer bytes, copying is as fast as moving pages, so the pipe's system calls do not pay."""
 
 _READS_ON: Final = 8_388_608
-"""After so many bytes a receiver has shown that it keeps reading, and the limit on what waits for
-it is lifted: the limit costs CPU time with each gigabyte."""
+"""The bytes with which a receiver has shown that it keeps reading. After that, the bytes that wait
+for it are no longer limited: the limit costs CPU time with each gigabyte."""
 
 Pipe: TypeAlias = tuple[int, int]
 """The end to read from and the end to write to."""

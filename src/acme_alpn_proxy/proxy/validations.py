@@ -98,7 +98,8 @@ class Validations:
         self._reset(connection)
 
     def _report_crowd(self, expendable: Validation) -> None:
-        """Log one line, and no more until all have ended: a stranger could fill the log."""
+        """Log one line; the next one follows only after all validations have ended. Otherwise a
+        stranger could fill the log."""
         if not self._reported:
             self._reported = True
             self._log.warn(

@@ -1,7 +1,7 @@
 """Whether the web server sees the visitors' own addresses; decided before any visitor is steered.
 
-It does if it listens on loopback, and if its answers come back when it is dialled from an unused
-address. Otherwise it sees all visitors with the address that this host dials from.
+It sees them if two things are true: it listens on loopback, and its answers to a connection from an
+unused address reach this process. Otherwise it sees all visitors under an address of this host.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class VisitorAddress:
 
 
 def bare_cause(problem: StartError) -> str:
-    """The cause of the problem, without the words that all of them begin with."""
+    """The cause of the problem, without the words with which all these errors begin."""
     return problem.cause.removeprefix(f"{_CANNOT}: ")
 
 
@@ -228,7 +228,7 @@ def refuse_translation(servers: Sequence[WebServer], proc: Path = PROC) -> None:
 
 
 def may_have_way_back() -> None:
-    """Raises L{StartError} if a way back is impossible. Changes nothing."""
+    """Raises L{StartError} if no L{ReturnPath} can be made. Changes nothing."""
     if not os.path.exists(TUN):
         raise no_way_back(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     if not may_administer_network():
@@ -279,8 +279,8 @@ def _listener(server: WebServer, listening: Sequence[TCPSocket]) -> TCPSocket | 
 
 
 def same_program(one: TCPSocket | None, other: TCPSocket | None) -> bool:
-    """Whether two listening sockets seem to belong to the same program, going by user and control
-    group: another program may serve other sites at the same port."""
+    """Whether two listening sockets seem to belong to the same program, because they have the same
+    user and control group. Another program may serve other sites at the same port."""
     if one is None or other is None:
         return False
     return one is other or (one.uid, one.cgroup) == (other.uid, other.cgroup)
