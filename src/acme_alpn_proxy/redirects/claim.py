@@ -28,7 +28,7 @@ _JITTER_MILLISECONDS: Final = 20
 
 
 _NEWS_AFTER: Final = 1.0
-"""After so many seconds of waiting, the operator gets a message."""
+"""Seconds of waiting after which the operator gets a message."""
 
 _log = Logger()
 
@@ -62,8 +62,8 @@ def claim_redirect(
                 "another instance redirects :443 here, or is about to end that; stop it first",
                 os.EX_TEMPFAIL,
             )
-        # Two processes that see each other both step back; after unequal pauses one of them is
-        # alone.
+        # Two processes that see each other both close their claims. Their pauses differ, so one of
+        # them then finds no other claim.
         pause = _STEP + secrets.randbelow(_JITTER_MILLISECONDS) / 1000
         if waited < _NEWS_AFTER <= waited + pause:
             _log.info(

@@ -87,7 +87,7 @@ class Guard:
         """Make the guard carry out C{wish}; see L{acme_alpn_proxy.redirects.guardprocess.Guard}.
 
         @return: a Deferred of the answer. Fails with L{GuardGone}, or with L{StartError} if there
-            is no answer in time. Late answers to earlier wishes are ignored, and so are answers
+            is no answer in time. Late answers to earlier requests are ignored, and so are answers
             that cannot be read.
         """
         self._wishes += 1
@@ -114,8 +114,8 @@ class Guard:
             waited += _STEP
 
     def _answer(self) -> Answer | None:
-        """The answer to the last wish, or L{None} if it has not come; raises C{OSError} if none
-        can."""
+        """The answer to the last request, or L{None} if it has not come yet; raises C{OSError} if
+        no answer can come any more."""
         try:
             data = self._line.recv(_LONGEST_ANSWER)
         except BlockingIOError:
@@ -130,7 +130,8 @@ class Guard:
 
 
 def _understood(line: bytes) -> Answer | None:
-    """The answer on this line; L{None} if the line is none, as from a guard of another release."""
+    """The answer on this line; L{None} if the line is no valid answer, for example because the
+    guard is of another release."""
     try:
         answer: Answer = json.loads(line)
         number, programs = answer["number"], [*answer["missing"], *answer["behind"]]

@@ -8,8 +8,8 @@ proxy may drop. It can do nothing else: rules and commands are its arguments.
 It imports only the standard library and modules that do the same, all of them at its start: the
 program may be removed while it runs.
 
-On the connection, each wish of the proxy is a number and a word. The answer is one JSON object on
-one line (L{Answer}), with the same number.
+On the connection, each request of the proxy is a line with a number and a word. The answer is one
+JSON object on one line (L{Answer}), with the same number.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ COMMAND_DEADLINE: Final = 15.0
 """Seconds that a command may take; iptables waits five for its lock."""
 
 SILENCE: Final = 9.0
-"""If no wish comes for so many seconds, while visitors wait to be accepted, the proxy counts as
-hung. A healthy proxy sends one every three seconds."""
+"""Seconds without a request, while visitors wait to be accepted, after which the proxy counts as
+hung. A healthy proxy sends a request every three seconds."""
 
 _TICK: Final = 1.0
 _JUMP: Final = 5.0
-"""If the wall clock is changed by so many seconds, the rules are renewed at once."""
+"""If the wall clock is changed by more than this number of seconds, the rules are renewed at once.
+"""
 
 _FIRST_PAUSE: Final = 0.2
 _LAST_PAUSE: Final = 5.0
@@ -91,10 +92,11 @@ class Order(TypedDict):
 
 
 class Answer(TypedDict):
-    """The guard's answer to a wish.
+    """The guard's answer to a request.
 
     @ivar missing: after C{look}: the programs whose rules have disappeared.
-    @ivar behind: after C{look}: the programs that have another rule before the redirect.
+    @ivar behind: after C{look}: the iptables programs whose redirect exists, but is not the first
+        rule.
     @ivar expires: whether the redirect expires if it is not renewed.
     @ivar failed: command, exit status and output of a command that failed.
     """
@@ -195,8 +197,8 @@ class Rule:
             self.stands = False
 
     def replace(self, words: Sequence[str]) -> None:
-        """Replace its words with C{words}; one of both rules always exists; raises
-        L{CommandFailed}."""
+        """Replace its words with C{words}; at every moment the old rule or the new one exists.
+        Raises L{CommandFailed}."""
         self._run("-I", words)
         self._outdated.append(self.words)
         self.words, self._as_printed = list(words), ""
@@ -240,7 +242,7 @@ def visitors_wait(port: int) -> bool:
 
 
 class Guard:
-    """The rules, and the wishes that make and remove them.
+    """The rules, and the requests that make and remove them.
 
     @param wall: the wall clock, seconds since the epoch; the kernel expires rules by it.
     @param monotonic: a clock that nobody can change.
@@ -275,7 +277,7 @@ class Guard:
         }
 
     def obey(self, line: str) -> Answer:
-        """Carry out the wish on a line from the proxy."""
+        """Carry out the request on a line from the proxy."""
         self._heard = self._monotonic()
         number, _, wish = line.partition(" ")
         if not number.isdigit() or len(number) > _LONGEST_NUMBER:
@@ -407,7 +409,7 @@ class Guard:
         self.ended = True
 
     def _ignore(self, answer: Answer) -> None:
-        """Do nothing: this wish is unknown."""
+        """Do nothing: this request is unknown."""
 
     def _forget_connections(self) -> None:
         """Delete the entries of steered connections from connection tracking; see
@@ -430,9 +432,9 @@ class Guard:
 
 
 def obey_proxy(guard: Guard, line: int) -> None:
-    """Carry out the proxy's wishes until its end of the connection is closed, or all is removed.
+    """Carry out the proxy's requests until its end of the connection is closed, or all is removed.
 
-    @param line: the descriptor of the socket for wishes and answers. If the proxy does not read
+    @param line: the descriptor of the socket for requests and answers. If the proxy does not read
         answers and the socket is full, an answer is lost.
     """
     os.set_blocking(line, False)

@@ -129,7 +129,7 @@ class IptablesRedirect:
         self, commands: ICommands, listeners: Sequence[socket.socket]
     ) -> Generator[Deferred[Any], Any, None]:
         if all(listener.family != socket.AF_INET6 for listener in listeners):
-            self._families = [4]  # IPv6 rules without an IPv6 listener would be an outage
+            self._families = [4]  # without a listener, rules would lead to a closed port
         idle = facts.tracked_connections() == 0
         # The guard starts in parallel to the search for leftovers.
         self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))

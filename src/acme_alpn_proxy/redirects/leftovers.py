@@ -119,7 +119,8 @@ class Leftovers:
 
     @inlineCallbacks
     def _has_rules(self, commands: ICommands, family: int) -> Generator[Deferred[Any], Any, bool]:
-        """Whether rules can exist: not without iptables, nor if the kernel has no tables."""
+        """Whether rules can exist. Without iptables, or without its tables in the kernel, there are
+        none."""
         result: Result = yield commands.run(command(family, "nat", "-S", "PREROUTING"))
         return result.code not in (NOT_FOUND, NO_SUCH_TABLE)
 
@@ -151,11 +152,10 @@ def _run(
 
 def keeper_comment(pid: int, number: int) -> str:
     """A comment that names the process whose connections the keeper keeps. A PID alone is not
-    enough: the kernel uses it again, and another PID namespace has a process with the same one.
+    enough: the kernel reuses it, and another PID namespace has a process with the same one.
 
     @param number: the number of this redirect within the process. An earlier redirect, whose
         connections may still be under way, has another keeper.
-        its own that are still under way, has another keeper.
     """
     return f"{KEEPER} {pid} {facts.process_start_time(pid)} {facts.pid_namespace()} {number}"
 

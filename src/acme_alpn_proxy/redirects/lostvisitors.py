@@ -25,8 +25,8 @@ from ..addresses import HTTPS, is_ours
 from .bpf import attach_filter
 
 SEVERAL: Final = 2
-"""So many repetitions mean a loss: the second and third SYN of one visitor, after three seconds, or
-the second SYN of two visitors, after one second."""
+"""The number of repeated SYNs that means a loss: the second and third SYN of one visitor, after
+three seconds, or the second SYN of two visitors, after one second."""
 
 LEAST_AGE: Final = 1.5
 """Seconds that must have passed since the first of the repeated SYNs."""
@@ -42,8 +42,8 @@ _LIFETIME: Final = 10.0
 """Seconds for which a SYN is remembered."""
 
 _BUSY: Final = 100
-"""Accepted connections between two checks: after so many, no SYNs are received until the next
-check."""
+"""The number of connections accepted between two checks after which no SYNs are received until the
+next check."""
 
 _MOST: Final = 4_096
 """How many SYNs are remembered, and how many are read at a time."""
@@ -73,7 +73,7 @@ _SYN_BY_IPV4: Final = (
     (0x50, 0, 0, 13),  # load the flags of TCP
     (0x54, 0, 0, 0x17),  # FIN, SYN, RST and ACK of them
     (0x15, 0, 1, 0x02),  # not SYN alone: drop
-    (0x06, 0, 0, 128),  # keep so many bytes
+    (0x06, 0, 0, 128),  # keep this number of bytes
     (0x06, 0, 0, 0),  # drop
 )
 _SYN_BY_IPV6: Final = (

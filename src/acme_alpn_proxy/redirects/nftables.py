@@ -62,8 +62,8 @@ def steering_table(addresses: Iterable[tuple[str, int]], *, pin: bool) -> list[M
     """The messages that make the table.
 
     @param addresses: host and port of the listeners, one for each family.
-    @param pin: whether to fix, before other rules run, that port 443 is not translated. It needs
-        connection tracking, which is on wherever other rules translate.
+    @param pin: whether to add a chain that, before other rules run, keeps them from translating
+        port 443. It needs connection tracking, which is on wherever other rules translate.
     """
     messages = [
         nft.new_table(TABLE, nft.OWNER),
@@ -153,8 +153,8 @@ class NftablesRedirect(LoopbackRedirect):
         return succeed(None)
 
     def look_after(self, commands: ICommands) -> Deferred[None]:
-        """The kernel lets no other program remove the table. Without privileges it cannot be
-        read."""
+        """Put the table back if it is gone. That should not happen: the kernel lets no other
+        program remove it. Without privileges it cannot be read; then do nothing."""
         if self._kernel is None or not facts.may_administer_network():
             return succeed(None)
         try:
@@ -213,8 +213,9 @@ class NftablesRedirect(LoopbackRedirect):
         self._kernel = kernel
 
     def _refuse_bridge(self, families: Iterable[int]) -> None:
-        """Packets from such a bridge pass PREROUTING before they are routed to this host, and by
-        then the listener that C{tproxy} has assigned is lost."""
+        """Raise L{StartError} if visitors arrive through a bridge whose packets pass the firewall.
+        Such packets pass PREROUTING while they are bridged. When they are then routed to this host,
+        the listener that C{tproxy} has assigned is lost."""
         for family in families:
             try:
                 names = facts.visitor_interfaces(family) & filtered_bridges(family)

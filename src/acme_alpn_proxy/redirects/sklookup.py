@@ -101,8 +101,9 @@ def _skip_own(program: Assembler, addresses: int) -> None:
 
 
 def _skip_if_same(program: Assembler, one: int, other: int, words: int) -> None:
-    """To C{pass} if so many words of the lookup are the same in both places. A local route may make
-    a whole network this host's, of which no map has the addresses."""
+    """Jump to C{pass} if C{words} words of the lookup at the offset C{one} equal those at the
+    offset C{other}. A local route may make a whole network this host's; no map has all its
+    addresses."""
     behind = f"differ at {one}"
     for word in range(0, 4 * words, 4):
         program.load_word(2, 6, one + word)
