@@ -222,11 +222,12 @@ class Connection:
             self.receive(data)
         elif events & _OVER:
             self._finish(data)
-        else:  # that was all
+        else:  # there is nothing more to read
             self.receive(data)
 
     def _finish(self, data: bytes) -> None:
-        """The end has been reported: read it first, then give C{data}, which came before it."""
+        """The end of the stream has been reported: read up to it, then give the protocol C{data}
+        and the rest."""
         try:
             rest = self._socket.recv(READ_SIZE, _AT_ONCE)
         except BlockingIOError:  # an event of another connection: see Poller.forget

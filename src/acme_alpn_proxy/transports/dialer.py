@@ -39,7 +39,7 @@ _SOURCES: Final = 250
 net.ipv4.ip_local_port_range, 28,232 by default."""
 
 _SOURCE_SECONDS: Final = 60.0
-"""After so many seconds, the usual source is tried again."""
+"""Seconds after which the usual source is tried again."""
 
 _IP_FREEBIND: Final = 15
 """ip(7): bind to an address that no interface has."""
@@ -119,8 +119,8 @@ class Dialer:
                 sock, problem = self._dial_from_another_source()
             if problem and problem != errno.EINPROGRESS:
                 return sock, problem, 0
-            # Over loopback it is connected all the same. Trying costs less than waiting, and the
-            # target can work while the rest is made here.
+            # Over loopback the socket is connected now, even after EINPROGRESS. To try costs less
+            # than to wait; and the target can work while this process makes its own objects.
             return sock, 0, sock.send(first)
         except BlockingIOError:
             return sock, errno.EINPROGRESS, 0
@@ -188,7 +188,7 @@ class BoundDialer(Dialer):
 
 @implementer(IConnector)
 class Connector:
-    """An attempt to connect that has to wait; at its end there is a protocol, or a call of
+    """An attempt to connect that has to wait. It ends with a protocol, or with a call of
     C{clientConnectionFailed}."""
 
     __slots__ = (

@@ -77,9 +77,9 @@ class EpollHangupWatch(ReadDescriptor):
 
     def doRead(self) -> None:
         for descriptor, _ in self._epoll.poll(0):
-            # An earlier event of this batch may have ended it. And if it is closed, but a process
-            # that
-            # is just being spawned still holds it, its old number is reported once (EPOLLET).
+            # An earlier event of this batch may have ended the connection. And if the descriptor is
+            # closed, but a process that is just being spawned has a copy, its old number is
+            # reported once (EPOLLET).
             if descriptor in self._watched and _is_reset(descriptor):
                 transport, hung_up = self._watched[descriptor]
                 self.discard(transport)

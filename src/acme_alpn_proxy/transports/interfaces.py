@@ -74,7 +74,8 @@ class IPollerHost(Interface):
     """A reactor that can wait in a poller's epoll, with its own descriptors in it."""
 
     def invite(poller: IPoller) -> None:
-        """Handle C{poller}'s events from now on, and wait in it unless there is one already."""
+        """Handle C{poller}'s events from now on. If the reactor does not wait in another poller, it
+        waits in this one."""
 
     def dismiss(poller: IPoller) -> None:
         """Stop handling C{poller}'s events."""

@@ -107,8 +107,8 @@ class TwistedNetwork:
         return at
 
     def from_visitors(self, plain: ITarget, seen: Callable[[], None]) -> VisitorSource | None:
-        """A target on loopback that can see the visitors' addresses, and is connected by C{plain}
-        where it does not; L{None}: these transports cannot do that.
+        """A target on loopback that can see the visitors' addresses; where it does not, C{plain}
+        makes the connection. L{None}: these transports cannot do that.
 
         @param seen: is called for each connection that came from the visitor's address.
         """
@@ -124,7 +124,7 @@ class LeanNetwork(TwistedNetwork):
 
     def __init__(self, reactor: Reactor) -> None:
         super().__init__(reactor)
-        from . import dialer, poller, port, source  # which need epoll(7), of Linux alone
+        from . import dialer, poller, port, source  # these need epoll(7) of Linux
 
         self._dialer, self._port, self._source = dialer, port, source
         self._poller = poller.Poller(reactor)

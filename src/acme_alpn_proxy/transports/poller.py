@@ -80,7 +80,8 @@ class Poller(ReadDescriptor):
         """Forget C{descriptor}, an edge-triggered one (EPOLLET) that is about to be closed.
 
         Closing takes it out of the epoll, unless a process that is just being spawned holds a copy.
-        A change of the copy is then reported once, to the handler that has the number at that time.
+        An event of the copy is then reported once, to the handler that is registered for this
+        number at that time.
         """
         del self._handlers[descriptor]
 
@@ -119,7 +120,7 @@ class Poller(ReadDescriptor):
 
 
 class RetryQueue:
-    """What failed for lack of descriptors or memory, and is tried again a little later.
+    """Calls that failed because descriptors or memory ran out, and are tried again a little later.
 
     @ivar waiting: the functions to call then, in order.
     @ivar reported: whether a shortage has been logged that may still last.

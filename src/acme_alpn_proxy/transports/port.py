@@ -83,7 +83,8 @@ def _take(poller: Poller, sock: SocketType, address: Any, factory: Factory) -> N
 
 @implementer(IListeningPort, IPushProducer)
 class Port:
-    """Accepts from a listening socket, which belongs to the caller, into the factory's protocols.
+    """Accepts connections from the caller's listening socket, and gives each a protocol of the
+    factory.
 
     It is a producer of connections: while it is paused, new connections wait in the backlog.
     """
@@ -97,8 +98,8 @@ class Port:
         self._poller = poller
         self._retries = retries
         self._family = listener.family
-        # socket.accept makes an object of a Python class; this one, of the C class below it, does
-        # without.
+        # socket.socket makes an object of a Python class for each accepted connection. This object
+        # is of the C class below it, which does not.
         self._socket = SocketType(
             listener.family, listener.type, listener.proto, os.dup(listener.fileno())
         )

@@ -1,8 +1,7 @@
 """Twisted's epoll reactor with the roles swapped, for a process that runs only the proxy.
 
-Normally the lean transports' poller is one descriptor of the reactor: each of its events takes two
-waits and the way through the reactor's logging contexts. Here the reactor's epoll is one descriptor
-of the poller.
+Normally the lean transports' poller is one descriptor of the reactor: each of its events costs two
+waits, and the reactor's logging contexts. Here the reactor's epoll is one descriptor of the poller.
 """
 
 from __future__ import annotations
@@ -49,8 +48,9 @@ class ProxyReactor(EPollReactor):
         is due or new, one of its own descriptors, or its end. C{timeout} in seconds, L{None}: no
         limit.
 
-        The path from one wait to the next is as short as possible: a visitor's connection takes it
-        for each of its events, often after a sleep, when each line costs several times as much.
+        The path from one wait to the next is as short as possible: it runs for each event of a
+        visitor's connection, often after this process has slept, when each line takes several times
+        as long.
         """
         if self._guest is None:
             self.doPoll(timeout)

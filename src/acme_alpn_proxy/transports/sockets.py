@@ -13,7 +13,7 @@ from twisted.internet.interfaces import ISystemHandle, ITCPTransport, IUNIXTrans
 from twisted.internet.protocol import ClientFactory
 
 _SO_ORIGINAL_DST: Final = 80
-"""linux/netfilter_ipv4.h, and the same for IPv6."""
+"""SO_ORIGINAL_DST of C{linux/netfilter_ipv4.h}; IP6T_SO_ORIGINAL_DST has the same number."""
 
 _TCP_NOTSENT_LOWAT: Final = 25
 
@@ -60,8 +60,8 @@ def is_near(host: str) -> bool:
 
 
 def bind_without_port(sock: SocketType | socket.socket, host: str, *more: int) -> None:
-    """Come from C{host}; the kernel chooses the port when it connects, and so one for this
-    target.
+    """Bind the socket to C{host}, but not to a port. The kernel chooses the port at connect(2): one
+    that is free for connections to this target.
 
     @param more: what follows the port in an IPv6 address of the socket module.
     """
@@ -70,7 +70,8 @@ def bind_without_port(sock: SocketType | socket.socket, host: str, *more: int) -
 
 
 def bind_as_visitor(sock: SocketType | socket.socket, family: int, host: str) -> None:
-    """The same from an address that this host need not have; raises C{OSError}."""
+    """Bind the socket to the address of a visitor, which this host need not have, but not to a
+    port. Raises C{OSError}."""
     sock.setsockopt(*_TRANSPARENT[family], 1)
     bind_without_port(sock, host)
 
@@ -104,13 +105,13 @@ def tune_transport(transport: Any, *, is_target: bool = False) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """How a visitor has come. Addresses are numeric, each with its port.
+    """The addresses of a visitor's connection: numeric, each with its port.
 
     @ivar visitor: where it comes from.
     @ivar dialled: the address that it dialled.
     @ivar here: the address of this host to which its connection came. It differs from C{dialled}
-        where a load balancer has said what that was.
-    @ivar header: what the load balancer has said, as it came (PROXY protocol); empty without one.
+        if a load balancer has sent the address that the visitor connected to.
+    @ivar header: the load balancer's header (PROXY protocol), unchanged; empty if there is none.
     """
 
     visitor: tuple[str, int]
@@ -135,7 +136,7 @@ class TargetFactory(ClientFactory):
         """Receive the result of a validation, in words, from a target that knows it."""
 
     def arrival(self) -> Arrival:
-        """How the visitor has come for whom the target is connected. Takes system calls."""
+        """The addresses of the visitor's connection. This makes system calls."""
         raise NotImplementedError
 
     def lead_with(self, header: bytes) -> None:
