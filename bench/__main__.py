@@ -1,4 +1,4 @@
-"""Runs the bench: the soak test, then every measure on every contender in turn, for many rounds.
+"""Runs the bench: the soak test, then every measurement on every contender, for many rounds.
 
 It runs in network namespaces, which it makes and removes. Run it as root, in the checkout:
 C{python -m bench}.
@@ -127,7 +127,7 @@ def _take(
     scale: Scale,
     found: dict[str, dict[str, list[float]]],
 ) -> None:
-    """Measure all contenders in so many rounds, each time in order and then in reverse order."""
+    """Measure all contenders, for several rounds: in order, in reverse order, and so on."""
     stands = [stand for stand in stands if measure.takes_part(stand.contender)]
     print(f"{measure.name:<8}", end="", flush=True)
     began = time.monotonic()

@@ -68,7 +68,7 @@ def main() -> int:
             place = Path(directory, name)
             with street() as road, website(road.host.namespace, place):
                 found[name] = _measure(road, place, name, options)
-            if name != "idle_metrics":  # there are none
+            if name != "idle_metrics":  # without the proxy, no metrics
                 with street() as road, website(road.host.namespace, place / "again"):
                     alone = _without_proxy(road, place, name, options.seconds)
                     found[name]["direct, attacked"] = alone

@@ -1,7 +1,8 @@
 """The contenders: each a proxy that sends C{acme-tls/1} to one backend and the rest to another.
 
-Each is Debian's package and runs on one thread. It has room for the connections of the bench, waits
-as long as the others for a ClientHello, and listens on the addresses of its namespace.
+Each is Debian's package and runs on one thread. Each is configured for the number of connections of
+the bench and for the same time limit for a ClientHello, and listens on the addresses of its
+namespace.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ class OursSteered(Ours):
 
 
 class OursUnseen(Ours):
-    """The same, but the web server sees all visitors come from 127.0.0.1."""
+    """acme-alpn-proxy with C{--visitor-address off}: the web server sees 127.0.0.1 for all
+    visitors."""
 
     name = UNSEEN
     visitor_address = "off"

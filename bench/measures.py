@@ -43,7 +43,7 @@ def connections(stand: Stand, scale: Scale) -> dict[str, float]:
 def handshakes(stand: Stand, scale: Scale) -> dict[str, float]:
     """The same for a connection that carries a TLS handshake and a small page."""
     address, port = stand.address
-    seconds = max(1, round(scale.seconds))  # wrk knows whole ones
+    seconds = max(1, round(scale.seconds))  # wrk accepts only whole seconds
     before = stand.cpu_seconds()
     said = stand.visitor.namespace.run(
         *["wrk", "--threads", "1", "--connections", str(AT_ONCE), "--duration", f"{seconds}s"],
@@ -103,8 +103,8 @@ def memory(*, silent: bool) -> Callable[[Stand, Scale], dict[str, float]]:
 def growth(stand: Stand, scale: Scale) -> dict[str, float]:
     """CPU for a connection while few or many other connections are open and idle.
 
-    With the fewest it is measured before and after the others, so that a slow change of the machine
-    does not look like an effect of the open connections.
+    The case with the fewest open connections is measured twice, before and after the others, so
+    that a slow change of the machine does not look like an effect of the open connections.
     """
     longer = replace(scale, seconds=3 * scale.seconds)  # they take long to open
     found: dict[str, list[float]] = {}

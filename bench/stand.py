@@ -1,6 +1,7 @@
-"""A stand: a contender in its own namespaces, with its backends and its loads.
+"""A stand (test bed): a contender in its own namespaces, with its backends and load generators.
 
-The contender has one CPU for itself; loads and backends share the others, if there are any.
+The contender has one CPU for itself. Load generators and backends share the others, if there are
+any.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .contenders import Contender, Place
 LOAD = Path(__file__).resolve().parents[1] / ".cache" / "bench" / "load"
 
 _COMMAND_AT = 11
-"""The random field in a ClientHello; C{load.c} puts its commands there."""
+"""The position of the random field in a ClientHello. There C{load.c} writes what the backend has to
+do."""
 _ONE_BYTE = b"B" + bytes(8)
 
 

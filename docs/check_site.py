@@ -1,7 +1,7 @@
 """Looks at the built site: C{python docs/check_site.py build/docs}.
 
-Every link leads to a file, and to a place in it; Sphinx does not see those to the reference that
-pydoctor makes. Nothing is loaded from another host.
+Checks that every link leads to a file, and to a place in it: Sphinx does not check links to the
+pages that pydoctor makes. Checks that nothing is loaded from another host.
 """
 
 from __future__ import annotations

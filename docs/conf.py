@@ -44,7 +44,7 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#b93a08", "color-brand-content": "#b93a08"},
     "dark_css_variables": {"color-brand-primary": "#ff8f5f", "color-brand-content": "#ff8f5f"},
 }
-# Of a session on a terminal the commands are copied, not the prompt and not what they print.
+# The copy button copies only the commands of a terminal session, without prompt and output.
 copybutton_exclude = ".linenos, .gp, .go"
 
 BEGIN_TABS, END_TABS = "<!-- tabs -->", "<!-- end of tabs -->"
@@ -83,8 +83,8 @@ def _says(node: nodes.Node, mark: str) -> bool:
 
 
 def _box_drawings(app: Sphinx, page: nodes.document) -> None:
-    """Each drawing, a paragraph of its own, scrolls in its box where the screen is narrow. One that
-    uses the colour of the text becomes part of the page, so that it follows the theme."""
+    """Each drawing gets a box, in which it scrolls on a narrow screen. A drawing that uses the
+    colour of the text becomes part of the page, so that it follows the theme."""
     for image in list(page.findall(nodes.image)):
         file = Path(app.srcdir, image["uri"])
         if file.suffix != ".svg" or not file.exists():

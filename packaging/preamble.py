@@ -19,7 +19,8 @@ def foreign(folder):
 
 
 # The Python packages of the machine may not fit, so none of them is used. Their .pth files may have
-# loaded modules when Python started, as that of python3-zope.interface does; these go, too.
+# loaded modules when Python started (python3-zope.interface has such a file); these modules are
+# removed, too.
 sys.path[:] = [folder for folder in sys.path if not foreign(folder)]
 for name, module in list(sys.modules.items()):
     if any(foreign(os.path.dirname(path)) for path in getattr(module, "__path__", ())):
