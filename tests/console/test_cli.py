@@ -281,7 +281,8 @@ class CheckTests(CommandCase):
         return status, output.getvalue()
 
     def test_lines(self) -> None:
-        """A line for each, one for all, and the exit status."""
+        """C{check} prints a line for each finding and a last line for all, and has an exit
+        status."""
         finding = Finding("port", Level.WARNING, "it is so", "do this")
         self.assertEqual(
             self.check(finding),

@@ -125,13 +125,13 @@ def test_completion_in_zsh(made: Path, typed: str, completed: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluated_in_zsh(made: Path, name: str) -> None:
-    """Evaluated in C{.zshrc} it does the same; for the one file, too."""
+    """With C{eval} in C{.zshrc} the completion works too, also for the one-file program."""
     assert complete_in_zsh(made, f"{name} sto", "text") == f"{name} stop"
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_one_file(made: Path, shell: str) -> None:
-    """The one file is completed like the program that is installed."""
+    """The completion also knows the one-file program."""
     assert "acme-alpn-proxy.pyz" in (made / shell).read_text()
 
 

@@ -44,7 +44,7 @@ class CallerWatchTests(SynchronousTestCase):
         self.ends += 1
 
     def test_ends(self) -> None:
-        """It stops the proxy, once."""
+        """The end of C{run} stops the proxy, once."""
         self.assertTrue(verifyObject(IReadDescriptor, self.watch))
         self.assertEqual(self.reactor.getReaders(), [self.watch])
         self.assertGreater(self.watch.fileno(), 0)
@@ -53,7 +53,8 @@ class CallerWatchTests(SynchronousTestCase):
         self.assertEqual(self.reactor.getReaders(), [])
 
     def test_stops_already(self) -> None:
-        """It does not hurry a proxy that stops: its visitors are served on."""
+        """The end of C{run} does not hurry a proxy that already stops: it still serves its
+        visitors."""
         self.program.ending = True
         self.watch.doRead()
         self.assertEqual(self.ends, 0)
@@ -111,7 +112,8 @@ class DaemonTests(ReportCase):
 
 
 class OtherUserTests(SynchronousTestCase):
-    """Whether C{--uid} and C{--gid} can be had is known before anything is applied."""
+    """If the process may not become C{--uid} or C{--gid}, the start is refused before anything is
+    applied."""
 
     def test_may(self) -> None:
         """A process with the capabilities may change the user; so may a process of that user."""
@@ -176,7 +178,7 @@ class StartedTests(SynchronousTestCase):
         self.ends = 0
 
     def start(self, *, ending: bool, heard: bool) -> int:
-        """How often it was informed, with the program in that state."""
+        """How often C{started} was called, with the program in this state."""
         program = SimpleNamespace(ending=ending, end=self.end)
         told: list[None] = []
 
@@ -191,7 +193,7 @@ class StartedTests(SynchronousTestCase):
         self.ends += 1
 
     def test_heard(self) -> None:
-        """It goes on when C{start} has heard."""
+        """The daemon continues if C{start} has received the report."""
         self.assertEqual(self.start(ending=False, heard=True), 1)
         self.assertEqual(self.ends, 0)
 

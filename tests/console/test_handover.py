@@ -57,7 +57,7 @@ class ReportTests(ReportCase):
             self.ours.recv(1)
 
     def test_keep(self) -> None:
-        """To C{run} the socket stays open, once it has heard."""
+        """The socket to C{run} stays open after C{run} has answered."""
         self.report.keep = True
         self.ours.sendall(b"1")
         self.assertTrue(self.report.started())
@@ -108,7 +108,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_daemon_died_after_it_told(self) -> None:
-        """One that is killed before C{start} has answered has not started either."""
+        """A daemon that is killed before C{start} has answered counts as not started."""
         self.tell()
         self.theirs.close()
         with self.assertRaises(DaemonDied):
@@ -116,7 +116,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_nothing_is_kept(self) -> None:
-        """If it is closed later, the socket is closed, even if the error is still referenced."""
+        """Closing the socket ends the connection, even while the error is still referenced."""
         with self.assertRaises(DaemonDied) as died:
             self.wait(0.1)
         self.ours.close()

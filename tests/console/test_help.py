@@ -37,7 +37,7 @@ def test_order() -> None:
 
 
 def test_every_option() -> None:
-    """Every option is there, and so is each in the help of the commands that it goes with."""
+    """The general help has every option; the help of a command has the options that it accepts."""
     known = {name.rstrip("=") for name in ConsoleOptions().longOpt if len(name) > 1}
     assert {option.long for option in options()} == known
     assert known <= set(re.findall("--([a-z0-9-]+)", help_text()))

@@ -53,7 +53,7 @@ def test_everything_is_there(page: dict[str, str]) -> None:
 
 
 def test_sound(source: Path) -> None:
-    """mandoc, which is stricter than man, has nothing against it."""
+    """mandoc, which is stricter than man, reports no problem."""
     assert run("mandoc", "-T", "lint", source) == ""
 
 

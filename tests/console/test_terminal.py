@@ -70,6 +70,6 @@ def test_elsewhere() -> None:
 
 
 def test_colour_of_what_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that is closed, or is none, has no colours."""
+    """A stream that is no terminal, and C{None} in place of a stream, get no colours."""
     monkeypatch.setattr(os, "environ", {})
     assert coloured("ok", io.StringIO()) == coloured("ok", None) == "ok"

@@ -138,17 +138,18 @@ class CheckCase(SynchronousTestCase):
 
 class VisitorAddressTests(CheckCase):
     def test_seen(self) -> None:
-        """Where it is on loopback, the web server will see the visitors' own addresses."""
+        """If the web server is on loopback, it will see the visitors' own addresses."""
         self.found("visitor address", Level.OK, "the web server sees the visitors' own$")
 
     def test_off(self) -> None:
-        """Where it would see 127.0.0.1 that is a warning."""
+        """If the web server would see 127.0.0.1, the check gives a warning."""
         options = ("--visitor-address", "off")
         pattern = "off: the web server sees all visitors as 127.0.0.1; give 127.0.0.1 no privilege"
         self.found("visitor address", Level.WARNING, pattern, *options)
 
     def test_not_possible(self) -> None:
-        """So it is where that does not work; where it is required that failed."""
+        """If the visitors' addresses cannot be shown, the check gives a warning; with
+        C{--visitor-address require} it fails."""
         problem = no_way_back(FileNotFoundError(errno.ENOENT, "none"))
 
         def refuse() -> None:
@@ -161,8 +162,8 @@ class VisitorAddressTests(CheckCase):
         self.found("visitor address", Level.FAILED, "there is no /dev/net/tun; load", *options)
 
     def test_elsewhere(self) -> None:
-        """A web server on another address sees this host's, which is no privilege of visitors';
-        where more is required that failed."""
+        """A web server that is not on loopback sees an address of this host: the check is ok, but
+        fails with C{--visitor-address require}."""
         self.handshakes["192.0.2.1:443"] = None
         options = ["--fallback", "192.0.2.1:443"]
         self.found("visitor address", Level.OK, "the web server sees this host's$", *options)
@@ -203,7 +204,7 @@ class CheckTests(CheckCase):
         self.assertEqual(len(self.probed), 1)
 
     def test_no_probe_after_a_failure(self) -> None:
-        """Visitors are not steered for a trial where something failed."""
+        """If a check failed, the probe is not done, so no visitor is steered."""
         self.handshakes.clear()
         self.found("probe", Level.WARNING, "not done: .*see above", "--probe")
         self.assertEqual(self.probed, [])
@@ -221,7 +222,7 @@ class CheckTests(CheckCase):
         self.assertEqual(self.probed, [])
 
     def test_pid_file_not_readable(self) -> None:
-        """A PID file that cannot be read failed, in the words of start."""
+        """If the PID file cannot be read, the check fails with the same text as C{start}."""
         self.pidfile = OwnerFile(StartError("cannot read the PID file; run this as root"))
         self.found("instance", Level.FAILED, "cannot read the PID file; run this as root$")
 
@@ -251,7 +252,7 @@ class CheckTests(CheckCase):
 
 class TargetTests(CheckCase):
     def test_fallback(self) -> None:
-        """A web server that does not answer TLS failed; one that answers with an alert does."""
+        """If the web server does not answer TLS, the check fails; an alert is an answer."""
         no_tls = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number")
         for why in (ConnectError(), no_tls, TimeoutError(errno.ETIMEDOUT, "no answer")):
             self.handshakes["127.0.0.1:443"] = why
@@ -278,7 +279,7 @@ class TargetTests(CheckCase):
         self.found("ACME target", Level.OK, "nobody listens there yet", *words)
 
     def test_headers(self) -> None:
-        """A target that expects a header gets one, which names nobody."""
+        """A target that expects a header gets one without addresses."""
         words = ("--fallback-proxy-protocol=v1", "--alpn-proxy-protocol=v2")
         self.check(*words)
         self.assertEqual(self.headers["127.0.0.1:443"], b"PROXY UNKNOWN\r\n")
@@ -287,8 +288,8 @@ class TargetTests(CheckCase):
         self.assertEqual(set(self.headers.values()), {b""})
 
     def test_original(self) -> None:
-        """Where visitors go to the address that they dialled, TLS has to be answered wherever port
-        443 is; where it is not is told."""
+        """With C{--fallback original}, TLS must be answered at each address where port 443 is
+        open. The check also lists the addresses where it is not open."""
         served: tuple[list[str], list[str]] = (["192.0.2.1", "2001:db8::1"], ["192.0.2.3"])
         self.patch(check, "sites", lambda: served)
         self.patch(check, "deferToThread", lambda look: succeed(look()))
@@ -340,7 +341,7 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
 
     def test_rules_cannot_expire(self) -> None:
-        """Where iptables or the kernel lacks the match for the time that is a warning."""
+        """If iptables or the kernel lacks the match C{time}, the check gives a warning."""
         self.commands.failures = {3: (2, "Couldn't load match `time'")}
         self.found("iptables", Level.WARNING, "no match 'time': .*; load the kernel's module")
 
@@ -534,12 +535,12 @@ class RunTests(SynchronousTestCase):
         self.assertEqual(about["checks"][0], told)
 
     def test_stopped_by_a_signal(self) -> None:
-        """The reactor may be about to end already."""
+        """The check also returns if a signal has already stopped the reactor."""
         with self.on(FakeReactor(stopped=True)):
             self.assertTrue(self.run_check())
 
     def test_defect(self) -> None:
-        """A defect is not taken for a verdict."""
+        """An unexpected exception is raised; it does not become a finding."""
         self.patch(Check, "look", lambda checking: fail(ZeroDivisionError()))
         with self.on(FakeReactor()), self.assertRaises(ZeroDivisionError):
             self.run_on()

@@ -31,7 +31,7 @@ def nobody(name: str) -> Sequence[str]:
 
 
 def told(*seen: Seen, names: Sequence[str] = (NAME,), look_up: object = nobody) -> list[str]:
-    """The lines, without those that are well."""
+    """The lines, except the findings of level C{OK}."""
     found = explain(names, seen, lambda name: TARGET, look_up)  # type: ignore[arg-type]
     return [str(each) for each in found if each.level is not Level.OK]
 
@@ -77,7 +77,8 @@ def test_result(result: str, words: str) -> None:
 
 
 def test_some_perspectives() -> None:
-    """Where all that came were answered, others may have been kept away."""
+    """If all validations were answered but came from few addresses, the output lists these, since
+    validations from other addresses may have been kept away."""
     seen = [Seen(f"192.0.2.{last}:1", NAME, "answered") for last in range(3)]
     (line,) = told(*seen, Seen("[2001:db8::1]:9", NAME, "answered"))
     assert "4 addresses have asked (192.0.2.0, 192.0.2.1, 192.0.2.2, 2001:db8::1)" in line
@@ -106,7 +107,7 @@ def test_log(tmp_path: Path) -> None:
 
 
 def test_named_target(tmp_path: Path) -> None:
-    """What is said of a name names the ACME client that the name has."""
+    """The finding for a name shows the address of that name's ACME client."""
     log = tmp_path / "log"
     log.write_text(
         "".join(
@@ -136,7 +137,7 @@ def test_resolver(tmp_path: Path) -> None:
 
 
 def test_no_log(tmp_path: Path) -> None:
-    """A log that cannot be read is told, not taken for one without validations."""
+    """If the log cannot be read, the output says so, and not that there were no validations."""
     options = ConsoleOptions()
     options.environment = {}
     options.parseOptions(["--logfile", str(tmp_path / "none"), "explain"])

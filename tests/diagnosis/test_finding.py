@@ -20,7 +20,7 @@ def test_line() -> None:
 
 
 def test_error() -> None:
-    """Of an error for the operator the last part is the remedy; it may have none."""
+    """The last part of an error for the operator is its remedy; an error may have none."""
     finding = Finding.refused("start", ValueError("so; or so; do this"), Level.WARNING)
     assert finding == Finding("start", Level.WARNING, "so; or so", "do this")
     assert Finding.refused("start", "just so") == Finding("start", Level.FAILED, "just so")

@@ -1,4 +1,4 @@
-"""The TLS handshake by which a target is tried, in memory."""
+"""The TLS handshake that tests a target, in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hellos that the probe says."""
+"""The hellos that the probe sends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_hellos_differ() -> None:
 
 
 def test_visitor_hello() -> None:
-    """A visitor's hello is one, and has nothing of ACME."""
+    """A visitor's hello is a valid ClientHello that offers no ACME protocol."""
     for name in ("site.example", None):
         hello = hellos.visitor_hello(name)
         assert ClientHelloParser().feed(hello) == ClientHello((), name)
@@ -52,6 +52,6 @@ def test_visitor_hello() -> None:
     ],
 )
 def test_server_name(monkeypatch: pytest.MonkeyPatch, host: str, name: str | None) -> None:
-    """The host's name is asked for where it can be a name in the DNS."""
+    """The hello asks for the host's name if that can be a name in the DNS."""
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     assert hellos.server_name() == name

@@ -104,7 +104,8 @@ class VerdictTests(SynchronousTestCase):
         self.assertEqual(finding, Finding("probe validator IPv6", Level.OK))
 
     def test_seen_by_the_web_server(self) -> None:
-        """What the web server saw of a visitor is told: its own address, or one of this host."""
+        """The finding says which address the web server saw: the visitor's own, or one of this
+        host."""
         for address, whose in ((SOURCE[0], "its own"), ("127.0.0.1", "an address of this host")):
             call = Dial(SOURCE, SERVER_HELLO)
             finding = judge(VISITOR, call, {SOURCE}, set(), "iptables", address)
@@ -154,7 +155,7 @@ class ProbeTests(SynchronousTestCase):
         self.options.parseOptions(["check", "--probe"])
 
     def test_no_namespace(self) -> None:
-        """Without a namespace nothing is steered, and that is said."""
+        """If no namespace can be made, nothing is steered, and a finding says so."""
 
         def refuse(link: str, families: list[int]) -> None:
             raise StartError("no; be root")
@@ -165,7 +166,7 @@ class ProbeTests(SynchronousTestCase):
         self.assertEqual(self.findings, [Finding("probe", Level.FAILED, "no", "be root")])
 
     def test_no_port(self) -> None:
-        """Without a port for the responder nothing is steered; the namespace goes all the same."""
+        """Without a port for the responder, nothing is steered, and the namespace is removed."""
         closed: list[bool] = []
         namespace = SimpleNamespace(close=lambda: closed.append(True))
         self.patch(probe, "Namespace", lambda link, families: namespace)
@@ -180,7 +181,7 @@ class ProbeTests(SynchronousTestCase):
         self.assertEqual(closed, [True])
 
     def test_defect(self) -> None:
-        """Should dialling itself go wrong, the proxy lets go in order all the same."""
+        """If a connection attempt raises an exception, the proxy still stops in order."""
         stopped: list[str] = []
         port = SimpleNamespace(
             getHost=lambda: IPv4Address("TCP", "127.0.0.1", 40_000),

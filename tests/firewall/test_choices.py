@@ -43,8 +43,9 @@ def meaning(formula: object, answers: tuple[bool, ...]) -> bool:
 
 @given(formulas, formulas)
 def test_all_answers(one: bool, other: bool) -> None:
-    """For all answers, the outcome is the one that was composed; equal outcomes are one object; and
-    one is lost to another exactly where it passes and the other does not."""
+    """For all answers, the outcome is the one that was composed, and equal outcomes are one object.
+    C{lost} finds something exactly if, for some answers, the first outcome passes and the second
+    does not."""
     choices = Choices()
     for question in range(QUESTIONS):
         choices.question(question, None)
@@ -61,7 +62,7 @@ def test_all_answers(one: bool, other: bool) -> None:
 
 
 def test_usual() -> None:
-    """An ordinary visitor is not in a set of few, and not over a limit."""
+    """An ordinary visitor is not in a set of few addresses, and not over a limit."""
     choices = Choices()
     few, most, unknown = (choices.question(n, usual) for n, usual in enumerate((False, True, None)))
     by = choices.caught

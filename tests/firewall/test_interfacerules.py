@@ -62,7 +62,7 @@ NOT_BY_LOOPBACK = {"match": {"op": "!=", "left": {"meta": {"key": "iiftype"}}, "
 
 
 def by(interface: str) -> dict[str, Any]:
-    """A match of the interface that something comes in by."""
+    """A match on the incoming interface."""
     return {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": interface}}
 
 
@@ -81,7 +81,8 @@ def by(interface: str) -> dict[str, Any]:
     ],
 )
 def test_iptables(listing: str, names: bool) -> None:
-    """A rule counts if a new visitor comes across it, and names no loopback."""
+    """A rule counts if a new visitor's packet reaches it and it names an interface other than the
+    loopback."""
     for table in ("raw", "mangle", "filter"):
         assert answer(Listings({table: listing})) is names
     assert not answer(Listings({"nat": listing})), "the nat table turns nobody away"

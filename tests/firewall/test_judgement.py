@@ -67,7 +67,7 @@ def lost(rules: str, policy: str = "ACCEPT", table: str = "filter", **how: Any) 
 
 
 def closed(rules: str) -> bool:
-    """Whether INPUT, dropping by default and letting in 443, with these rules, loses visitors."""
+    """Whether visitors are lost if INPUT accepts port 443, has these rules, and drops the rest."""
     return bool(lost(WEB + rules, "DROP"))
 
 
@@ -127,8 +127,8 @@ class SameForBothTests(SynchronousTestCase):
             self.assertEqual(lost(f"-A INPUT {rule}\n{BOTH}", "DROP"), "", rule)
 
     def test_dropped_as_before(self) -> None:
-        """A rule that drops both packets makes no difference; but a reason is that all visitors are
-        dropped."""
+        """A rule that drops both packets makes no difference. But if all visitors are dropped, that
+        is a reason to refuse."""
         rules = f"{BOTH}-A INPUT -j DROP\n"
         two = [*NET0[4], arrival("net1", "192.0.2.2")]
         self.assertEqual(lost(f"-A INPUT -i net1 -j DROP\n{rules}", ways_in=two), "")
@@ -153,7 +153,7 @@ class SameForBothTests(SynchronousTestCase):
             self.assertIn("-P INPUT DROP", lost(rules, "DROP"))
 
     def test_chain_for_each_port(self) -> None:
-        """Nor does it matter that each port has a jump of its own to the same rules."""
+        """It makes no difference if each port has a separate jump to the same chain."""
         jumps = "".join(f"-A INPUT -p tcp --dport {port} -j WEB\n" for port in (443, PORT))
         chain = "-A WEB -s 203.0.113.7/32 -j DROP\n-A WEB -m limit --limit 9/sec -j ACCEPT\n"
         self.assertEqual(lost(f"-N WEB\n{jumps}{chain}", "DROP"), "")
@@ -164,7 +164,8 @@ class ToldApartTests(SynchronousTestCase):
     """Rules that can tell a redirected packet from a direct one."""
 
     def test_default_drop(self) -> None:
-        """Where INPUT drops by default, 443 let in is not enough; 21443 is."""
+        """If INPUT drops by default, a rule that accepts port 443 is not enough: port 21443 must be
+        accepted."""
         self.assertTrue(closed(USUAL))
         self.assertFalse(closed(f"{USUAL}-A INPUT -p tcp -m tcp --dport {PORT} -j ACCEPT\n"))
 
@@ -181,7 +182,7 @@ class ToldApartTests(SynchronousTestCase):
         self.assertIn(f"ip6tables -t filter {closing}", lost(WEB + closing, family=6))
 
     def test_surely_let_in(self) -> None:
-        """Port 21443 may be let in in many ways."""
+        """Many forms of rules can accept port 21443."""
         for rule in (
             "-p tcp -m multiport --dports 443,21000:22000 -j ACCEPT",
             "-p tcp -m multiport --ports 21443 -j ACCEPT",
@@ -231,7 +232,8 @@ class ToldApartTests(SynchronousTestCase):
             self.assertTrue(closed(f"-A INPUT {rule}"), rule)
 
     def test_drops(self) -> None:
-        """A drop for another port than 443, or one that cannot be evaluated, is one."""
+        """A rule that drops port 21443 but not 443, or that cannot be evaluated, is a reason to
+        refuse."""
         for rule in (
             "-p tcp -m tcp --dport 1024:65535 -j DROP",
             "-p tcp -m tcp ! --dport 443 -j REJECT",
@@ -394,7 +396,8 @@ class AnswerTests(SynchronousTestCase):
         self.assertIn("routes depend on marks", self.answers_lost(rule, by_mark=[4]))
 
     def test_another_route(self) -> None:
-        """Where the real answer would leave by another route than ours the reason is both."""
+        """If replies from port 443 would leave by another route than those from the proxy, the
+        reason names both routes."""
 
         def by_source(source: Address, port: int, destination: Address) -> Route | None:
             name = "tun0" if str(source) == "203.0.113.5" else "eth0"
@@ -492,7 +495,7 @@ class NftTests(SynchronousTestCase):
             self.assertEqual(bool(self.lost({}, *rules)), expected, rules)
 
     def test_named_set(self) -> None:
-        """A set of ports is read only where it decides; a set of addresses is not read."""
+        """A set of ports is read only if it decides; a set of addresses is not read."""
         rule = [dport("@ports"), ACCEPT]
         command = "nft -j list set inet t ports"
         for elements, expected in (([22, 443, PORT], False), ([22, 443], True), (None, True)):
@@ -512,7 +515,7 @@ class NftTests(SynchronousTestCase):
         self.assertEqual(commands.asked, [])
 
     def test_named_map(self) -> None:
-        """So is a map of verdicts."""
+        """A map of verdicts for ports is read, and decides with its elements."""
         key = {"payload": {"protocol": "tcp", "field": "dport"}}
         rule = [{"vmap": {"key": key, "data": "@verdicts"}}]
         terse = {"map": [{"name": "verdicts", "type": "inet_service", "map": "verdict"}]}
@@ -607,7 +610,7 @@ class RuleTests(SynchronousTestCase):
             self.assertEqual(apart, line.get("tells_apart", False), line["rule"])
 
     def read(self, rules: list[Rule], packet: Packet) -> tuple[str, object]:
-        """The rule that matches most surely."""
+        """The rule that matches with the fewest unknown conditions."""
         if not rules:
             return "all continue", []
         found = [(rule.matches(packet), rule.action.value) for rule in rules]
@@ -633,7 +636,8 @@ class TrackingTests(SynchronousTestCase):
         self.assertFalse(self.exempt("-j ACCEPT", f"{https} -j NOTRACK"))
 
     def test_answers(self) -> None:
-        """Answers that are exempt are not translated back; those from 443 are not ours."""
+        """If replies from port 21443 are exempt from tracking, they are not translated back: a
+        reason to refuse. For replies from port 443 it is no reason."""
         self.assertIn("the answers", self.exempt("-p tcp --sport 21443 -j NOTRACK", hook="OUTPUT"))
         self.assertFalse(self.exempt("-p tcp --sport 443 -j NOTRACK", hook="OUTPUT"))
 
@@ -646,7 +650,7 @@ class TrackingTests(SynchronousTestCase):
             self.assertEqual(why_not(firewall, SK_LOOKUP), "")
 
     def test_drops_nobody(self) -> None:
-        """To go untracked is not to be dropped."""
+        """An exemption from tracking does not count as a drop."""
         self.assertEqual(lost("-A INPUT -j NOTRACK"), "")
 
 
@@ -714,7 +718,7 @@ class FirstTests(SynchronousTestCase):
             self.assertEqual(why_not(Firewall(self.chain(-110, 5, *rule))), "", rule)
 
     def test_sk_lookup(self) -> None:
-        """Any translation takes visitors away from sk-lookup, in whichever chain."""
+        """A translation in any chain takes visitors away from sk-lookup."""
         for priority in (-110, -100, 50):
             self.assertIn("sent elsewhere: ", why_not(Firewall(self.chain(priority)), SK_LOOKUP))
 
@@ -737,7 +741,7 @@ class FirstTests(SynchronousTestCase):
         return Host({4: firewall}, Surroundings(NET0)).not_first(REDIRECT) or ""
 
     def test_while_steering(self) -> None:
-        """While it steers, a rule that was put before ours is named; ours is none."""
+        """While the proxy steers, a rule before ours is reported. Our own rule is not."""
         ours = [dport(443), {"redirect": {"port": PORT}}]
         takes = list(self.TAKES)
         self.assertEqual(self.not_first(Firewall(self.own(4, ours, takes))), "")
@@ -788,7 +792,7 @@ class ElsewhereTests(SynchronousTestCase):
 
 
 class HostCase(SynchronousTestCase):
-    """A host of which only the output of its commands is known."""
+    """A host that is described only by the output of its commands."""
 
     def setUp(self) -> None:
         self.legacy: list[str] = []
@@ -823,7 +827,7 @@ class LookTests(HostCase):
         self.assertEqual(self.reason(recorded("ufw-with-port")), "")
 
     def test_ufw_without_nft(self) -> None:
-        """The same without the program nft."""
+        """The verdicts on ufw are the same without the program nft."""
         self.chains = [BaseChain("ip", "filter", "INPUT", "filter", "input", 0)]
         for name, policy in (("ufw", "iptables -t filter -P INPUT DROP"), ("ufw-with-port", "")):
             commands = recorded(name)
@@ -837,7 +841,7 @@ class LookTests(HostCase):
             self.assertEqual(self.reason(recorded("firewalld"), family), "")
 
     def test_firewalld_without_that(self) -> None:
-        """Were it not so, only the port added to the zone would let them in."""
+        """Without this rule of firewalld, visitors get in only if the port is added to the zone."""
         for name, open_ in (("firewalld", False), ("firewalld-with-port", True)):
             commands = recorded(name)
             objects = json.loads(commands.answers[NFT])["nftables"]  # type: ignore[arg-type]
@@ -851,7 +855,7 @@ class LookTests(HostCase):
         self.assertEqual(self.reason(recorded("docker")), "")
 
     def test_not_translated(self) -> None:
-        """Extensions of iptables that only iptables can show are doubt where it cannot."""
+        """If iptables cannot show its own extensions, their conditions count as unknown."""
         mixed = (1, "table `filter' is incompatible, use 'nft' tool.")
         for listing in ((NOT_FOUND, ""), (3, "no such table"), mixed, "-P INPUT DROP\n"):
             commands = recorded("ufw-with-port")
@@ -859,14 +863,16 @@ class LookTests(HostCase):
             self.assertIn("of the nftables chain 'ip filter ", self.reason(commands))
 
     def test_legacy(self) -> None:
-        """Tables of the legacy iptables are consulted, by either name of the program."""
+        """The tables of the legacy iptables are read, whether the program is called iptables or
+        iptables-legacy."""
         self.legacy = ["filter"]
         for binary in ("iptables-legacy", "iptables"):
             listing = {f"{binary} -w 5 -t filter -S": DEFAULT_DROP}
             self.assertIn("iptables -t filter -P INPUT DROP", self.reason(Recorded(listing)))
 
     def test_legacy_not_seen(self) -> None:
-        """If only the other variant is there, its warning is taken seriously."""
+        """If only iptables-nft is installed and warns of legacy tables, the reason to refuse is
+        that iptables-legacy is missing."""
         self.legacy = ["filter"]
         warning = "# Warning: iptables-legacy tables present, use iptables-legacy to see them\n"
         commands = Recorded({"iptables -w 5 -t filter -S": f"-P INPUT ACCEPT\n{warning}"})
@@ -880,7 +886,7 @@ class LookTests(HostCase):
         self.assertIn("exempt from connection tracking", reason)
 
     def test_both_families(self) -> None:
-        """Each family is looked at; that which shows both is asked once."""
+        """Each family is checked; a command that shows both families is run once."""
         self.legacy = ["filter"]
         commands = Recorded(
             {
@@ -936,8 +942,8 @@ class ReadingTests(HostCase):
         self.assertIn("'inet t c'", self.look(answers))
 
     def test_no_nft(self) -> None:
-        """If no program shows some rules of nftables, what they may depend on is a reason, and ways
-        for which that cannot matter are not refused."""
+        """If no program can show some rules of nftables, a redirect that these rules could affect
+        is refused, and other redirects are not."""
         self.chains = [self.AGENT]
         reason = self.look({})
         self.assertIn("the chain 'inet agent input', whose rules cannot be read: ", reason)

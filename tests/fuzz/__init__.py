@@ -2,8 +2,8 @@
 
 A target is a module in C{targets}, and nothing more is needed to add one. It has
 
-  - C{check(data: bytes)}, which raises if C{data} does what must not be;
-  - C{SEEDS}, some inputs to begin with, each of a kind of its own.
+  - C{check(data: bytes)}, which raises an exception if C{data} has a forbidden effect;
+  - C{SEEDS}, some inputs to begin with, each of a different kind.
 
 C{python -m tests.fuzz} runs them under atheris, which looks for inputs that reach new code. Those
 worth keeping are in C{corpus/NAME.hex}, one a line; pytest runs each target on all of its corpus.

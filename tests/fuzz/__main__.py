@@ -16,7 +16,7 @@ from . import keep, kept, names, target
 
 SECONDS_FOR_AN_INPUT = 10
 LONGEST_KEPT = 3_000
-"""Bytes of an input that is kept; the others would be most of the corpus."""
+"""The longest input to keep, in bytes; longer ones would be most of the corpus."""
 MIB = 512
 """Memory of a target; one whose buffers grow is stopped there."""
 

@@ -87,7 +87,7 @@ class ListeningAddressTests(HostCase):
         self.assertEqual(facts.ipv6_to_listen_on(self.proc / "none"), "::1")
 
     def test_off_on_the_loopback(self) -> None:
-        """Where IPv6 is off on the loopback a global address is taken, but none in doubt."""
+        """If IPv6 is off on the loopback, a global address is taken, but no tentative one."""
         tentative = (
             address_v6("net1", GLOBAL).replace(" 80 ", " c0 ").replace("2001db80", "2002db80")
         )
@@ -147,7 +147,7 @@ class UnnumberedInterfacesTests(HostCase):
         self.assertEqual(named, [])
 
     def test_ipv6_default_route(self) -> None:
-        """By IPv6, too, the default routes count, and the null route of the loopback does not."""
+        """For IPv6, too, the default routes count; the null route on the loopback does not."""
         named = self.ipv6(
             [
                 route_v6("bare0", "", "00"),
@@ -169,7 +169,7 @@ class UnnumberedInterfacesTests(HostCase):
         self.assertEqual(named, ["net0"])
 
     def test_not_in_the_kernel(self) -> None:
-        """A family that the kernel has not has no interface without an address."""
+        """If the kernel lacks a family, the list of interfaces without an address is empty."""
         for family in (4, 6):
             self.assertEqual(facts.unnumbered_interfaces(family, self.proc), [])
 
@@ -238,7 +238,7 @@ class ProcessStartTimeTests(HostCase):
             self.assertEqual(facts.process_start_time(7, self.proc), "22", name)
 
     def test_nobody(self) -> None:
-        """A PID that is free, and one that waits for its parent to ask, name no process."""
+        """An unused PID has no start time, and neither has a zombie process."""
         self.assertIsNone(facts.process_start_time(7, self.proc))
         self.stat("gone", "Z")
         self.assertIsNone(facts.process_start_time(7, self.proc))

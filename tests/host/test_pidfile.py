@@ -202,7 +202,7 @@ class ClaimTests(PIDFileCase):
         self.assertEqual(self.path.read_text(), f"{instance.pid}\n")
 
     def test_claims_at_once(self) -> None:
-        """Of several claims at once one succeeds, and the others name it."""
+        """Of several claims at once one succeeds, and the errors of the others have its PID."""
         instances = [self.instance() for _ in range(4)]
         for instance in instances:
             instance.claim()
@@ -216,7 +216,7 @@ class ClaimTests(PIDFileCase):
 
 
 class RefusalTests(PIDFileCase):
-    """Where no PID file can be."""
+    """Paths at which no PID file can be made."""
 
     def test_missing_folder(self) -> None:
         """In a missing folder no instance runs, and a claim is refused."""

@@ -35,7 +35,8 @@ class DropPrivilegesTests(SynchronousTestCase):
     """It becomes the user of the tests, since only root may become another one."""
 
     def test_nothing_is_left(self) -> None:
-        """It has no capability, gets none by running a program, and cannot be looked into."""
+        """The process has no capability, gets none when it runs a program, and cannot be traced by
+        others."""
         status = dropped(os.geteuid(), os.getegid())
         for name in SETS if os.geteuid() == 0 else SETS[:-1]:
             self.assertEqual(int(status[name][0], 16), 0, name)

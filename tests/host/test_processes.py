@@ -127,7 +127,7 @@ class SpawningCommandsTests(TestCase):
 
     @inlineCallbacks
     def test_success(self) -> Any:
-        """A command that ends well does so later, and its deadline is off then."""
+        """The result of a successful command comes later; its deadline is then cancelled."""
         running = self.commands.run(["echo", "done"])
         self.assertNoResult(running)
         self.assertEqual((yield running), Result(("echo", "done"), 0, "done\n"))

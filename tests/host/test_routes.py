@@ -138,7 +138,7 @@ class InterfacesTests(SynchronousTestCase):
         self.assertFalse(routes.only_go_out(6, ["eth0", "wg0"]))
 
     def test_routes_by_mark(self) -> None:
-        """A rule that asks for no mark does not choose by it."""
+        """A rule without a mark does not make routes depend on marks; one with a mark does."""
         self.kernel.answers[GET_RULE] = [bytes(12) + attribute(10, bytes(4))]
         self.assertFalse(routes.routes_by_mark(4))
         self.kernel.answers[GET_RULE] += [bytes(12) + attribute(10, b"\7\0\0\0")]

@@ -30,7 +30,7 @@ def describe() -> DaemonStatus:
 
 
 def daemon_status(about: ProxyStatus) -> DaemonStatus:
-    """The same of a daemon that answers for nothing."""
+    """The status of a daemon that has no pending identifier and is otherwise as C{about} says."""
     return {**about, "on_demand": False, "pending": [], "pending_count": 0}
 
 

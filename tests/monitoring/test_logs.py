@@ -88,7 +88,7 @@ def test_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reopen(tmp_path: Path) -> None:
-    """After it was moved aside the log goes on in a new file; where that cannot be, in the old."""
+    """If the log was renamed, it continues in a new file; if none can be made, in the old one."""
     path = tmp_path / "folder" / "log"
     path.parent.mkdir()
     file = open_log_file(str(path))
@@ -132,7 +132,7 @@ def test_bound_where_it_cannot_be_moved(unmovable: Path) -> None:
 
 
 def test_long_line(unmovable: Path) -> None:
-    """Of a line that is far too long the beginning is kept: not even it goes over the bound."""
+    """Only the beginning of a very long line is kept, so the log stays within its limit."""
     file = open_log_file(str(unmovable))
     for _ in range(200):
         file.write("first\n")

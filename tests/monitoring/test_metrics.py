@@ -119,7 +119,7 @@ class MetricsTests(SynchronousTestCase):
         self.assertIn(b" 200 ", transport.value().partition(b"\r\n")[0])
 
     def test_one_request(self) -> None:
-        """A connection is for one request: a thousand in a row do not keep the proxy at work."""
+        """A connection serves one request: the rest of a thousand in a row is ignored."""
         for method, body in ((b"GET", b"acme_alpn_proxy_running"), (b"HEAD", b"")):
             factory, _ = self.serve()
             connected = self.connect(factory)
@@ -200,8 +200,8 @@ def test_option(given: str, taken: str) -> None:
 
 
 def test_bad_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that is no endpoint is refused; without prometheus_client, every one is, with a
-    remedy."""
+    """A text that is no endpoint is refused. Without prometheus_client the option is refused, with
+    a remedy."""
     assert "--metrics 'no': a port or a server endpoint" in refusal("start", "--metrics", "no")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refusal("start", "--metrics", "9443") == (

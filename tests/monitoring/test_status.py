@@ -76,7 +76,7 @@ def answering(path: str, line: bytes) -> Iterator[None]:
 
 
 def status_service(reactor: MemoryReactor, pidfile: str) -> StatusService:
-    """That of a proxy which nothing holds."""
+    """The status service of a proxy that no command uses."""
     return StatusService(reactor, pidfile, describe, Holders(lambda: None, AlwaysSteers()), OPTIONS)
 
 

@@ -74,7 +74,7 @@ def check(data: bytes) -> None:
 
 
 def _makes_sense(answer: Answer) -> None:
-    """All that the callers use is of its kind."""
+    """Every field that the callers use has the right type."""
     assert answer["number"] == 1
     assert "".join([*answer["missing"], *answer["behind"]]) is not None
     if answer["failed"] is not None:

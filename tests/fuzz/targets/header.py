@@ -31,8 +31,8 @@ SEEDS = [
 
 
 def check(data: bytes) -> None:
-    """Whatever comes is a header, can become one or is refused, and no later for coming byte by
-    byte; what it says can be said again."""
+    """Each input is a header, the beginning of one, or refused. The verdict is the same, and not
+    later, if the bytes come one by one. The addresses in a header can be encoded again."""
     whole = _size(data)
     verdicts = [_size(data[:count]) for count in range(min(len(data), MAX_HEADER) + 1)]
     decided = [each for each in verdicts if not isinstance(each, NeedMore)]

@@ -68,7 +68,7 @@ def check(data: bytes) -> None:
 
 
 def _instance(data: bytes) -> str:
-    """The PID file of an instance that answers so, to everybody until the next call."""
+    """The PID file of an instance that sends C{data} to every client until the next call."""
     pidfile, answer = _answering()
     answer[0] = data
     return pidfile

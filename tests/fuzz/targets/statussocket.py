@@ -84,7 +84,7 @@ def _client() -> socket.socket:
 
 
 def _run(reactor: MemoryReactor) -> None:
-    """As long as there is something to read for the service."""
+    """Run the service until it has nothing left to read."""
     while ready := select.select(reactor.getReaders(), [], [], 0)[0]:
         for reader in ready:
             if reader in reactor.getReaders():
