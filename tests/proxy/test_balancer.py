@@ -49,7 +49,7 @@ class AddressesTests(ProxyCase):
             self.assertEqual(addresses_in(header), (None, None))
 
     def test_nonsense(self) -> None:
-        """Fields that make no sense are told as such, not raised as something else."""
+        """Invalid fields raise C{BadHeader}, and no other exception."""
         for header in (
             b"PROXY \r\n",
             b"PROXY UNKNOWNS\r\n",
@@ -110,8 +110,8 @@ class BalancedTests(ProxyCase):
             self.assertNotIn("reset", front.story)
 
     def test_elsewhere(self) -> None:
-        """Who does not come by a load balancer sends no header; to claim another's address by one
-        is of no use."""
+        """A client that does not come through a load balancer sends no header. If it sends one to
+        pretend another address, that has no effect."""
         server, _ = self.visit(IPv4Address("TCP", "10.0.1.9", 40_000))
         header = encode_v1(VISITOR, SITE)
         server.dataReceived(header + ACME_HELLO)
@@ -171,7 +171,8 @@ class BalancedTests(ProxyCase):
         self.assertEqual(self.dialled[-1][1], 443)
 
     def test_end_before_the_header(self) -> None:
-        """A look whether somebody listens is closed without a word; half a header is reset."""
+        """A connection that ends without a byte (a health check) is closed, and nothing is logged;
+        one that ends after half a header is reset."""
         server, front = self.visit(BALANCER)
         server.readConnectionLost()
         self.assertEqual((front.story, self.told()), (["close"], []))
@@ -182,7 +183,7 @@ class BalancedTests(ProxyCase):
         self.assertIn("it ended before the header did", self.told()[0])
 
     def test_end_after_the_hello(self) -> None:
-        """Behind the header half a hello and an end-of-file go to the web server, as ever."""
+        """After the header, half a hello and an end-of-file go to the web server."""
         server, _ = self.visit(BALANCER)
         server.dataReceived(encode_v1(VISITOR, SITE) + WEB_HELLO[:20])
         server.readConnectionLost()
@@ -237,8 +238,8 @@ class HeadedTargetTests(ProxyCase):
         self.assertEqual(self.send("v2", arrival), encode_v2(VISITOR, SITE))
 
     def test_passed_on(self) -> None:
-        """A load balancer's goes on as it came, with all that it says besides; another version is
-        made anew."""
+        """The header of a load balancer is passed on unchanged, with its extra fields; if the
+        target needs the other version, a new header is made."""
         came = encode_v2(VISITOR, SITE)
         came = came[:14] + b"\0\x13" + came[16:] + b"\x04\0\x04more"
         arrival = Arrival(VISITOR, SITE, SITE, came)

@@ -205,7 +205,7 @@ def test_largest_message() -> None:
 
 
 def test_too_many_records() -> None:
-    """A hello of 2,048 records is accepted; with one more, the answer is no once that begins."""
+    """A hello of 2,048 records is accepted; one more record is refused as soon as it begins."""
     for size in (1, 10, 32, 33, 100):
         for first in (0, 1, 40):
             length = first + size * (MAX_RECORDS - (first > 0))
@@ -223,7 +223,7 @@ def test_too_many_records() -> None:
 
 
 def test_no_more_is_kept_than_a_message_in_the_most_records() -> None:
-    """75,780 bytes on the wire always have a verdict: what waits for one has a limit."""
+    """After 75,780 bytes there is always a verdict, so the bytes that wait for one are limited."""
     most = 4 + MAX_MESSAGE + MAX_RECORDS * 5
     handshake = hellos.padded_message(MAX_MESSAGE)
     ones = hellos.records(handshake[: MAX_RECORDS - 4], 1)

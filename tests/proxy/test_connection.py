@@ -73,7 +73,7 @@ class Target:
 
 
 def unreached() -> None:
-    """There are never as many connections as there may be."""
+    """Called at the limit of connections, which no test here reaches."""
     raise AssertionError("too many connections")
 
 
@@ -492,7 +492,7 @@ class TargetTests(ConnectionTests):
 
     @inlineCallbacks
     def test_no_answer(self) -> Any:
-        """When the target does not answer in time, likewise."""
+        """If the target does not answer in time, the visitor is reset, and one log line says so."""
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             waiting = []
             for _ in range(3):  # a full accept queue drops SYNs
@@ -602,8 +602,8 @@ class TwistedEndTests(EndTests):
 
     @inlineCallbacks
     def test_reset_told_as_an_end(self) -> Any:
-        """A reset that the kernel is just processing, and that the reactor takes for an
-        end-of-file, reaches the visitor as a reset."""
+        """While the kernel processes a reset, the reactor may take it for an end-of-file; it still
+        reaches the visitor as a reset."""
         visitor, server = yield deferToThread(self.connect)
         with visitor:
             (connection,) = self.factory.live._live
@@ -638,7 +638,7 @@ class TwistedTargetTests(TargetTests):
 
 
 class HeaderTests(ConnectionTests):
-    """Connections by a load balancer, to a web server that is told who the visitor is."""
+    """Connections from a load balancer, to a web server that gets a PROXY header."""
 
     def setUp(self) -> None:
         super().setUp()

@@ -62,7 +62,8 @@ def test_no_pair(encode: object) -> None:
     ],
 )
 def test_size(header: bytes, version: str) -> None:
-    """Where it ends is known with its last byte, and not before, whatever follows."""
+    """The size of a header is known when its last byte has come, and not before; the bytes after it
+    do not change it."""
     for count in range(len(header)):
         assert size_of(header[:count]) is NEED_MORE
     assert size_of(header) == size_of(header + b"\x16\x03\x01\r\n") == len(header)
@@ -86,6 +87,6 @@ def test_size(header: bytes, version: str) -> None:
     ],
 )
 def test_no_header(data: bytes, why: str) -> None:
-    """What can be no header is refused with the byte that shows it."""
+    """Bytes that cannot become a header are refused."""
     with pytest.raises(BadHeader, match=why.replace(".", r"\.")):
         size_of(data)

@@ -232,8 +232,8 @@ class Port:
 
 class ServiceTests(ServiceCase):
     def test_max_connections(self) -> None:
-        """With three times as many connections as visitors are allowed, two thirds of them waiting
-        or without a whole hello, the listener pauses until one leaves."""
+        """The listener pauses at three times as many connections as C{--max-connections} allows
+        visitors (two thirds may wait, or have no whole hello yet), until one of them leaves."""
         port = Port()
         self.proxy = self.make_proxy(max_connections=2)
         self.proxy.startService()
@@ -339,8 +339,8 @@ class ExhaustionTests(SynchronousTestCase):
         return int(self.process.stdout.readline())
 
     def rests(self) -> bool:
-        """Whether its reactor turns a few times a second: what waits is tried again, but not
-        often."""
+        """Whether the proxy's reactor turns seldom: it tries again to accept those that wait, but
+        not often."""
         before = self.turns()
         time.sleep(0.5)
         return self.turns() < before + 50
@@ -384,7 +384,8 @@ class ExhaustionTests(SynchronousTestCase):
         self.flood()
 
     def test_out_of_descriptors(self) -> None:
-        """So they do when the operator's limit is too high and descriptors run out."""
+        """If the operator's limit is too high and descriptors run out, visitors wait, and all are
+        served."""
         self.start("--max-connections", "10000")
         self.flood()
         self.flood()

@@ -158,7 +158,7 @@ class InterfaceTests(ProxyCase):
         verifyObject(IHangupWatch, self.watch)
 
     def test_own_end(self) -> None:
-        """That an end of our own went out changes nothing."""
+        """After the proxy has sent a FIN of its own, nothing else happens."""
         client, back = self.relay()
         client.writeConnectionLost()
         self.server.writeConnectionLost()
@@ -212,7 +212,8 @@ class DecisionTests(ProxyCase):
         self.assertEqual(back.value(), ACME_HELLO)
 
     def test_end_of_file(self) -> None:
-        """An end before the hello is whole is the web server's at once."""
+        """If the visitor sends a FIN before its hello is whole, the proxy connects to the web
+        server at once."""
         self.server.readConnectionLost()
         self.assertEqual(self.dialled, [("127.0.0.1", 443)])
 
@@ -255,7 +256,8 @@ class LineTests(ProxyCase):
         self.assertEqual(self.lines, [])
 
     def test_every_visitor(self) -> None:
-        """Where that is asked for a visitor is a line at debug, with the reason of its route."""
+        """With C{log_visitors}, each visitor makes one log line at debug level, with the reason of
+        its route."""
         self.factory.log_visitors = True
         beginning = "Routed 192.0.2.7:50000 to fallback target 127.0.0.1:443: "
         self.assertEqual(
@@ -431,7 +433,7 @@ class RelayTests(ProxyCase):
         self.assertEqual(self.front.story, [])
 
     def test_ends(self) -> None:
-        """An end is passed on as one; after both the two connections are closed, not reset."""
+        """A FIN is passed on as a FIN; after both FINs, the connections are closed, not reset."""
         self.server.readConnectionLost()
         self.assertEqual((self.front.story, self.back.story), ([], ["FIN"]))
         self.client.readConnectionLost()
@@ -490,8 +492,9 @@ class ArrivalTests(ProxyCase):
         self.assertEqual((arrival.here, arrival.header), (arrival.dialled, b""))
 
     def test_dialled_addresses_are_own(self) -> None:
-        """What was dialled is this host's, whether an interface has it or not: a connection from
-        there may be one of the proxy's that has come back. Only so many are kept."""
+        """An address that a visitor has connected to counts as this host's, even if no interface
+        has it: a connection from there may be one of the proxy's that has come back. The number of
+        such addresses is limited."""
         self.assertNotIn("10.0.0.1", self.factory.own_addresses)
         self.arrive(None).arrival()
         self.assertIn("10.0.0.1", self.factory.own_addresses)

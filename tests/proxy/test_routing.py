@@ -69,11 +69,11 @@ NAMED = Routing(
     ],
 )
 def test_names(server_name: str | None, key: str) -> None:
-    """A validation goes to the client of its name, compared as DNS does; of several that cover it,
-    to that of the most specific one, else to the one for all."""
+    """A validation goes to the ACME client with the most specific name that covers the server name,
+    otherwise to the general one. Names are compared as in DNS."""
     assert NAMED.route(ClientHello((b"acme-tls/1",), server_name)).target == key
 
 
 def test_names_are_no_visitors() -> None:
-    """A visitor of a name that has an ACME client of its own goes to the web server."""
+    """A visitor goes to the web server, even if its server name has a separate ACME client."""
     assert NAMED.route(ClientHello((b"h2",), "site.example")) is NAMED.fallback

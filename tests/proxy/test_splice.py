@@ -169,8 +169,8 @@ class SpliceRelayTests(TransportCase):
         self.assertFalse(self.pipe.lent)
 
     def test_reads_on(self) -> None:
-        """Little waits unsent for a receiver that is new; once it has taken 8 MiB, as much as the
-        kernel likes."""
+        """At first, only a little data waits unsent for a receiver. After the receiver has taken
+        8 MiB, the proxy sets no bound."""
         for size, bound in ((4 << 20, UNSENT), (5 << 20, 0)):
             self.server.setblocking(True)
             sender = threading.Thread(target=self.server.sendall, args=(bytes(size),))
@@ -218,7 +218,7 @@ class SpliceRelayTests(TransportCase):
         self.turn(lambda: self.front.lost and self.back.lost)
 
     def test_end_in_bulk(self) -> None:
-        """So does one that is met by splice itself."""
+        """A FIN that splice(2) meets is passed on too."""
         self.relay._speed_up(self.front.transport)
         self.visitor.shutdown(socket.SHUT_WR)
         self.turn_all()
@@ -300,7 +300,7 @@ class SpliceRelayTests(TransportCase):
         self.assertEqual(self.drain(self.server, len(sent)), sent)
 
     def test_no_pipe_at_the_end(self) -> None:
-        """So they are if there is none any more when the last bytes come, with the FIN."""
+        """The last bytes, which come with the FIN, are copied if no pipe is left for them."""
         self.pipe.lent = True
         self.relay._speed_up(self.front.transport)
         self.visitor.sendall(b"the end")
@@ -329,8 +329,8 @@ class SharedPipeTests(SynchronousTestCase):
         self.addCleanup(self.pipe.close)
 
     def test_lends(self) -> None:
-        """It lends a large non-blocking pipe, to one borrower at a time; again if it comes back
-        empty, and a new one if not."""
+        """A large non-blocking pipe is lent to one borrower at a time. If it comes back empty, it
+        is lent again; if not, a new one is made."""
         one = self.pipe.borrow()
         assert one is not None
         self.assertIsNone(self.pipe.borrow())

@@ -48,7 +48,7 @@ class ValidationsTests(SynchronousTestCase):
         return connections
 
     def test_stranger_keeps_nobody_out(self) -> None:
-        """A stranger who takes all places, and goes on, loses only its own: those of the CA
+        """If a stranger opens too many validations, only the stranger's are reset; those of the CA
         stay."""
         for ca, stranger in (
             ("192.0.2.1", "198.51.100.1"),

@@ -1,4 +1,4 @@
-"""Whether the web server can see the visitors' addresses; the integration tests have it do so."""
+"""Whether the web server can see the visitors' addresses; in the integration tests it does."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_translation(tmp_path: Path, interface: str, value: int, refused: bool) 
     ],
 )
 def test_no_way_back(number: int, status: int, words: str) -> None:
-    """What the kernel refuses is told with the remedy."""
+    """If the kernel refuses, the error says why, with a remedy."""
     problem = no_way_back(OSError(number, os.strerror(number)))
     assert (problem.status, words in str(problem)) == (status, True)
 
@@ -119,8 +119,8 @@ def called(call: Callable[[], None]) -> Deferred[None]:
 
 
 def test_transports_that_cannot() -> None:
-    """On a reactor that takes no descriptors the log says that it does not work; required, it is
-    refused."""
+    """On a reactor whose transports cannot do it, the log says that the web server does not see the
+    visitors' addresses; if that is required, the start is refused."""
     network = TwistedNetwork(MemoryReactor())
     address = parse_address("127.0.0.1:443")
     plain = network.target(address, 1)

@@ -102,7 +102,7 @@ def test_original_everywhere(own: list[str]) -> None:
 
 
 def test_original_nowhere(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where none answers it is refused; so it is where the addresses cannot be known."""
+    """The start is refused if no address answers, or if this host's addresses cannot be read."""
     own += ["127.0.0.3"]
     with pytest.raises(StartError, match=r"at any address of this host.*; start the") as caught:
         require_web_server(ORIGINAL, 1)

@@ -99,7 +99,7 @@ class IptablesCase(SynchronousTestCase):
         self.assertNotIn("\n", text)
 
     def fail_calls(self, *numbers: int, code: int = 4, output: str = LOCKED) -> None:
-        """These calls from now on, the next one is 1, fail."""
+        """Let these calls fail; number 1 is the next call."""
         so_far = len(self.iptables.calls)
         self.iptables.failures.update({so_far + number: (code, output) for number in numbers})
 

@@ -114,8 +114,8 @@ class GuardTests(SynchronousTestCase):
         self.assertIn(NAME.encode(), command.split(b"\0"))
 
     def test_life(self) -> None:
-        """Applied, its rules are there before all others; then first the redirect goes and with it
-        the claim, and at last the keeper."""
+        """After C{apply}, the rules of the guard come before all others. C{remove} removes the
+        redirect and releases the claim; C{release} removes the keeper, and the guard ends."""
         self.assertIsNone(self.ask("apply")["failed"])
         for name in ("v4", "v6"):
             self.assertEqual(self.there(name), [REDIRECT_LINE, KEEPER_LINE, ANOTHER])
@@ -135,7 +135,7 @@ class GuardTests(SynchronousTestCase):
         self.assertTrue(self.guard.gone)
 
     def test_proxy_dies_at_once(self) -> None:
-        """So it does if it had not even begun to read."""
+        """If the proxy dies before the guard reads a request, the guard also removes its rules."""
         guard = self.guard
         self.guard = Guard.__new__(Guard)
         self.guard.__dict__ = guard.__dict__
@@ -228,7 +228,7 @@ class GuardTests(SynchronousTestCase):
         self.assertFalse(self.claimed())
 
     def test_another_python(self) -> None:
-        """Where this user may not run the Python that it runs itself, the system's is taken."""
+        """If this user may not run the proxy's own Python, the guard runs with the system's."""
         started = subprocess.Popen
         tried: list[str] = []
 

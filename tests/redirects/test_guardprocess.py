@@ -64,7 +64,8 @@ class GuardCase(SynchronousTestCase):
         self.claims_given_back += 1
 
     def advance(self, seconds: float, wall: float | None = None) -> None:
-        """Let time pass, on the wall clock perhaps another time; then the guard checks."""
+        """Advance the monotonic clock by C{seconds}, and the wall clock by C{wall} or as far; then
+        let the guard check."""
         self.monotonic += seconds
         self.wall += seconds if wall is None else wall
         self.guard.tick()
@@ -249,7 +250,7 @@ class EndTests(GuardCase):
             self.ask("apply")
 
     def test_nothing_was_made(self) -> None:
-        """Where no rule could be made none is looked for: that would fail for ever."""
+        """If no rule could be made, the guard searches for none, since that would always fail."""
         self.break_call(1)
         self.ask("apply")
         calls = len(self.iptables.calls)
@@ -310,7 +311,7 @@ class HostileProxyTests(GuardCase):
         self.assertEqual(self.iptables.snapshot(), {})
 
     def test_long_number(self) -> None:
-        """A number of thousands of digits is none, and the guard goes on."""
+        """A request whose number has thousands of digits is invalid; the guard continues."""
         answers = self.send(b"1" * 5_000 + b" look\n2 look\n")
         self.assertEqual([answer["number"] for answer in answers], [0, 2])
 
@@ -361,7 +362,7 @@ class ConnectionTrackingTests(GuardCase):
     """Entries of steered connections are forgotten before tracking may go off or come on."""
 
     def test_forgotten(self) -> None:
-        """Before the first rule, and before the last one goes."""
+        """Entries are forgotten before the first rule is made and before the last one goes."""
         self.entries = [Entry(2, b"entry")]
         seen: list[int] = []
         self.patch(
@@ -374,7 +375,8 @@ class ConnectionTrackingTests(GuardCase):
         self.assertEqual(seen, [0, 2])
 
     def test_another_instance(self) -> None:
-        """Not while another instance has a keeper: its live connections look the same."""
+        """Entries stay while another instance has a keeper: those of its connections look the
+        same."""
         self.entries = [Entry(2, b"entry")]
         self.add("mangle", *KEEPER.split(), "acme-alpn-proxy keeper 8 1 1", binary="ip6tables")
         self.ask("apply")
@@ -382,7 +384,8 @@ class ConnectionTrackingTests(GuardCase):
         self.assertEqual(self.forgotten, [])
 
     def test_earlier_order(self) -> None:
-        """Nor while an earlier order of the same process has one, whose number may begin alike."""
+        """Entries stay while an earlier order of this process has a keeper, even if the numbers of
+        the two keepers begin with the same digits."""
         self.entries = [Entry(2, b"entry")]
         self.add("mangle", *KEEPER.split(), f"{OURS}0", binary="ip6tables")
         self.ask("apply")

@@ -251,7 +251,7 @@ class GuardedTests(IptablesCase):
         self.assertEqual(self.iptables.rules("nat"), {})
 
     def test_not_first(self) -> None:
-        """A rule that was put before ours comes after it again, which is a line in the log."""
+        """If another rule was put before ours, ours is moved to the front, and the log says so."""
         redirect = self.applied()
         self.iptables.chains["iptables", "nat", "PREROUTING"].insert(0, ["-j", "DOCKER"])
         self.successResultOf(redirect.look_after(self.iptables))
@@ -282,7 +282,8 @@ class GuardedTests(IptablesCase):
         self.assertEqual(self.iptables.snapshot(), {})
 
     def test_killed_after_the_privileges_were_dropped(self) -> None:
-        """A killed guard cannot be replaced then; its rules are waited for to expire."""
+        """A killed guard cannot be replaced after the privileges were dropped; the proxy waits
+        until its rules have expired."""
         redirect = self.applied()
         self.guards[0].gone = True
         self.host(may_administer_network=False)

@@ -80,9 +80,10 @@ class LeftoverTests(IptablesCase):
         self.assertEqual(self.iptables.rules("nat"), {"iptables": ["-j DOCKER"]})
 
     def test_rulespec_locked(self) -> None:
-        """A copy that cannot be removed for the lock is not taken for one that is not there."""
+        """If a rule cannot be removed because of the lock, the start is refused; the rule does not
+        count as missing."""
         self.add("ip6tables", "nat", DNAT.split())
-        self.fail_calls(3)  # behind the two listings
+        self.fail_calls(3)  # after the two listings
         self.refused(self.apply(IptablesRedirect(PORT, DNAT.split())), LOCKED)
 
     def test_one_family_fails(self) -> None:
@@ -178,7 +179,8 @@ class RecognitionTests(SynchronousTestCase):
         self.assertTrue(is_redirect(default_rulespec(PORT), PORT))
 
     def test_dead_keepers(self) -> None:
-        """A keeper is dead when its process is: the same PID with another start is another."""
+        """A keeper is dead if its process is; one with the same PID and another start time is
+        another process."""
         self.assertFalse(is_dead_keeper(["--comment", keeper_comment(os.getpid(), 1)]))
         self.assertTrue(is_dead_keeper(DEAD_KEEPER))
         elsewhere = f"acme-alpn-proxy keeper {os.getpid()} 1 4026530000"

@@ -184,7 +184,7 @@ class RedirectTests(NftablesCase):
         self.assertEqual(self.lines, ["The nftables table was gone; it is back"])
 
     def test_gone_for_good(self) -> None:
-        """If it cannot be put back the operator reads why, and a later look tries no more."""
+        """If the table cannot be put back, the operator reads why."""
         kernel = self.applied()
         kernel.has_table = False
         self.refused = lambda messages: OSError(errno.ENOMEM, "no memory")
@@ -267,7 +267,7 @@ class RedirectTests(NftablesCase):
 
 class RefusalTests(NftablesCase):
     def refusal(self, number: int, kind: int | None = None, offset: int | None = None) -> Any:
-        """The line for a kernel that refuses so the first message of this kind."""
+        """The error if the kernel refuses the first message of this kind with this number."""
 
         def refused(messages: Sequence[Message]) -> OSError:
             if kind is None:

@@ -81,7 +81,7 @@ class SystemCallTests(SynchronousTestCase):
         self.assertEqual(self.locked_memory(unlimited, unlimited), [])
 
     def test_locked_memory_not_allowed(self) -> None:
-        """That the limit may not be raised is left to the kernel to say."""
+        """If the limit may not be raised, nothing fails here; a later call to the kernel may."""
 
         def refuse(which: int, limits: tuple[int, int]) -> None:
             raise ValueError("not allowed to raise maximum limit")
@@ -187,7 +187,7 @@ class RedirectTests(SynchronousTestCase):
         self.successResultOf(self.redirect.look_after(COMMANDS))
 
     def test_no_loopback_address(self) -> None:
-        """Where IPv6 is off on the loopback it listens on an address that there is."""
+        """If IPv6 is off on the loopback, the proxy listens on another address of the host."""
         self.patch(facts, "ipv6_to_listen_on", lambda: "2001:db8::2")
         both = self.successResultOf(self.redirect.prepare(COMMANDS))
         self.assertEqual(both, ("127.0.0.1:0", "[2001:db8::2]:0"))

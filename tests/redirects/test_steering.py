@@ -12,7 +12,7 @@ from ..service_case import ENDED, LET_GO, ServiceCase
 
 
 class WatchTests(ServiceCase):
-    """While it steers it sees to it that the redirect stays."""
+    """While it steers, the service checks that the redirect is still there."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -45,7 +45,7 @@ class WatchTests(ServiceCase):
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
 
     def test_stop_waits_for_a_look(self) -> None:
-        """A stop lets a look under way come to its end, and is followed by none."""
+        """A stop waits for a check that is under way; after it, there are no more checks."""
         looking = self.redirect.hold("look")
         self.reactor.advance(3)
         self.proxy.stopService()
@@ -104,7 +104,7 @@ class RemovalTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_keeper_stays(self) -> None:
-        """A keeper that cannot be removed does not keep the process."""
+        """If the keeper cannot be removed, the process ends all the same."""
         self.redirect.problems["release keeper"] = StartError("locked")
         stopped = self.proxy.stopService()
         self.linger()

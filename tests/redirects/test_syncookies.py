@@ -72,7 +72,7 @@ class SynCookieTests(SynchronousTestCase):
         self.assertEqual(asked, [LISTENING])
 
     def test_cannot_look(self) -> None:
-        """That the sockets cannot be seen is passed over."""
+        """If the sockets cannot be listed, nothing is done, and nothing fails."""
 
         def refuse(*states: int) -> list[TCPSocket]:
             raise OSError

@@ -32,7 +32,7 @@ def control_daemon(path: Path, answer: Callable[[str], bytes]) -> Iterator[list[
                 return
             try:
                 serve(connection)
-            except OSError:  # who asked has left
+            except OSError:  # the client has gone
                 pass
 
     with socket.socket(socket.AF_UNIX) as listener:

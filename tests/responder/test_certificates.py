@@ -72,7 +72,7 @@ def test_made_here(identifier: str) -> None:
 
 
 def test_right() -> None:
-    """So has any other certificate that is right, with an RSA key too."""
+    """Any other correct certificate has no fault either, also with an RSA key."""
     assert list(faults(certificate(), NAME, DIGEST)) == []
     key = rsa.generate_private_key(65_537, 2_048)
     assert list(faults(certificate(key=key), NAME, DIGEST)) == []

@@ -41,8 +41,7 @@ def test_lifetimes() -> None:
 
 
 def test_ended() -> None:
-    """An identifier that was ended is not pending; to end it again, or one that never was pending,
-    is no error."""
+    """An identifier that was ended is not pending, and it is no error to end it again."""
     clock = Clock()
     pending = Pending(clock)
     pending.add("a.example", DIGEST, "a client")

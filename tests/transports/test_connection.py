@@ -221,7 +221,7 @@ class ConnectionTests(TransportCase):
         self.connect()
 
     def test_last_bytes(self) -> None:
-        """When a protocol gets the last bytes, it can find out that they are; the end-of-file
+        """When a protocol gets the last bytes, it can see that they are the last; the end-of-file
         follows."""
         visitor, protocol = self.connect()
         finishing: list[bool] = []
@@ -257,8 +257,8 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.story, ["made", "end of file"])
 
     def test_event_of_another(self) -> None:
-        """An event of a closed connection that had the same number, and that a process just being
-        spawned holds, does no harm."""
+        """An event of a closed connection does no harm, even if its descriptor's number is used
+        again and a process that is being spawned still has a copy."""
         visitor, protocol = self.connect()
         everything = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLHUP
         for events in (everything, everything | select.EPOLLERR):
@@ -283,8 +283,8 @@ class ConnectionTests(TransportCase):
         self.assertEqual(protocol.data, b"")
 
     def test_number_used_again(self) -> None:
-        """An event of one that an earlier event of the same batch has ended does no harm to its
-        successor under the same number."""
+        """An event of a connection that an earlier event of the same batch has ended does no harm
+        to the next connection with the same number."""
         first, one = self.connect()
         second, two = self.connect()
         number = two.transport.fileno()
@@ -310,7 +310,7 @@ class ConnectionTests(TransportCase):
             self.turn_all()
             self.assertEqual(self.accepted[2].story, ["made"])
             self.accepted[2].transport.abortConnection()
-        else:  # the kernel told the other one first
+        else:  # the kernel reported the event of the other connection first
             ours.close()
 
 

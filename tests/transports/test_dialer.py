@@ -82,7 +82,7 @@ class ConnectorTests(TransportCase):
         self.client.made[0].transport.abortConnection()
 
     def test_refused(self) -> None:
-        """A refusal is told at once."""
+        """A refused connection is reported at once."""
         with socket.create_server(("127.0.0.1", 0)) as closed:
             address = closed.getsockname()
         self.dial(address)
@@ -106,7 +106,7 @@ class ConnectorTests(TransportCase):
         self.patch(dialer, "SocketType", Slow)
 
     def test_later(self) -> None:
-        """An answer that takes time is waited for."""
+        """The connector waits for an answer that takes time."""
         self.wait_for_answer()
         connector = self.dial()
         verifyObject(IConnector, connector)
@@ -122,7 +122,7 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.client.failures, [])
 
     def test_refused_later(self) -> None:
-        """So is a refusal."""
+        """A refusal that comes later is reported."""
         self.wait_for_answer()
         with socket.create_server(("127.0.0.1", 0)) as closed:
             address = closed.getsockname()
@@ -132,8 +132,8 @@ class ConnectorTests(TransportCase):
         self.client.failures[0].trap(ConnectError)
 
     def test_no_answer(self) -> None:
-        """Without an answer it fails when the time is over, whatever events of a closed connection
-        under the same number come meanwhile."""
+        """Without an answer, the attempt fails when its time is over, even if events of a closed
+        connection with the same number have come."""
         connector = self.dial(answerless(self))
         self.turn_all()
         connector.ready(select.EPOLLIN | select.EPOLLHUP)
@@ -145,7 +145,7 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.client.failures[0].getErrorMessage(), "no answer within 10 s")
 
     def test_stopped(self) -> None:
-        """Stopped, it fails; then the end of its time is no matter, nor an event that came."""
+        """An attempt that is stopped fails, once; a later timeout or event changes nothing."""
         connector = self.dial(answerless(self))
         connector.disconnect()
         self.client.failures[0].trap(UserError)
@@ -154,7 +154,7 @@ class ConnectorTests(TransportCase):
         self.assertEqual(len(self.client.failures), 1)
 
     def be_short(self, times: int) -> None:
-        """Let no socket be made, that often."""
+        """Let the next C{times} attempts to make a socket fail."""
         real = socket.SocketType
         left = [errno.EMFILE] * times
 
@@ -193,7 +193,8 @@ class ConnectorTests(TransportCase):
         self.assertEqual(self.accept().recv(1), b"")
 
     def test_error_in_the_factory(self) -> None:
-        """A factory that raises is told that it failed, and the error is logged."""
+        """If the factory raises, its C{clientConnectionFailed} is called, and the error is
+        logged."""
         self.wait_for_answer()
         self.client.kind = defect
         self.dial()

@@ -1,4 +1,4 @@
-"""The target that is wherever the visitor dialled."""
+"""The target at the address that the visitor connected to."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class PortTests(TransportCase):
         return HalfNoting()
 
     def test_many_beside_others(self) -> None:
-        """If others have come, too, all that wait are accepted at once, 33 at most, and none after
-        one of them has paused the port."""
+        """If there are other events too, up to 33 waiting connections are accepted at once, but
+        none after one of them has paused the port."""
         for _ in range(40):
             self.visit()
         self.poller.alone = False

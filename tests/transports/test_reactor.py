@@ -76,7 +76,7 @@ class ProxyReactorTests(SynchronousTestCase):
         self.assertEqual(len(self.accept()), 1)
 
     def test_all_else(self) -> None:
-        """All that the reactor itself waits for comes, too, with the poller and without."""
+        """The reactor also handles its own events, with the poller and without it."""
         told: list[str] = []
         self.poller.open()
         self.reactor.callFromThread(told.append, "with it")

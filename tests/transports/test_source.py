@@ -59,7 +59,7 @@ class SourceTests(TransportCase):
         return connector, client
 
     def comes_from(self) -> str:
-        """Whom the target sees."""
+        """The address that the target sees."""
         connection, (host, _) = self.listener.accept()
         self.addCleanup(connection.close)
         return str(host)
@@ -133,7 +133,8 @@ class SourceTests(TransportCase):
         return dial
 
     def test_nobody_is_answered(self) -> None:
-        """A target that answers nobody is waited for, and no visitor is to blame for that."""
+        """If the target answers nobody, the proxy waits for it, and does not remember the visitor
+        as unanswered."""
         silent = answerless(self)
         self.source.use([silent])
         self.source.plain = self.dialer_to(socket.AF_INET, silent, 10)
@@ -172,7 +173,7 @@ class SourceTests(TransportCase):
         self.assertEqual(len(warnings), 1)
 
     def test_target_is_down(self) -> None:
-        """Where nobody listens that is told."""
+        """If nobody listens at the target, the attempt fails at once."""
         with socket.create_server(("127.0.0.1", 0)) as closed:
             address = closed.getsockname()
         self.source.use([address])

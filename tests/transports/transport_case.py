@@ -86,7 +86,7 @@ class Client(TargetFactory):
 
 
 def defect() -> Any:
-    """Its defect raises an unexpected exception."""
+    """Raise an unexpected exception, as a defect would."""
     raise KeyError("no such key")
 
 
