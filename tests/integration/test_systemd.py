@@ -28,6 +28,13 @@ DROP_IN = f"{SERVICE}.d/sk-lookup.conf"
 EXAMPLES = "/usr/share/doc/acme-alpn-proxy/examples"
 
 LEGO = "lego.service"
+RELOADS = "/run/reloads"
+NGINX = f"""[Service]
+ExecStart=/bin/sh -c 'true >{RELOADS}; exec sleep infinity'
+ExecReload=/bin/sh -c 'echo reloaded >>{RELOADS}'
+"""
+"""In place of a web server's unit: it notes that it was reloaded."""
+
 ACME_SH = "acme-sh.service"
 ACME_SH_PROGRAM = "/root/.acme.sh/acme.sh"
 
@@ -281,25 +288,29 @@ def test_acme_sh_example(road: Street, site: Website, debian: Machine) -> None:
 
 def test_lego_example(road: Street, site: Website, debian: Machine, tmp_path: Path) -> None:
     """lego, as its service has it, renews by TLS-ALPN-01 through the proxy what was ordered by hand
-    as the example says; its timer starts it every day."""
+    as the example says, and the web server loads it; its timer starts it every day."""
     with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
         debian.run("mv", "/usr/bin/lego", "/usr/bin/real-lego")
         asks_the_test_ca = f'#!/bin/sh\nexec real-lego --server {ca.directory_url} "$@"\n'
         debian.write("/usr/bin/lego", asks_the_test_ca, "755")
         debian.write("/etc/ssl/certs/ca-certificates.crt", ca.authority.certificate.read_text())
         _use_examples(debian, "lego.service", "lego.timer")
+        debian.write("/etc/systemd/system/nginx.service", NGINX)
+        debian.run("systemctl", "daemon-reload")
+        debian.run("systemctl", "start", "nginx")
 
         commands = dict(
             line.split("=", 1)
             for line in debian.run("systemctl", "cat", LEGO).stdout.splitlines()
             if line.startswith("Exec")
         )
-        order = commands["ExecStart"].replace("renew --no-random-sleep", "run")
+        order = commands["ExecStart"].partition(" renew ")[0] + " run"
         for command in (commands["ExecStartPre"], order, commands["ExecStopPost"]):
             debian.run(*command.split())
         _has_let_go(road, site, debian)
         first = _brought_home(road, ca, debian, tmp_path)
         assert first.challenges == ["tls-alpn-01"]
+        assert debian.run("cat", RELOADS).stdout == ""
 
         debian.run("systemctl", "start", LEGO)
         _has_let_go(road, site, debian)
@@ -307,6 +318,7 @@ def test_lego_example(road: Street, site: Website, debian: Machine, tmp_path: Pa
     assert second.names == [NAME]
     assert second.challenges == ["tls-alpn-01"] * 2
     assert second.certificate.serial_number != first.certificate.serial_number
+    assert debian.run("cat", RELOADS).stdout == "reloaded\n"
 
     debian.run("systemctl", "enable", "--now", "lego.timer")
     shown = ("systemctl", "show", "--property=Unit,NextElapseUSecRealtime", "lego.timer")
@@ -320,6 +332,6 @@ def _brought_home(road: Street, ca: Pebble, debian: Machine, directory: Path) ->
     files = []
     for name in (f"certificates/{NAME}.crt", "accounts/*/*/keys/*.key"):
         files.append(directory / name.rpartition(".")[2])
-        text = debian.run("sh", "-c", f"cat /var/lib/lego/{name}").stdout
+        text = debian.run("sh", "-c", f"cat /etc/lego/{name}").stdout
         files[-1].write_text(text)
     return issued(road.host.namespace, ca, *files)
