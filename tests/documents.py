@@ -11,6 +11,7 @@ README = "README.md"
 CLIENTS = "docs/clients.md"
 INSTALL = "docs/install.md"
 RENEWAL = "docs/renewal.md"
+TUTORIAL = "docs/tutorial.md"
 
 MAKE = f"{README}: acme-alpn-proxy"
 SYNOPSIS = f"{README}: Commands and options"

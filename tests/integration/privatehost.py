@@ -27,6 +27,7 @@ class Order:
     @ivar after: a block that is to be run before, for the same account.
     @ivar validations: how many there are, those of that block included.
     @ivar names: are in the certificate.
+    @ivar reloads: how often the web server loads a new certificate.
     """
 
     certificate: str
@@ -34,6 +35,7 @@ class Order:
     after: str = ""
     validations: int = 1
     names: tuple[str, ...] = (NAME,)
+    reloads: int = 0
 
 
 class Host:
@@ -73,6 +75,10 @@ cd "$WORK"
             command = programs / name
             command.write_text(f'#!/bin/sh\nexec {shutil.which(name)} {option} "$CA" "$@"\n')
             command.chmod(0o755)
+        self._reloads = directory / "reloads"
+        systemctl = programs / "systemctl"
+        systemctl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{self._reloads}\n')
+        systemctl.chmod(0o755)
         for name in (PROGRAM.name, f"{PROGRAM.name}-hook", "certbot"):
             (programs / name).symlink_to(PROGRAM.with_name(name))
         self._env = {
@@ -106,6 +112,11 @@ cd "$WORK"
         )
         self._namespace.run(*self._SHELL, "-euc", self._PRIVATE + script + keep, env=self._env)
         return issued(self._namespace, self._ca, self._certificate, self._account)
+
+    @property
+    def reloads(self) -> list[str]:
+        """The arguments of each call of systemctl, which does nothing here."""
+        return self._reloads.read_text().splitlines() if self._reloads.exists() else []
 
     @property
     def routed(self) -> list[str]:

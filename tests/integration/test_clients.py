@@ -1,4 +1,5 @@
-"""The commands of README.md, docs/clients.md and docs/renewal.md, run with the real clients.
+"""The commands of README.md, docs/clients.md and docs/renewal.md, and the renewal of
+docs/tutorial.md, run with the real clients.
 
 Each block is one of these, which L{test_every_block} sees to: an order, run by L{test_order} or
 L{test_visitors_notice_nothing}; the hooks, run by L{test_hooks}; one that tells the reader that it
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ..documents import CLIENTS, MAKE, README, RENEWAL, SYNOPSIS, fenced_blocks
+from ..documents import CLIENTS, MAKE, README, RENEWAL, SYNOPSIS, TUTORIAL, fenced_blocks
 from .acme import pebble
 from .netns import CommandFailed, Namespace, Street, wait_until
 from .privatehost import Host, Order
@@ -25,6 +26,8 @@ BLOCKS = {
     for document in (README, CLIENTS, RENEWAL)
     for name, text in fenced_blocks(document).items()
 }
+TUTORIAL_RENEWAL = f"{TUTORIAL}: 5. Renew it"
+BLOCKS[TUTORIAL_RENEWAL] = fenced_blocks(TUTORIAL)[TUTORIAL_RENEWAL]
 
 
 def _lego(folder: str) -> tuple[str, str]:
@@ -54,8 +57,9 @@ ORDERS = {
     README_RUN: Order(*_lego("/etc/lego")),
     README_STEPS: Order(*_lego("/etc/lego")),
     RUN: Order(*_lego("/etc/lego")),
-    LEGO_RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, validations=2),
-    CERTBOT_RENEWAL: Order(*_CERTBOT, after=CERTBOT, validations=4, names=(NAME, WWW)),
+    LEGO_RENEWAL: Order(*_lego("/etc/lego"), after=LEGO, validations=2, reloads=1),
+    TUTORIAL_RENEWAL: Order(*_lego("/etc/lego"), after=RUN, validations=2, reloads=1),
+    CERTBOT_RENEWAL: Order(*_CERTBOT, after=CERTBOT, validations=4, names=(NAME, WWW), reloads=2),
     ADDRESS: Order(*_CERTBOT, validations=2),
     UACME: Order(*_UACME),
     UALPN: Order(*_UACME),
@@ -66,7 +70,8 @@ ORDERS = {
 }
 
 ANY_ADDRESS = "192.0.2.1"
-HOOKS = f"{CLIENTS}: Any client with hooks"
+PRE_HOOK = f"{CLIENTS}: Any client with hooks"
+POST_HOOK = f"{PRE_HOOK} (2)"
 NOT_TESTED = "(not tested)"
 
 
@@ -92,6 +97,7 @@ def paste(road: Street, host: Host, name: str) -> None:
     nothing_is_left(road.host.namespace, before)
     assert tuple(brought.names) == order.names
     assert brought.challenges == ["tls-alpn-01"] * order.validations
+    assert host.reloads == ["reload nginx"] * order.reloads
     assert host.routed
 
 
@@ -114,7 +120,7 @@ def test_hooks(road: Street, host: Host) -> None:
     """A client that runs the two lines before and after its order gets its certificate; they may be
     run again at any time, and in the background as the original needed it."""
     before = road.host.namespace.pids()
-    pre, post = BLOCKS[HOOKS].splitlines()
+    pre, post = (BLOCKS[name].rstrip("\n") for name in (PRE_HOOK, POST_HOOK))
     rounds = f"{post}\n{pre}\n{post}\n{post}\n{pre} &\nwait $!\n{pre}\n"
     assert BLOCKS[LEGO].count(f"{pre}\n") == BLOCKS[LEGO].count(f"{post}\n") == 1
     brought = host.order(BLOCKS[LEGO].replace(f"{pre}\n", rounds), ORDERS[RUN])
@@ -146,6 +152,6 @@ def test_failed_order(
 def test_every_block() -> None:
     """There is no block in README.md or docs/clients.md that no test runs or looks at, unless the
     reader is told so."""
-    run = {HOOKS, *ORDERS, *(order.after for order in ORDERS.values() if order.after)}
+    run = {PRE_HOOK, POST_HOOK, *ORDERS, *(order.after for order in ORDERS.values() if order.after)}
     not_tested = {name for name in BLOCKS if name.endswith(NOT_TESTED)}
     assert set(BLOCKS) == run | not_tested | README_SESSION | {MAKE, SYNOPSIS}
