@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from acme_alpn_proxy.errors import StartError
-from acme_alpn_proxy.firewall import judgement, nfchains
+from acme_alpn_proxy.firewall import judgement, largetables, nfchains
 from acme_alpn_proxy.firewall.judgement import NFTABLES, SK_LOOKUP, Host, Surroundings, iptables
 from acme_alpn_proxy.firewall.nfchains import BaseChain
 from acme_alpn_proxy.firewall.nftrules import Sets, Table
@@ -982,8 +982,9 @@ class ReadingTests(HostCase):
     def test_large_table(self) -> None:
         """A large table that treats all packets of a visitor alike is not listed, others are."""
         large = replace(self.AGENT, rules=40_000)
-        small = BaseChain("inet", "t", "c", "filter", "input", 0)
+        small = BaseChain("inet", "t", "c", "filter", "input", 0, 1)
         self.chains = [large, small]
+        self.patch(largetables, "_generation", lambda: 1)
         rules = ruleset({"hook": "input", "prio": 0}, [dport(PORT), DROP])
         shown = {NFT: printed(*rules), "nft -j -t list table inet t": printed(*rules)}
         for apart, hook, asked in (
@@ -992,7 +993,7 @@ class ReadingTests(HostCase):
             (False, "output", NFT),
         ):
             self.chains[0] = replace(large, hook=hook)
-            self.patch(nfchains, "may_tell_apart", lambda chain, apart=apart: apart)
+            self.patch(largetables, "_is_alike", lambda table, apart=apart: not apart)
             self.assertIn("'inet t c'", self.look(shown))
             self.assertEqual(self.commands.asked[0], asked)
 

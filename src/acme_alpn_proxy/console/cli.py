@@ -471,11 +471,14 @@ def _refuse_if_running(pidfile: PIDFile) -> None:
 
 def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.socket:
     """Start the daemon; returns our end of a socket to it. For C{run}, both ends stay open."""
-    from ..monitoring.logs import make_log_file
-    from . import daemon
-    from .handover import START_DEADLINE, DaemonDied, Report, await_report
+    from ..firewall.largetables import read_meanwhile
 
     _refuse_if_running(pidfile)
+    with read_meanwhile():
+        from ..monitoring.logs import make_log_file
+        from . import daemon
+        from .handover import START_DEADLINE, DaemonDied, Report, await_report
+
     make_log_file(options["logfile"])
     ours, theirs = socket.socketpair()
     child = os.fork()

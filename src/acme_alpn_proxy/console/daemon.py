@@ -31,6 +31,7 @@ from ..program import Program
 from ..responder.client import control_path
 from ..responder.control import load as load_responder
 from ..tap import make_program
+from ..transports.reactor import install
 from .handover import Report, tell_end
 from .startup import loading_done
 from .systemd import ServiceManager
@@ -188,8 +189,6 @@ def serve(
     @param started: called when it steers; if it returns C{False}, the proxy stops again.
     @param caller: a socket to C{run}; once the proxy steers, an end-of-file on it stops the proxy.
     """
-    from ..transports.reactor import install  # exists on Linux only
-
     _refuse_other_user(options["uid"], options["gid"])
     told = of_the_proxy(options)
     if options["control"] is None and responder_is_installed():

@@ -18,6 +18,7 @@ from ..host import facts
 from ..interfaces import NOT_FOUND, ICommands, Result
 from . import nfchains
 from .iptablesrules import iptables_chains
+from .largetables import need_no_listing
 from .nfchains import BaseChain
 from .nftrules import NFPROTO, OWN_TABLE, Json, Sets, Table, is_translated, only
 from .rules import Action, Base, Chain, Condition, Rule, bundled
@@ -37,10 +38,6 @@ _NO_SUCH_TABLE: Final = 3
 
 _TERSE: Final = ("nft", "-j", "-t", "list")
 """Lists without the contents of named sets, which may have a million elements."""
-
-
-_MANY: Final = 1_000
-"""With so many rules in a table, it pays to find out first whether the table must be listed."""
 
 
 class CannotLook(Exception):
@@ -201,11 +198,11 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
     """Fails with L{CannotLook}."""
     try:
         chains, problem = nfchains.base_chains(), None
-        alike = _tables_alike(chains)
+        unlisted = need_no_listing(chains)
     except OSError as refusal:
-        chains, alike, problem = [], set(), refusal
+        chains, unlisted, problem = [], set(), refusal
     shown = Result.not_found(["nft"])
-    if not alike:
+    if not unlisted:
         shown = yield commands.run([*_TERSE, "ruleset"])
         if shown.code not in (0, NOT_FOUND):
             older: Result = yield commands.run(["nft", "-j", "list", "ruleset"])  # knows no -t
@@ -220,9 +217,9 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
     objects: list[Mapping[str, Json]] = []
     unreadable = []
     for table in dict.fromkeys((each.family, each.table) for each in chains):
-        if table in alike:
+        if table in unlisted:
             continue
-        if alike or shown.code != NOT_FOUND:
+        if unlisted or shown.code != NOT_FOUND:
             shown = yield commands.run([*_TERSE, "table", *table])
         here = _objects(shown)
         if here is None:
@@ -231,15 +228,6 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
             unreadable += [(each, reason) for each in of]
         objects += here or ()
     return objects, unreadable
-
-
-def _tables_alike(chains: Sequence[BaseChain]) -> set[tuple[str, str]]:
-    """Large tables that treat all packets of one visitor alike, and so need not be listed."""
-    large = {(each.family, each.table): each for each in chains if each.rules > _MANY}
-    for each in chains:
-        if each.hook in ("output", "postrouting"):  # answers come from this host
-            large.pop((each.family, each.table), None)
-    return {table for table, chain in large.items() if not nfchains.may_tell_apart(chain)}
 
 
 def _objects(shown: Result) -> list[Mapping[str, Json]] | None:
