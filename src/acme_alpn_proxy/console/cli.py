@@ -128,7 +128,8 @@ def start(options: ConsoleOptions, pidfile: PIDFile) -> int:
 def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
     """Steer while a command runs, and return its exit status; raises L{StartError}.
 
-    However this process ends, the proxy stops steering: it holds the other end of a socket.
+    The daemon waits at the other end of a socket of this process. However this process ends, the
+    socket is closed, and the proxy stops steering.
     """
     from .handover import reason_of_end
 
@@ -187,7 +188,7 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
                 process.send(signal.SIGTERM)
                 _await_let_go(process, pidfile)
                 pidfile.remove_of(pid)
-                remove_if_dead(_control(options))  # where its user may not
+                remove_if_dead(_control(options))  # it may lack the right to do it
                 if options["wait"]:
                     _await_end(options, process, pidfile)
                 if options["wait"] and options["command"] == "stop":
@@ -250,7 +251,7 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
         return ask(path, line)
     except NotListening:
         if not line.startswith("auth "):
-            return ""  # what should end has ended with the daemon
+            return ""  # no daemon runs, so nothing is pending
     options["on-demand"] = True
     options.check_responder("hook")
     try:
@@ -281,7 +282,7 @@ def check(options: ConsoleOptions, pidfile: PIDFile) -> int:
         waiting.clear()
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # visitors may be steered right now: go on to the end
+        except BrokenPipeError:  # go on: the probe must still stop steering
             nobody_reads()
 
     def tell_finding(finding: Finding) -> None:
@@ -503,7 +504,8 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
 
 
 def _is_held(pidfile: PIDFile, pid: int) -> bool:
-    """Whether other commands hold the instance; then it stops when they have ended."""
+    """Whether commands of C{run} still use the instance. If so, make it stop when the last of them
+    has ended."""
     answer = _answer_of_the_running(pidfile)
     if answer is None or answer["pid"] != pid or not answer["holders"]:
         return False

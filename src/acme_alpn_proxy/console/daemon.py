@@ -156,7 +156,8 @@ class _OtherUser(Service):
 
 
 def _refuse_other_user(uid: int | None, gid: int | None) -> None:
-    """Refuse if this process cannot become it: later, connections would already be steered."""
+    """Raise L{StartError} if this process cannot become that user or group. Without this check it
+    would fail later, when connections are already steered."""
     is_own = uid in (None, os.geteuid()) and gid in (None, os.getegid())
     if not is_own and not has_capabilities(_CAP_SETGID, _CAP_SETUID):
         raise _may_not_become_it()
@@ -171,7 +172,8 @@ def _may_not_become_it() -> StartError:
 
 
 def _load_responder() -> None:
-    """Load it while its files can be read; visitors do not need it."""
+    """Load the responder while its files can still be read. If that fails, only log it: visitors
+    are served without the responder."""
     try:
         load_responder()
     except Exception as problem:  # cffi raises MemoryError under MemoryDenyWriteExecute=

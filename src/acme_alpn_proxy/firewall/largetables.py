@@ -25,7 +25,7 @@ Name: TypeAlias = tuple[str, str]
 """Family and name of a table."""
 
 _MANY: Final = 1_000
-"""With so many rules in a table, it pays to find out first whether the table must be listed."""
+"""A table with more rules is large: it takes long to list, so it is listed only if necessary."""
 
 _GET_RULE: Final = 10 << 8 | 7
 _GET_GENERATION: Final = 10 << 8 | 16
@@ -134,9 +134,8 @@ def _generation() -> int:
 
 
 def _is_alike(name: Name) -> bool:
-    """Whether no rule of this table looks at more in a visitor's packet than where it comes from.
-
-    Raises L{OSError}.
+    """Whether this table treats all packets of one visitor alike: its rules read only values that
+    these packets have in common, such as the source address. Raises L{OSError}.
     """
     family, table = name
     number = next(each for each, family_name in FAMILIES.items() if family_name == family)

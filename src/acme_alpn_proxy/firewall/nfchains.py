@@ -33,7 +33,7 @@ _ACCEPT: Final = struct.pack("!I", 1)
 """NF_ACCEPT of C{linux/netfilter.h}."""
 
 _NO_NFTABLES: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
-"""The error that the kernel answers if there are none."""
+"""The errors that a kernel without nftables returns."""
 
 
 @dataclass(frozen=True, slots=True)

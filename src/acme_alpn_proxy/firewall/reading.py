@@ -50,8 +50,8 @@ class Firewall:
 
     @ivar nftables: the objects of C{nft -j list ruleset}.
     @ivar unreadable: base chains whose rules no program can show, each with the reason.
-    @ivar translated: the output of C{iptables -S} for those tables of nftables that iptables made
-        with extensions, which nft cannot show; by table.
+    @ivar translated: by table: the output of C{iptables -S}, for tables that the nftables variant
+        of iptables has made and that nft does not show completely.
     @ivar iptables: the same for tables that nft does not show: those of the legacy iptables and,
         without nft, all. Triples of table, listing and whether it is a legacy table.
     """
