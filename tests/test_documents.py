@@ -6,9 +6,10 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+from typing import Any
 
 import pytest
-from twisted.application.service import Application, IServiceCollection
+from twisted.application.service import IServiceCollection
 
 from acme_alpn_proxy import __version__
 from acme_alpn_proxy.options import COMMANDS, ConsoleOptions
@@ -136,8 +137,8 @@ def test_version() -> None:
 
 def test_library() -> None:
     """The lines for other applications put a proxy into the application."""
-    application = Application("of one's own")
     (block,) = fenced_blocks("docs/library.md").values()
-    exec(block, {"application": application})
-    (service,) = IServiceCollection(application)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    (service,) = IServiceCollection(names["application"])
     assert isinstance(service, ProxyService)
