@@ -73,7 +73,7 @@ def tiny_records(address: str) -> None:
 
 
 def tiny_records_to_the_site(address: str) -> None:
-    """The same hellos for the web server, which has to read them, too."""
+    """100 hellos a second of 126 KB for the web server, which has to read them, too."""
     _send_tiny_records(address, b"h2")
 
 

@@ -132,7 +132,7 @@ class Ours:
 
 
 class OursSteered(Ours):
-    """The same, with its iptables rules: visitors connect to port 443."""
+    """acme-alpn-proxy with its iptables rules: visitors connect to port 443."""
 
     name = STEERED
     redirect = "iptables"
@@ -196,7 +196,7 @@ backend web
 
 
 class HAProxySplicing(HAProxy):
-    """The same with C{option splice-auto}: HAProxy decides when to splice."""
+    """HAProxy with C{option splice-auto}: it decides when to splice."""
 
     name = SPLICING
     option = "option splice-auto"

@@ -41,7 +41,7 @@ def connections(stand: Stand, scale: Scale) -> dict[str, float]:
 
 
 def handshakes(stand: Stand, scale: Scale) -> dict[str, float]:
-    """The same for a connection that carries a TLS handshake and a small page."""
+    """CPU for a connection that carries a TLS handshake and a small page, and how many a second."""
     address, port = stand.address
     seconds = max(1, round(scale.seconds))  # wrk accepts only whole seconds
     before = stand.cpu_seconds()

@@ -138,7 +138,7 @@ class Parts:
         return targets
 
     def later_proxy(self) -> ProxyService:
-        """The same for a process that may have become another user.
+        """Make a proxy in a process that may have become another user.
 
         That user cannot run the programs that read the firewall. So the firewall was checked at the
         start, and is not checked again.

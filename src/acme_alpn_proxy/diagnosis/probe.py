@@ -43,8 +43,8 @@ from .hellos import TLS_ANSWERS, acme_hello, server_name, visitor_hello
 from .namespace import Namespace
 
 DIAL_DEADLINE: Final = 3.0
-"""Seconds for each step of a dial: enough for a second SYN, which follows after one second. Not
-more, since visitors are steered in the meantime."""
+"""Seconds for each step of a connection: enough for a second SYN, which follows after one second.
+Not more, since visitors are steered in the meantime."""
 
 PAUSE: Final = 0.05
 """Seconds between the two segments of the validator's hello, so that the proxy reads the first one
@@ -69,7 +69,7 @@ NamesInterfaces: TypeAlias = Callable[[ICommands, int], "Deferred[bool]"]
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """The result of a dial.
+    """The result of a connection that the probe has made.
 
     @ivar source: address and port that it came from; empty if it did not connect.
     @ivar answer: the first bytes that came back; empty if the other end closed, or did not answer.
@@ -269,7 +269,7 @@ def probe(
     names: NamesInterfaces = names_interfaces,
     doing: Doing = lambda what: None,
 ) -> Generator[Deferred[Any], Any, None]:
-    """Steer for a moment, and dial. Nothing is left behind, however it ends.
+    """Steer for a moment, and make connections. However this ends, nothing is left behind.
 
     @param reactor: is already running.
     @param tell: called with each finding.
@@ -321,7 +321,7 @@ def _steer_and_dial(
     alpn = parse_address(f"{where.host}:{where.port}")
     options = {**options, "alpn": alpn, "alpn-certs": None, "control": None, "metrics": None}
     options |= {"alpn-for": {}, "alpn-proxy-protocol": "none"}
-    if options["fallback"].is_original:  # nobody but the probe dials the probe's own addresses
+    if options["fallback"].is_original:  # only the probe connects to its own addresses
         served, _ = yield deferToThread(sites)
         if served:
             options["fallback"] = parse_address(shown((served[0], HTTPS)))

@@ -65,16 +65,16 @@ def all_of(answers: Iterable[Answer]) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """A packet from a visitor to this host, or an answer.
+    """A packet from a visitor to this host, or a reply.
 
     @ivar family: 4 or 6.
     @ivar interface: the interface that it comes in or goes out through.
     @ivar local: the host's address in the packet.
     @ivar port: the host's port in the packet.
-    @ivar dialled: the address that the visitor dialled.
+    @ivar dialled: the address that the visitor connected to.
     @ivar translated: whether connection tracking has a redirect for the connection.
     @ivar owner: the owner of the socket at this end.
-    @ivar reply: whether it is an answer.
+    @ivar reply: whether it is a reply.
     @ivar first: whether it is the first packet of its direction, SYN or SYN-ACK.
     @ivar marks: different for two packets if rules have marked them differently.
     """

@@ -113,7 +113,7 @@ _FEW: Final = 8
 
 
 def bundled(rules: Iterable[Rule]) -> list[Rule]:
-    """The same rules; many successive ones that ban or allow single addresses become one rule."""
+    """The rules; many successive ones that ban or allow single addresses become one rule."""
     found: list[Rule] = []
     for (action, reads), row in groupby(rules, _bundle):
         bundle = list(row)

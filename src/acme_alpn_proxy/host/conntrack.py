@@ -49,8 +49,8 @@ class Entry(NamedTuple):
 def translated(port: int) -> list[Entry]:
     """The entries of TCP connections that were translated to C{port} of this host.
 
-    They are recognized by the source port of their replies: an untranslated entry has the dialled
-    port there. Empty if there is no connection tracking.
+    They are recognized by the source port of their replies: in an untranslated entry, it is the
+    port that the visitor connected to. Empty if there is no connection tracking.
     """
     found: list[Entry] = []
     for family in (socket.AF_INET, socket.AF_INET6):

@@ -97,8 +97,8 @@ def _has_address_v4(interface: str) -> bool:
 def _numbered_interfaces_v6(proc: Path) -> set[str]:
     """The interfaces that have a global address.
 
-    Since Linux 6.7, REDIRECT takes an address with the same scope as the dialled one, so a
-    link-local address is no use for visitors from elsewhere.
+    Since Linux 6.7, REDIRECT takes an address with the same scope as the one that the visitor
+    connected to, so a link-local address is no use for visitors from elsewhere.
     """
     return {
         fields[5]

@@ -113,7 +113,8 @@ class Netlink:
         return self._answers(kind, body, REQUEST | _DUMP)
 
     def dump_packets(self, kind: int, body: bytes) -> Iterator[bytes]:
-        """The same, in packets as the kernel sends them: each has many answers, with their headers.
+        """Everything of that kind, in packets as the kernel sends them: each has many answers, with
+        their headers.
 
         Searching a packet takes a fraction of the time that splitting it takes.
         """

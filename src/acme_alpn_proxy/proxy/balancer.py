@@ -171,7 +171,7 @@ def _unmapped(host: str) -> Any:
 
 
 def addresses_in(header: bytes) -> tuple[Any, Any]:
-    """The visitor's address and the address that it dialled, in Twisted's form.
+    """The visitor's address and the address that it connected to, in Twisted's form.
 
     @return: C{None} for both if the header has no addresses: the connection is the load balancer's
         own, or not over IP.

@@ -68,7 +68,7 @@ def unknown_v1() -> bytes:
 
 
 def unknown_v2() -> bytes:
-    """The same in version 2: the command LOCAL (section 2.2)."""
+    """A header of version 2 without addresses: the command LOCAL (section 2.2)."""
     return _V2_FIXED.pack(_V2_START, _LOCAL, _UNSPECIFIED, 0)
 
 

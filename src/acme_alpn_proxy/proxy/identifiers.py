@@ -25,7 +25,7 @@ class BadIdentifier(ValueError):
 def parse_identifier(text: str) -> str:
     """The normal form of the identifier in C{text}; raises L{BadIdentifier}."""
     try:
-        if "%" not in text:  # a scoped address, valid on one interface only: no CA can dial it
+        if "%" not in text:  # a scoped address, valid on one interface only: no CA can use it
             return str(ipaddress.ip_address(text))
     except ValueError:
         pass

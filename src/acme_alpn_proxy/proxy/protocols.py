@@ -227,7 +227,7 @@ class ProxyServer(Protocol):
         return any(there in dialled for _, there in self.may_be)
 
     def _here(self) -> tuple[str, int]:
-        """The address of this host that was dialled."""
+        """The address of this host that the visitor connected to."""
         here = self.transport.getHost()
         found = original_destination(self.transport.fileno(), here.host) or end_of(here)
         # A local route may make a whole network this host's; no list has all its addresses.

@@ -46,7 +46,7 @@ class Validation:
     result: str = UNDER_WAY
 
     def status(self) -> ValidationStatus:
-        """The same values, for C{status}."""
+        """The values, in the form that C{status} gets."""
         return {
             "peer": self.peer,
             "server_name": self.server_name,

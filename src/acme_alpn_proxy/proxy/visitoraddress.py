@@ -61,7 +61,7 @@ class IVisitorAddress(Protocol):
 
 
 class HostAddress:
-    """The web server sees the address that this host dials from."""
+    """The web server sees an address of this host."""
 
     capabilities = ()
 

@@ -55,7 +55,7 @@ def default_rulespec(port: int) -> list[str]:
 
 
 def _as_dnat(rulespec: Sequence[str]) -> list[str]:
-    """The same rule with DNAT, which changes only the port."""
+    """The rule with DNAT instead of REDIRECT: it changes only the port."""
     words = ["DNAT" if word == "REDIRECT" else word for word in rulespec]
     for flag in ("--to-port", "--to-ports"):
         if flag in words[:-1]:

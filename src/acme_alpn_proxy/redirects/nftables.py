@@ -2,8 +2,8 @@
 
 The netlink socket that made the table owns it: the kernel removes the table when the socket is
 closed, also after SIGKILL, and no other program can change or flush it. Its rule gives a new
-connection to a listener on loopback (C{tproxy}) and keeps the address that the visitor dialled. So
-INPUT sees port 443, and connection tracking is not used. The kernel looks for an established
+connection to a listener on loopback (C{tproxy}) and keeps the address that the visitor connected
+to. So INPUT sees port 443, and connection tracking is not used. The kernel looks for an established
 connection first: connections of the web server stay there, and steered ones continue after the
 table is removed.
 

@@ -2,8 +2,8 @@
 
 When a SYN arrives, the kernel asks the program which listening socket gets it, before it searches
 for one itself. Firewall, addresses and connection tracking stay unchanged: INPUT sees port 443, and
-the accepted socket has the address that the visitor dialled. The program is never asked about
-established connections. It is attached by a link, which is a descriptor: when the process ends,
+the accepted socket has the address that the visitor connected to. The program is never asked about
+established connections. It is attached with a link, which is a descriptor: when the process ends,
 also after SIGKILL, the next SYN goes to the web server.
 
 Sources: bpf-helpers(7); the kernel's C{Documentation/bpf/prog_sk_lookup.rst} and
@@ -122,7 +122,7 @@ def steering_program(sockets: int, addresses: int) -> bytes:
     """
     program = Assembler()
     program.move(6, 1)  # r6 = the lookup; calls do not change r6 to r9
-    program.load_word(2, 6, _LOCAL_PORT)  # r2 = port that was dialled
+    program.load_word(2, 6, _LOCAL_PORT)  # r2 = destination port
     program.jump_unless_number(2, HTTPS, "pass")
     program.load_word(2, 6, _PROTOCOL)  # r2 = TCP or UDP
     program.jump_unless_number(2, socket.IPPROTO_TCP, "pass")

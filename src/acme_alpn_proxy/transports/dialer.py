@@ -48,7 +48,7 @@ _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOM
 
 
 def _sources(family: int) -> list[str]:
-    """The addresses, besides the usual one, from which a loopback target can be dialled."""
+    """The addresses, besides the usual one, from which to connect to a loopback target."""
     if family == socket.AF_INET:
         return [f"127.0.0.{last}" for last in range(2, _SOURCES)]
     try:
@@ -149,7 +149,7 @@ class Dialer:
     def _dial_from_another_source(self) -> tuple[SocketType, int]:
         """All local ports to the target are in use with this source: use another one for a while.
 
-        A loopback target can be dialled from every address of this host, which includes all of
+        A loopback target accepts connections from every address of this host, which includes all of
         127.0.0.0/8.
         """
         if not self._sources:

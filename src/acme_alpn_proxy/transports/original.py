@@ -1,4 +1,4 @@
-"""A separate target for each visitor: the address that it dialled."""
+"""A separate target for each visitor: the address that it connected to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OriginalTarget:
     def __init__(self, at: DialledTarget, own_port: int, instead: int) -> None:
         """
         @param at: returns the target for an address and a port, bound to that address.
-        @param own_port: the port of the proxy itself: visitors who dial it get C{instead}.
+        @param own_port: the port of the proxy itself: visitors who connect to it get C{instead}.
         """
         self._at = at
         self._own_port = own_port

@@ -108,9 +108,9 @@ class Arrival:
     """The addresses of a visitor's connection: numeric, each with its port.
 
     @ivar visitor: where it comes from.
-    @ivar dialled: the address that it dialled.
+    @ivar dialled: the address that it connected to.
     @ivar here: the address of this host to which its connection came. It differs from C{dialled}
-        if a load balancer has sent the address that the visitor connected to.
+        if a load balancer has sent the latter.
     @ivar header: the load balancer's header (PROXY protocol), unchanged; empty if there is none.
     """
 
@@ -145,7 +145,7 @@ class TargetFactory(ClientFactory):
 
 
 def original_destination(descriptor: int, host: str) -> tuple[str, int] | None:
-    """The address that a visitor dialled before connection tracking translated it
+    """The address that a visitor connected to, before connection tracking translated it
     (SO_ORIGINAL_DST)."""
     is_v6 = ":" in host and not host.startswith("::ffff:")
     level, size = (socket.IPPROTO_IPV6, 28) if is_v6 else (socket.IPPROTO_IP, 16)

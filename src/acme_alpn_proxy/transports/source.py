@@ -2,7 +2,7 @@
 
 The target sees the visitor as if it had come directly. A
 L{acme_alpn_proxy.host.returnpath.ReturnPath} brings the target's answers back. If they do not come
-back, the target is dialled from this host's address.
+back, the connection is made from this host's address.
 """
 
 from __future__ import annotations
