@@ -31,14 +31,14 @@ LEGO_SECONDS = 90.0
 RESPONDER = "127.0.0.1:31443"
 EMAIL = "admin@site.example"
 CERTIFICATE_SECONDS = 20 * 86_400
-"""Clients renew what ends within 30 days."""
+"""Clients renew certificates that expire within 30 days."""
 
 SHORTLIVED_SECONDS = 160 * 3600
 PROFILES = {
     "default": {"description": "", "validityPeriod": CERTIFICATE_SECONDS},
     "shortlived": {"description": "", "validityPeriod": SHORTLIVED_SECONDS},
 }
-"""Of a CA that knows profiles: pebble 2.6 does not, 2.10 does."""
+"""The profiles of a CA that supports them: pebble 2.10 does, 2.6 does not."""
 
 _ENVIRONMENT = {
     "PEBBLE_VA_NOSLEEP": "1",
@@ -58,7 +58,7 @@ class Pebble:
 
 
 def _dns_option() -> str:
-    """How this pebble-challtestsrv is told where to answer DNS: from 2.10 on it is -dnsserver."""
+    """The option of pebble-challtestsrv for its DNS address: C{-dnsserver} since 2.10."""
     done = subprocess.run(
         ["pebble-challtestsrv", "-help"], capture_output=True, text=True, check=False
     )
@@ -115,7 +115,7 @@ def pebble(node: Node, host: Node, directory: Path) -> Iterator[Pebble]:
 
 @dataclass(frozen=True)
 class Issued:
-    """What the client brought home."""
+    """The certificate that a client has got, and the challenges of its account."""
 
     certificate: x509.Certificate
     challenges: list[str]
@@ -145,7 +145,7 @@ def lego(
 
 
 def issued(host: Namespace, ca: Pebble, certificate: Path, account: Path) -> Issued:
-    """What a client brought home, as files: the certificate, and the key of its account."""
+    """The same from the files of a client: its certificate, and the key of its account."""
     chain = x509.load_pem_x509_certificates(certificate.read_bytes())
     return Issued(chain[0], Account(host, ca, account.read_bytes()).valid_challenges())
 
@@ -155,7 +155,7 @@ class Account:
 
     def __init__(self, host: Namespace, ca: Pebble, key: bytes) -> None:
         """
-        @param key: of an account that there is (RFC 8555, section 7.3.1), as PEM, or as JWK.
+        @param key: the key of an existing account (RFC 8555, section 7.3.1), as PEM, or as JWK.
         """
         self._host = host
         self._ca = ca

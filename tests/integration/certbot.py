@@ -24,7 +24,7 @@ class Certbot:
     @ivar run: runs a command there; gives its output and its exit status.
     @ivar read: the content of a file there, given by a pattern of sh.
     @ivar config: the folder of its certificates and accounts.
-    @ivar options: what each command gets besides.
+    @ivar options: options that are added to each command.
     """
 
     namespace: Namespace
@@ -40,13 +40,13 @@ class Certbot:
         return ["certbot", *words, *self.options, *server, "--non-interactive"]
 
     def fails(self, *words: str) -> str:
-        """Run it, and give what it says; it must fail."""
+        """Run certbot, which must fail, and return its output."""
         said, status = self.run(*self.words(*words))
         assert status != 0, said
         return said
 
     def succeeds(self, *words: str) -> None:
-        """Run it; it must succeed."""
+        """Run certbot, which must succeed."""
         said, status = self.run(*self.words(*words))
         assert status == 0, said
 
@@ -60,7 +60,7 @@ class Certbot:
         return Account(self.namespace, self.ca, key.encode())
 
     def brought(self, name: str) -> Issued:
-        """What it has in the end under a name of its own, and the challenges so far."""
+        """The certificate that certbot has stored as C{name}, and all challenges so far."""
         pem = self.read(f"{self.config}/live/{name}/cert.pem")
         certificate = x509.load_pem_x509_certificate(pem.encode())
         return Issued(certificate, self.account().valid_challenges())

@@ -36,7 +36,7 @@ def road() -> Iterator[Street]:
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, road: Street, tmp_path: Path) -> Iterator[Website]:
-    """The site, on the host; where the test boots a machine, the web server is one of its own."""
+    """The site, on the host; if the test boots a machine, the web server is a process of that."""
     wrapper: tuple[str, ...] = ()
     if "debian" in request.fixturenames:
         booted: Machine = request.getfixturevalue("debian")

@@ -24,7 +24,7 @@ NAMES = (NAME, f"www.{NAME}")
 
 
 class Unexpected(Exception):
-    """Something of what the demo is to show did not hold."""
+    """Something that the demo was to show has not happened."""
 
 
 @contextmanager

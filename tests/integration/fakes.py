@@ -1,4 +1,4 @@
-"""Commands that stand before the real ones on PATH."""
+"""Fake commands that come before the real ones in PATH."""
 
 from __future__ import annotations
 
@@ -48,5 +48,6 @@ class FakeIptables:
         self._failing.write_text(f"{failing}\n")
 
     def instead(self, line: str) -> None:
-        """What the failing call does, a line of sh; unless that exits, the real command follows."""
+        """Let the failing call run a line of sh, and then, if the line does not exit, the real
+        command."""
         (self.directory / "instead").write_text(f"{line}\n")

@@ -1,5 +1,5 @@
-"""Kinds of hosts as people have them: firewall, addresses, how visitors come in; and which ways to
-steer work there."""
+"""Kinds of hosts that people have: their firewall, their addresses and the path of their visitors;
+and which redirects work there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ BRIDGE_SWITCHES = tuple(f"net.bridge.bridge-nf-call-{each}tables" for each in ("
 class Host:
     """A host with its web server, and a visitor one cable away.
 
-    @ivar families: by which visitors come.
-    @ivar steered_from: the address that the web server sees if the proxy dials, and cannot do so
-        from the visitor's address.
-    @ivar options: what C{start} needs here in any case.
+    @ivar families: the address families that visitors use.
+    @ivar steered_from: the address that the web server sees for a steered visitor, if the proxy
+        cannot connect to it from the visitor's address.
+    @ivar options: the options that C{start} always needs here.
     @ivar path: the PATH of the proxy, if not the usual one.
     """
 
@@ -63,19 +63,19 @@ class Host:
         return same
 
     def crowd(self) -> AbstractContextManager[Visitors]:
-        """Visitors who come all the time."""
+        """Visitors who come again and again."""
         return visitors(
             self.site, self.road.visitor, self.road.host, self.families, self.steered_from
         )
 
     def ruleset(self) -> str:
-        """All rules of the firewall, without counters, handles and what is empty."""
+        """All rules of the firewall, without counters, handles, empty chains and empty tables."""
         shown = self.namespace.run("nft", "--stateless", "list", "ruleset").stdout
         return "\n".join([*self.namespace.rules(), _without_empty(shown)])
 
 
 def _without_empty(ruleset: str) -> str:
-    """Without the chains and tables that iptables has made and emptied again."""
+    """The ruleset without the chains and tables that iptables has made and emptied again."""
     chain = r"(?m)^\tchain \S+ \{\n(?:\t\ttype .*policy accept;\n)?\t\}\n\n?"
     return re.sub(r"(?m)^table \S+ \S+ \{\n\}\n", "", re.sub(chain, "", ruleset))
 
@@ -87,9 +87,10 @@ Made = Callable[[Path], AbstractContextManager[Host]]
 class Kind:
     """A kind of host.
 
-    @ivar make: makes one, with files in a folder.
-    @ivar default: the way that C{start} takes if nobody chooses.
-    @ivar refusals: the ways that refuse if they are named alone: the reason, as a pattern.
+    @ivar make: makes such a host, with files in a folder.
+    @ivar default: the redirect that C{start} takes if nobody chooses.
+    @ivar refusals: the redirects that are refused if they are named alone, with a pattern of the
+        reason.
     """
 
     make: Made
@@ -103,7 +104,7 @@ Arrange = Callable[[Namespace, Path, ExitStack], None]
 def _on(
     streets: Callable[[], AbstractContextManager[Street]], arrange: Arrange | None = None
 ) -> Made:
-    """A host on such a street, on which something is arranged."""
+    """A host on such a street, after C{arrange} was called for it."""
 
     @contextmanager
     def make(directory: Path) -> Iterator[Host]:
@@ -120,7 +121,8 @@ def _on(
 
 
 def _both_families(host: Namespace, rule: str) -> None:
-    """A rule of iptables and ip6tables. ICMP and STRANGER stand for what each calls so."""
+    """Add a rule of iptables and of ip6tables. In each, the placeholders ICMP and STRANGER are
+    replaced by the family's protocol and by an address."""
     for family, icmp, stranger in (("", "icmp", "203.0.113.7"), ("6", "icmpv6", "2001:db8:7::7")):
         words = rule.replace("ICMP", icmp).replace("STRANGER", stranger)
         host.run(f"ip{family}tables", *words.split())

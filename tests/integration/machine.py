@@ -87,7 +87,7 @@ class Machine:
         return done
 
     def copied(self, file: Path) -> str:
-        """Copy a file of the host into its /run, and give the path in there.
+        """Copy a file of the host into the machine's /run, and return its path in the machine.
 
         What is mounted on the host, such as a tmpfs at /tmp, is not in the machine.
         """
@@ -96,14 +96,14 @@ class Machine:
         return path
 
     def write(self, path: str, text: str, mode: str = "644") -> None:
-        """Write a file in there, folders and all."""
+        """Write a file in the machine; make its folders if they are missing."""
         script = 'mkdir -p "${1%/*}"; printf %s "$2" >"$1"; chmod "$3" "$1"'
         self.run("sh", "-c", script, "sh", path, text, mode)
 
     def changed(self) -> set[str]:
-        """Every file that is not as on the host, but for those where dpkg and others keep book."""
+        """Every file that differs from the host's, except the records of dpkg and the like."""
         books = r"^(var/lib/(dpkg|systemd|apt)|var/cache|var/log/(dpkg.log|alternatives.log)|run)\b"
-        # The boot has left there the folder of what is not as on the host.
+        # The boot script has bound the folder of the overlay's changes to this path.
         found = self.run("find", "/media", "-not", "-type", "d", "-printf", r"%P\n")
         return {path for path in found.stdout.splitlines() if not re.match(books, path)}
 

@@ -32,7 +32,7 @@ class NotRoot(RuntimeError):
 
 
 def require_root() -> None:
-    """Raise L{NotRoot} with the remedy unless this process may make network namespaces."""
+    """Raise L{NotRoot}, with a remedy, if this process may not make network namespaces."""
     if os.geteuid() != 0:
         raise NotRoot("only root can make network namespaces: run this as root")
 
@@ -48,7 +48,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
 
 @contextmanager
 def pidfd(pid: int) -> Iterator[int]:
-    """A descriptor for the process C{pid} that no other process can come to own."""
+    """A pidfd for the process C{pid}: it never refers to another process."""
     descriptor = os.pidfd_open(pid)
     try:
         yield descriptor
@@ -57,7 +57,7 @@ def pidfd(pid: int) -> Iterator[int]:
 
 
 def ended(descriptor: int, seconds: float) -> bool:
-    """Whether the process behind a pidfd ends within C{seconds}."""
+    """Whether the process of a pidfd ends within C{seconds}."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
@@ -79,7 +79,8 @@ def terminate(process: subprocess.Popen[str], seconds: float = 5.0) -> None:
 
 @contextmanager
 def ready(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process we started, once it has written the line C{ready}; it is ended afterwards."""
+    """A process that we have started, after it has written the line C{ready}; it is ended at the
+    end."""
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -115,11 +116,11 @@ class Namespace:
             _run("ip", "netns", "delete", namespace.name)
 
     def ip(self, arguments: str) -> str:
-        """Run C{ip} with these space-separated arguments on this namespace; give its output."""
+        """Run C{ip} with these space-separated arguments in this namespace; return its output."""
         return _run("ip", "-n", self.name, *arguments.split()).stdout
 
     def argv(self, *command: str | Path) -> list[str]:
-        """The command line that runs C{command} in here; the process is C{command} itself."""
+        """The words that run C{command} in this namespace; the process is C{command} itself."""
         return ["ip", "netns", "exec", self.name, *map(str, command)]
 
     def run(
@@ -129,13 +130,13 @@ class Namespace:
         env: Mapping[str, str] | None = None,
         timeout: float = COMMAND_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in here to its end, with C{env} added to our environment."""
+        """Run a command in this namespace to its end, with C{env} added to our environment."""
         return _run(*self.argv(*command), check=check, env=env, timeout=timeout)
 
     def popen(
         self, *command: str | Path, log: Path, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start a command in here that keeps running; its output is appended to C{log}."""
+        """Start a command in this namespace that keeps running; append its output to C{log}."""
         with log.open("a") as output:
             return subprocess.Popen(
                 self.argv(*command),
@@ -151,7 +152,7 @@ class Namespace:
         return self.call(lambda: socket(family, SOCK_STREAM))
 
     def call(self, make: Callable[[], T]) -> T:
-        """What C{make} gives when it is called in here."""
+        """Call C{make} in this namespace, and return its result."""
         with ThreadPoolExecutor(1) as pool:  # setns(2) is per thread: this one ends with it
             return pool.submit(self._call, make).result()
 
@@ -186,7 +187,7 @@ class Namespace:
         return listener
 
     def accepts(self, address: str, port: int) -> bool:
-        """Whether somebody listens there, seen from in here."""
+        """Whether somebody listens there, seen from this namespace."""
         try:
             self.connect(address, port).close()
         except OSError:
@@ -194,7 +195,7 @@ class Namespace:
         return True
 
     def wait_until_listening(self, process: subprocess.Popen[str], address: str, port: int) -> None:
-        """Wait until a process of ours listens there; raise if it has ended."""
+        """Wait until our process listens there; raise if the process has ended."""
 
         def listens() -> bool:
             if process.poll() is not None:
@@ -216,12 +217,12 @@ class Namespace:
         return found
 
     def pids(self) -> list[int]:
-        """The processes that run in here."""
+        """The processes that run in this namespace."""
         found = _run("ip", "netns", "pids", self.name).stdout.split()
         return [int(pid) for pid in found]
 
     def kill_all(self) -> None:
-        """SIGKILL whatever still runs in here, and wait for its end."""
+        """Send SIGKILL to all processes in this namespace, and wait for their end."""
         for pid in self.pids():
             try:
                 with pidfd(pid) as descriptor:
@@ -259,7 +260,7 @@ def family_of(address: str) -> AddressFamily:
 
 
 def url_host(address: str) -> str:
-    """A literal address as it is written in front of C{:port}."""
+    """A literal address as it is written before C{:port}."""
     return f"[{address}]" if ":" in address else address
 
 
@@ -306,7 +307,7 @@ def _number(namespace: Namespace, link: str, ipv4: str, ipv6: str) -> None:
 
 @contextmanager
 def _neighbours() -> Iterator[tuple[Namespace, Node]]:
-    """Host and visitor, who has addresses already."""
+    """Host and visitor; the visitor has addresses already."""
     with Namespace.made("host") as host, Namespace.made("visitor") as visitor:
         _cable(host, LINK, visitor, LINK)
         _number(visitor, LINK, "10.88.0.2", "fd88::2")
@@ -375,9 +376,9 @@ def gateway() -> Iterator[Gateway]:
 
 @contextmanager
 def container(host: Namespace, number: int = 0, port: int = 443) -> Iterator[Node]:
-    """A container on C{host} whose port 443 is published by IPv4, in Docker's manner.
+    """A container on C{host} whose port 443 is published over IPv4, as Docker does it.
 
-    @param number: each has one of its own, the first of a host has 0.
+    @param number: differs for each container of a host; the first has 0.
     @param port: the port of the host.
     """
     link, network = f"docker{number}", f"172.{17 + number}.0"

@@ -13,7 +13,7 @@ CERTBOT = ROOT / ".cache" / "certbot"
 
 
 def make_packages(directory: Path) -> Path:
-    """Run C{make pyz deb} with folders of its own; gives that with the packages."""
+    """Run C{make pyz deb} with separate folders, and return the folder with the packages."""
     folders = (f"VENV={directory / 'venv'}", f"DIST={directory / 'dist'}")
     command = ("make", *folders, f"PYTHON={sys.executable}", "pyz", "deb")
     done = subprocess.run(

@@ -15,19 +15,19 @@ from .proxy import PROGRAM
 from .website import NAME
 
 _TERMINAL = {"COLUMNS": "80", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
-"""Of the shell, wherever the tests run."""
+"""Variables of the shell's environment, the same wherever the tests run."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """A block by which a certificate is ordered.
+    """A block that orders a certificate.
 
-    @ivar certificate: where it is afterwards; like C{account} a pattern of sh.
-    @ivar account: where the key of the ACME account is.
-    @ivar after: a block that is to be run before, for the same account.
-    @ivar validations: how many there are, those of that block included.
-    @ivar names: are in the certificate.
-    @ivar reloads: how often the web server loads a new certificate.
+    @ivar certificate: the file that it is in afterwards; like C{account}, a pattern of sh.
+    @ivar account: the file with the key of the ACME account.
+    @ivar after: the block after which this one is run, for the same account.
+    @ivar validations: the number of validations, with those of the block C{after}.
+    @ivar names: the names in the certificate.
+    @ivar reloads: the number of times that the web server loads a new certificate.
     """
 
     certificate: str
@@ -39,10 +39,10 @@ class Order:
 
 
 class Host:
-    """The host as whoever follows a document finds it: its own F{/etc}, F{/var} and so on.
+    """A host as a reader of the documents has it, with a private F{/etc}, F{/var} and so on.
 
-    What is written there goes with the last process, so the host of the tests does not change. A
-    command is the client's own, and asks the test CA where it would ask Let's Encrypt.
+    These are gone after the last process, so the host of the tests does not change. The commands
+    are the real clients, which ask the test CA instead of Let's Encrypt.
     """
 
     _SHELL = ("unshare", "--mount", "--propagation", "private", "sh")
@@ -104,7 +104,7 @@ cd "$WORK"
         return process
 
     def order(self, script: str, order: Order) -> Issued:
-        """Run a script, every line of which has to succeed, and give what it brought home."""
+        """Run a script, every line of which has to succeed, and return what it has got."""
         keep = (
             f"cp {order.certificate} {self._certificate}\n"
             f"cp {order.account} {self._account}\n"

@@ -22,11 +22,12 @@ NET_RAW = 1 << 13
 SWEEPER = "acme-alpn-proxy-sweeper"
 
 AT_ONCE = ("--linger", "0")
-"""For tests to which the linger is no matter."""
+"""For tests in which the linger does not matter."""
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+"""Words before a command that is to run as the user nobody."""
 NOBODY_WHO_MAY_WRITE = (*NOBODY, "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
-"""To be put before a command."""
+"""The same, with the right to read and write any file, so that only other rights are missing."""
 
 
 class Proxy:
@@ -42,7 +43,7 @@ class Proxy:
         self.log_file = directory / "proxy.log"
         self.env = {"ACME_ALPN_PROXY_PIDFILE": str(self.pid_file), **(env or {})}
         self.wrapper: tuple[str, ...] = ()
-        """A command that runs the program, in front of it."""
+        """Words that come before the program's name: a command that runs the program."""
         self.pid = 0
         """The process of the last start that succeeded."""
 
@@ -52,11 +53,11 @@ class Proxy:
         return self.namespace.run(*command, check=check, env=self.env)
 
     def start_words(self, *options: str) -> list[str]:
-        """The words behind the program's name that start it."""
+        """The words after the program's name that start the proxy."""
         return [*options, "--logfile", str(self.log_file), "start"]
 
     def start_line(self, *options: str) -> str:
-        """The same with the program, for a shell."""
+        """The command line that starts the proxy, for a shell."""
         return shlex.join([str(self.program), *self.start_words(*options)])
 
     def start(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -87,19 +88,19 @@ class Proxy:
 
     @property
     def guard(self) -> int:
-        """The process that removes the rules should the proxy die."""
+        """The PID of the guard, the process that removes the rules if the proxy dies."""
         pids = [pid for pid in self.namespace.pids() if _argument(pid, 5) == GUARD]
         (guard,) = [pid for pid in pids if _leads_its_session(pid)]  # not what it forks meanwhile
         return guard
 
     @property
     def sweeper(self) -> int:
-        """The process that removes the routing rule should the proxy die."""
+        """The PID of the sweeper, the process that removes the routing rule if the proxy dies."""
         (sweeper,) = [pid for pid in self.namespace.pids() if _argument(pid, 5) == SWEEPER]
         return sweeper
 
     def kill_with_guard(self) -> None:
-        """SIGKILL the process when nobody is left to remove its rules."""
+        """Kill the guard and then the proxy, so that no process removes the rules."""
         kill(self.guard)
         self.kill()
 
@@ -121,7 +122,7 @@ def _argument(pid: int, number: int) -> str:
 
 
 def way_back(namespace: Namespace) -> list[str]:
-    """What there is of a way back: devices, their routes in any table, and routing rules."""
+    """What exists of a way back: devices, their routes in any table, and routing rules."""
     found = [
         *namespace.ip("-o link show").splitlines(),
         *namespace.ip("-4 route show table all").splitlines(),
@@ -133,7 +134,7 @@ def way_back(namespace: Namespace) -> list[str]:
 
 
 def no_way_back_is_left(namespace: Namespace) -> None:
-    """Within a second there is nothing of it."""
+    """Assert that within a second nothing is left of the way back."""
     wait_until(lambda: way_back(namespace) == [], "the way back is gone", 1)
 
 
@@ -145,7 +146,7 @@ def kill(pid: int) -> None:
 
 
 def is_powerless(status: str, kept: int = 0) -> bool:
-    """Whether a process has no capability but those that are kept, a bit each, and can get none
+    """Whether a process has only the capabilities C{kept}, a bit each, and can get no other
     (/proc/PID/status, proc(5))."""
     sets = dict(re.findall(r"^(Cap\w+):\t(\w+)$", status, re.MULTILINE))
     assert len(sets) == 5

@@ -26,7 +26,8 @@ CAST, DRAWING, PAGE = (ROOT / "docs" / f"demo.{kind}" for kind in ("cast", "svg"
 
 COLUMNS = 88
 LONGEST_PAUSE = 3.0
-"""Seconds: what is waited for longer is drawn as if it took so long; the times printed stay."""
+"""The longest pause in the drawing, in seconds. Longer pauses are shortened; the times that are
+printed stay."""
 CHARACTER, LINE, MARGIN = 8.4, 20, 16
 PROMPT = "# "
 
@@ -63,7 +64,7 @@ def record(command: list[str]) -> list[Event]:
 
 
 def pieces(events: list[Event]) -> list[tuple[float, int, int, str]]:
-    """What stands where and from when on: seconds, line, column, text without newlines."""
+    """Each piece of text with its time and place: seconds, line, column, text without newlines."""
     found = []
     line = column = 0
     before = skipped = 0.0

@@ -28,7 +28,7 @@ _COMMAND = re.compile(r"^# (?:.*\\\n)*.*\n", re.MULTILINE)
 _END = "--- end of what it prints ---"
 
 _SHOWN = {"10.88.0.2:14000": "ca.example", "10.88.0.2_14000": "ca.example"}
-"""What the pages show in place of what is of this test alone."""
+"""Replacements, in the pages, for addresses that exist only in this test."""
 
 _Visit = Callable[[], AbstractContextManager[Visit]]
 

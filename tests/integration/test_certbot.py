@@ -24,7 +24,7 @@ WWW = f"www.{NAME}"
 
 @pytest.fixture
 def certbot(road: Street, proxy: Proxy, tmp_path: Path) -> Iterator[Certbot]:
-    """The command beside this Python, which has no proxy yet."""
+    """The certbot that is installed beside this Python; no proxy runs yet."""
     with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
         proxy.env["REQUESTS_CA_BUNDLE"] = str(ca.authority.certificate)
         proxy.env["PATH"] = f"{PROGRAM.parent}:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,14 +43,14 @@ def certbot(road: Street, proxy: Proxy, tmp_path: Path) -> Iterator[Certbot]:
 
 
 def options(proxy: Proxy, *more: str) -> str:
-    """For the proxy that the plugin starts."""
+    """The option of certbot with options for the proxy that the plugin starts."""
     words = [*AT_ONCE, "--logfile", str(proxy.log_file), *more]
     return f"--alpn-proxy-options={' '.join(words)}"
 
 
 def test_order_and_renewal(road: Street, site: Website, proxy: Proxy, certbot: Certbot) -> None:
-    """With no proxy running, an order for two names starts one, and so does the renewal, from what
-    certbot has saved; it steers for no longer than that, and every visitor is served."""
+    """If no proxy runs, an order for two names starts one, and so does the renewal with the options
+    that certbot has saved. The proxy steers only until these end, and every visitor is served."""
     before = road.host.namespace.pids()
     with visitors(site, road.visitor, road.host) as crowd:
         certbot.order("-d", NAME, "-d", WWW, options(proxy, "--redirect", "iptables,nftables"))
@@ -72,11 +72,11 @@ def test_order_and_renewal(road: Street, site: Website, proxy: Proxy, certbot: C
 
 
 def test_addresses(road: Street, site: Website, proxy: Proxy, certbot: Certbot) -> None:
-    """IP addresses get into a certificate, by IPv4 and by IPv6; it is valid for as long as the
-    profile says, if the CA knows profiles.
+    """A certificate can have IPv4 and IPv6 addresses; it is valid for as long as the profile says,
+    if the CA knows profiles.
 
-    A name stands first: older pebbles write the first identifier to the subject, too, and there
-    certbot takes no IP address.
+    The first identifier is a name: older pebbles also write the first one to the subject, where
+    certbot accepts no IP address.
     """
     addresses = (road.host.ipv4, road.host.ipv6)
     words = [word for address in addresses for word in ("--ip-address", address)]
@@ -95,7 +95,8 @@ def test_addresses(road: Street, site: Website, proxy: Proxy, certbot: Certbot) 
 def test_running_one(
     road: Street, site: Website, proxy: Proxy, certbot: Certbot, on_demand: tuple[str, ...]
 ) -> None:
-    """A proxy that runs is used, and runs on; one that steers on demand does so for the order."""
+    """The plugin uses a running proxy, and does not stop it. An on-demand proxy steers during the
+    order."""
     proxy.start(*AT_ONCE, *on_demand)
     assert steers(road, site) == (not on_demand)
     with visitors(site, road.visitor, road.host) as crowd:
@@ -110,8 +111,8 @@ def test_running_one(
 
 
 def test_failing_order(road: Street, site: Website, proxy: Proxy, certbot: Certbot) -> None:
-    """If the CA does not get to the proxy, the operator reads the CA's words and that nobody has
-    asked here; nothing is left."""
+    """If the CA cannot reach the proxy, the operator reads the CA's words, and that nobody has
+    asked this host; nothing is left."""
     before = road.host.namespace.pids()
     with visitors(site, road.visitor, road.host) as crowd:
         said = certbot.fails(*ORDER, "-d", NAME, options(proxy, "--redirect", "none"))
@@ -123,7 +124,7 @@ def test_failing_order(road: Street, site: Website, proxy: Proxy, certbot: Certb
 
 
 def test_proxy_does_not_start(road: Street, site: Website, proxy: Proxy, certbot: Certbot) -> None:
-    """If no proxy can be started its own words say why."""
+    """If no proxy can be started, certbot shows the proxy's error."""
     before = road.host.namespace.pids()
     said = certbot.fails(*ORDER, "-d", NAME, options(proxy, "--fallback", "127.0.0.1:444"))
     assert "acme-alpn-proxy: nobody answers at 127.0.0.1:444, where visitors would be sent" in said
@@ -139,7 +140,7 @@ def test_killed(
     tmp_path: Path,
     number: signal.Signals,
 ) -> None:
-    """However certbot ends in the middle of an order, the proxy that it had started lets go."""
+    """If a signal ends certbot during an order, the proxy that it has started stops steering."""
     before = road.host.namespace.pids()
     words = certbot.words(*ORDER, "-d", NAME, options(proxy))
     process = proxy.namespace.popen(*words, log=tmp_path / "log", env=proxy.env)

@@ -160,7 +160,8 @@ def test_json(site: Website, proxy: Proxy) -> None:
 
 
 def test_port_taken(host: Namespace, site: Website, proxy: Proxy) -> None:
-    """Another program has port 21443, by either family: that failed, and nothing is steered."""
+    """If another program has port 21443, over IPv4 or over IPv6, the check fails, and nothing is
+    steered."""
     for address in ("127.0.0.1", "::1"):
         with host.listen(address, PORT):
             done = check(proxy, "--probe")
@@ -208,7 +209,8 @@ def test_acme_target_is_taken(host: Namespace, site: Website, proxy: Proxy) -> N
 def test_firewall_that_drops(
     road: Street, host: Namespace, site: Website, proxy: Proxy, family: str
 ) -> None:
-    """Only port 443 is let in: by sk-lookup all is well, by iptables it failed, and says why."""
+    """If the firewall accepts only port 443, C{check} is ok with sk-lookup; with iptables it fails,
+    and names sk-lookup."""
     host.run(family, "-P", "INPUT", "DROP")
     for match in ("-i lo", "-p tcp --dport 443", "-p ipv6-icmp"):
         if family == "ip6tables" or "icmp" not in match:
@@ -255,7 +257,8 @@ def test_port_443_sent_elsewhere(host: Namespace, site: Website, proxy: Proxy) -
 
 
 def test_leftovers(host: Namespace, site: Website, proxy: Proxy) -> None:
-    """Rules of an instance that was killed with its guard failed; stop is the remedy, and works."""
+    """If an instance that was killed with its guard has left rules, C{check} fails. The remedy is
+    C{stop}, and it works."""
     proxy.start(*AT_ONCE)
     proxy.kill_with_guard()
     rules = host.rules()
@@ -288,7 +291,8 @@ def test_while_an_instance_runs(site: Website, proxy: Proxy, redirect: str) -> N
 
 
 def test_files_not_writable(site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """PID file and log file in folders that are not there failed, each with its remedy."""
+    """If the folder of the PID file or of the log is missing, C{check} fails, with a remedy for
+    each."""
     proxy.env["ACME_ALPN_PROXY_PIDFILE"] = str(tmp_path / "missing" / "pid")
     done = proxy.run("check", "--logfile", str(tmp_path / "missing" / "log"), check=False)
     assert done.returncode == 1
@@ -307,7 +311,7 @@ def test_not_root(site: Website, proxy: Proxy) -> None:
 
 
 def test_usage(proxy: Proxy) -> None:
-    """Its flags without it are wrong usage."""
+    """The flags of C{check} are wrong usage with other commands."""
     done = proxy.run("stop", "--json", check=False)
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -316,7 +320,8 @@ def test_usage(proxy: Proxy) -> None:
 def test_interrupted_while_it_steers(
     host: Namespace, site: Website, proxy: Proxy, tmp_path: Path, number: int
 ) -> None:
-    """A signal during the linger for visitors: it ends in order, says so, and exits 1."""
+    """If a signal comes while the probe steers, C{check} ends in order, says so, and exits with
+    1."""
     output = tmp_path / "output"
     words = ("check", "--probe", "--linger", "2", "--logfile", str(proxy.log_file))
     process = host.popen(proxy.program, *words, log=output, env=proxy.env)

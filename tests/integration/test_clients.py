@@ -1,7 +1,7 @@
 """The commands of README.md, docs/clients.md and docs/renewal.md, and the renewal of
 docs/tutorial.md, run with the real clients.
 
-Each block is one of these, which L{test_every_block} sees to: an order, run by L{test_order} or
+Each block is one of these, which L{test_every_block} checks: an order, run by L{test_order} or
 L{test_visitors_notice_nothing}; the hooks, run by L{test_hooks}; one that tells the reader that it
 is not tested; a session on a terminal, run by F{test_sessions.py}; a synopsis or commands of make,
 looked at by F{tests/test_documents.py}.
@@ -77,19 +77,19 @@ NOT_TESTED = "(not tested)"
 
 @pytest.fixture
 def host(road: Street, site: Website, tmp_path: Path) -> Iterator[Host]:
-    """The host, and a CA that asks it."""
+    """The host, and a CA that validates it."""
     with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
         yield Host(road.host.namespace, ca, tmp_path / "host")
 
 
 def nothing_is_left(namespace: Namespace, before: list[int]) -> None:
-    """All that was started has ended by itself, and no rule is left."""
+    """Assert that all processes that were started end by themselves, and that no rule is left."""
     wait_until(lambda: set(namespace.pids()) <= set(before), "nothing runs any more")
     assert namespace.rules() == []
 
 
 def paste(road: Street, host: Host, name: str) -> None:
-    """Follow the document; what it promises holds, and nothing is left behind."""
+    """Run the block, and assert that its promises hold and that nothing is left."""
     order = ORDERS[name]
     before = road.host.namespace.pids()
     script = (BLOCKS.get(order.after, "") + BLOCKS[name]).replace(ANY_ADDRESS, road.host.ipv4)
@@ -103,12 +103,13 @@ def paste(road: Street, host: Host, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ORDERS if name != README_STEPS])
 def test_order(road: Street, host: Host, name: str) -> None:
-    """Who pastes the block has a certificate, by TLS-ALPN-01 through the proxy."""
+    """A reader who pastes the block gets a certificate, with TLS-ALPN-01 through the proxy."""
     paste(road, host, name)
 
 
 def test_visitors_notice_nothing(road: Street, site: Website, host: Host) -> None:
-    """Who pastes the block of the README has a certificate, and every visitor was served."""
+    """A reader who pastes the block of the README gets a certificate, and every visitor is
+    served."""
     with visitors(site, road.visitor, road.host) as crowd:
         paste(road, host, README_STEPS)
         report = crowd.leave()
@@ -117,8 +118,8 @@ def test_visitors_notice_nothing(road: Street, site: Website, host: Host) -> Non
 
 
 def test_hooks(road: Street, host: Host) -> None:
-    """A client that runs the two lines before and after its order gets its certificate; they may be
-    run again at any time, and in the background as the original needed it."""
+    """A client that runs the two hooks before and after its order gets its certificate. The hooks
+    may be run again at any time, also in the background, as the original program needed it."""
     before = road.host.namespace.pids()
     pre, post = (BLOCKS[name].rstrip("\n") for name in (PRE_HOOK, POST_HOOK))
     rounds = f"{post}\n{pre}\n{post}\n{post}\n{pre} &\nwait $!\n{pre}\n"
@@ -139,8 +140,8 @@ def test_hooks(road: Street, host: Host) -> None:
 def test_failed_order(
     road: Street, host: Host, name: str, right: str, wrong: str, told: str
 ) -> None:
-    """Where the order fails the proxy lets go all the same: there is nothing to renew, or the
-    responder is not where it should be."""
+    """If the order fails, because there is nothing to renew or because the validation fails, the
+    proxy still stops steering."""
     before = road.host.namespace.pids()
     assert right in BLOCKS[name]
     with pytest.raises(CommandFailed, match=told):
@@ -150,8 +151,7 @@ def test_failed_order(
 
 
 def test_every_block() -> None:
-    """There is no block in README.md or docs/clients.md that no test runs or looks at, unless the
-    reader is told so."""
+    """Each block of the documents is run or checked by a test, or says that it is not tested."""
     run = {PRE_HOOK, POST_HOOK, *ORDERS, *(order.after for order in ORDERS.values() if order.after)}
     not_tested = {name for name in BLOCKS if name.endswith(NOT_TESTED)}
     assert set(BLOCKS) == run | not_tested | README_SESSION | {MAKE, SYNOPSIS}

@@ -21,14 +21,14 @@ from .proxy import AT_ONCE, NOBODY_WHO_MAY_WRITE, PORT, Proxy, ends
 from .warm import Done, WarmProxy, warm_proxy
 from .website import PAGE, Visit, Website
 
-"""Not root, and yet its files are no hindrance: what is left to fail is iptables."""
 CALLS_BEFORE_THE_FIRST_RULE = 5
-"""The first one asks iptables for its version alone, which may fail."""
-
+"""Commands of iptables: one that asks for its version, which may fail, and two listings for each
+family."""
 CALLS_UNTIL_THE_LAST_RULE = 9
+"""The same, and those that make the keepers and the redirects."""
 CALLS_OF_A_START = 11
-"""The last two ask whether ours are first: they may fail, and are asked again."""
-"""iptables commands: two listings for each family, then the keepers and the redirects."""
+"""The same, and two that check whether the redirects come first; these may fail, as the check is
+repeated."""
 MOMENTS = 20
 IGNORED = (signal.SIGHUP, signal.SIGUSR2, signal.SIGPIPE)
 REDIRECTS_AND_KEEPERS = 4
@@ -42,7 +42,7 @@ def host(road: Street) -> Namespace:
 
 @pytest.fixture
 def warm(host: Namespace, proxy: Proxy) -> Iterator[WarmProxy]:
-    """For tests of many starts."""
+    """Runs commands faster, for tests with many starts."""
     with warm_proxy(host.argv(), proxy.env) as running:
         yield running
 
@@ -62,7 +62,7 @@ def _nothing_is_left(proxy: Proxy) -> None:
 
 
 def _refused(done: Done, pattern: str, status: int) -> None:
-    """It failed, and said so in one line in which C{pattern} is found: cause, then remedy."""
+    """Assert that the command failed and printed one line with C{pattern}: cause, then remedy."""
     assert done.returncode == status, done
     assert done.stdout == ""
     log = LOG_LINE + "*" if "-n" in done.args else ""
@@ -70,7 +70,7 @@ def _refused(done: Done, pattern: str, status: int) -> None:
 
 
 def _said(done: Done, pattern: str = "") -> None:
-    """It went well, and said this much."""
+    """Assert that the command succeeded and printed one line with C{pattern}, or nothing."""
     assert done.returncode == 0, done
     assert re.fullmatch(rf"acme-alpn-proxy: {pattern}\n" if pattern else "", done.stderr), done
 
@@ -138,7 +138,7 @@ def test_stop_when_not_running(proxy: Proxy) -> None:
 
 
 def test_stop_returns_when_it_has_let_go(road: Street, site: Website, proxy: Proxy) -> None:
-    """C{stop} returns once redirect and PID file are gone, and does not wait for a visitor."""
+    """C{stop} returns once the redirect and the PID file are gone, without waiting for visitors."""
     proxy.start(*AT_ONCE)
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
@@ -202,7 +202,7 @@ def test_stop_after_a_kill(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("ampersand", ["", " &"])
 def test_hook_is_not_held(host: Namespace, proxy: Proxy, ampersand: str) -> None:
-    """A hook runner that waits for the end-of-file of its pipes gets it while the daemon lives."""
+    """A program that waits for the end-of-file of a hook's pipes gets it while the daemon runs."""
     hook = subprocess.Popen(
         host.argv("sh", "-c", f"exec 9>&1; {proxy.start_line(*AT_ONCE)}{ampersand}"),
         env={**os.environ, **proxy.env},
@@ -228,7 +228,8 @@ def test_hook_is_not_held(host: Namespace, proxy: Proxy, ampersand: str) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_foreground(host: Namespace, proxy: Proxy, tmp_path: Path, number: int) -> None:
-    """With -n it stays, logs to stderr, and ends by SIGTERM and by SIGINT, with 0."""
+    """With C{-n} the proxy stays in the foreground and logs to stderr; SIGTERM and SIGINT end it,
+    with status 0."""
     stderr = tmp_path / "stderr"
     process = host.popen(
         proxy.program, *proxy.start_words(*AT_ONCE, "-n"), log=stderr, env=proxy.env
@@ -247,7 +248,7 @@ def test_foreground(host: Namespace, proxy: Proxy, tmp_path: Path, number: int) 
 def test_sigint_inherited_as_ignored(
     host: Namespace, proxy: Proxy, tmp_path: Path, foreground: list[str]
 ) -> None:
-    """Started by C{start &} in a script, which has it ignore SIGINT, SIGINT stops it."""
+    """With C{start &} in a script the proxy inherits SIGINT as ignored; SIGINT still stops it."""
     line = proxy.start_line(*AT_ONCE, *foreground)
     shell = host.popen("sh", "-c", f"{line} & wait $!", log=tmp_path / "shell", env=proxy.env)
     try:
@@ -281,7 +282,7 @@ def test_signals_that_do_not_end_it(road: Street, site: Website, proxy: Proxy) -
 
 
 def test_log_file_moved_aside(proxy: Proxy) -> None:
-    """SIGUSR1 has the log go on in a new file, as logrotate wants it."""
+    """After SIGUSR1 the proxy logs to a new file, as logrotate needs it."""
     proxy.start(*AT_ONCE, "--log-format", "json", "--log-level", "info")
     aside = proxy.log_file.rename(proxy.log_file.with_suffix(".1"))
     _send(proxy.pid, signal.SIGUSR1)
@@ -322,7 +323,8 @@ def test_drain_timeout(road: Street, site: Website, proxy: Proxy) -> None:
 def test_signal_at_any_moment_of_the_start(
     host: Namespace, proxy: Proxy, warm: WarmProxy, hit: str, number: int
 ) -> None:
-    """Whichever process is hit, and when: C{start} ends, and after C{stop} nothing is left."""
+    """If a signal hits C{start} or the daemon at any moment, C{start} ends, and C{stop} leaves
+    nothing behind."""
     start = proxy.start_words(*AT_ONCE)
     moments = warm.moments(MOMENTS, *start, hit=hit)
     warm.run("stop", "--wait")
@@ -344,7 +346,7 @@ def test_signal_at_any_moment_of_the_start(
 
 def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None:
     """If the guard is killed while the kernel inserts a rule, another guard takes that over."""
-    fake.instead("kill -KILL $PPID; sleep 0.2")  # and then what was asked for
+    fake.instead("kill -KILL $PPID; sleep 0.2")  # then the real iptables runs
     with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
         for call in range(CALLS_BEFORE_THE_FIRST_RULE + 1, CALLS_UNTIL_THE_LAST_RULE + 1):
             fake.reset(failing=call)
@@ -360,7 +362,7 @@ def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None
 
 
 def test_port_taken(host: Namespace, proxy: Proxy) -> None:
-    """Another program has port 21443: C{start} says so, and how to find it."""
+    """If another program has port 21443, C{start} says so, and how to find it."""
     with host.listen("127.0.0.1", PORT) as other:
         done = proxy.start(*AT_ONCE, check=False)
         why = rf"port {PORT} is taken by another program; stop that one \(see: ss .*\)"
@@ -377,7 +379,7 @@ def test_port_taken(host: Namespace, proxy: Proxy) -> None:
 def test_pid_file_in_a_folder_that_is_not_there(
     proxy: Proxy, tmp_path: Path, foreground: list[str]
 ) -> None:
-    """The PID file cannot be written: C{start} says why, and which variable to set."""
+    """If the PID file cannot be written, C{start} says why, and which variable to set."""
     proxy.env["ACME_ALPN_PROXY_PIDFILE"] = path = str(tmp_path / "missing" / "pid")
     done = proxy.start(*AT_ONCE, *foreground, check=False)
     why = f"cannot write the PID file {path}: No such file.*; .*ACME_ALPN_PROXY_PIDFILE"
@@ -386,7 +388,7 @@ def test_pid_file_in_a_folder_that_is_not_there(
 
 
 def test_log_file_not_writable(proxy: Proxy, tmp_path: Path) -> None:
-    """The log cannot be written: C{start} says why, and names --logfile; C{run} says the same."""
+    """If the log cannot be written, C{start} and C{run} say why, and name C{--logfile}."""
     proxy.log_file = tmp_path / "missing" / "log"
     why = f"cannot write the log file {proxy.log_file}: No such file.*; .*--logfile"
     _refused(proxy.start(*AT_ONCE, check=False), why, os.EX_CANTCREAT)
@@ -432,7 +434,8 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
 def test_root_who_may_not(
     proxy: Proxy, missing: str, words: list[str], pattern: str, foreground: list[str]
 ) -> None:
-    """In a container, a root without a capability is told which one; no visitor was steered."""
+    """If root in a container lacks a capability, the error says what it may not do, and no visitor
+    is steered."""
     proxy.wrapper = ("setpriv", f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
     done = proxy.start(*AT_ONCE, *words, *foreground, check=False)
     _refused(done, pattern, os.EX_NOPERM)
@@ -441,7 +444,7 @@ def test_root_who_may_not(
 
 @pytest.mark.parametrize("option", ["--uid", "--gid"])
 def test_user_that_is_not_there(proxy: Proxy, option: str) -> None:
-    """A user or a group that there is not, by name or by number, is refused at once."""
+    """A user or a group that does not exist, by name or by number, is refused at once."""
     for value in ("no-such", "4294967294"):
         done = proxy.start(*AT_ONCE, option, value, check=False)
         _refused(done, f"{option} '{value}': there is no such .*; name one", os.EX_NOUSER)
@@ -450,7 +453,7 @@ def test_user_that_is_not_there(proxy: Proxy, option: str) -> None:
 
 @pytest.mark.parametrize("foreground", [[], ["-n"]])
 def test_user_of_another_namespace(proxy: Proxy, foreground: list[str]) -> None:
-    """In a user namespace without that user, which is known only when it steers, the proxy ends."""
+    """In a user namespace where the user does not exist, C{start} fails, and the proxy ends."""
     proxy.wrapper = ("unshare", "--user", "--map-root-user")
     options = ("--redirect", "none", "--uid", "nobody", *foreground)
     _refused(proxy.start(*AT_ONCE, *options, check=False), "may not become", os.EX_NOPERM)
@@ -483,7 +486,7 @@ def test_standard_descriptors_are_closed(proxy: Proxy) -> None:
 
 
 def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
-    """No iptables on PATH: C{start} says so. By default another way is taken."""
+    """If iptables is not on PATH, C{start} says so. By default it takes another redirect."""
     without = ("env", "PATH=/nowhere", proxy.program)
     by_default = proxy.start_words(*AT_ONCE)
     done = host.run(*without, *by_default, env=proxy.env)
@@ -498,7 +501,7 @@ def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
 
 
 def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
-    """Whichever command of a start fails: one line reports it, and earlier steps are undone."""
+    """If any iptables command of a start fails, one line says so, and earlier steps are undone."""
     with warm_proxy(proxy.namespace.argv(), proxy.env) as warm:
         for call in range(2, CALLS_UNTIL_THE_LAST_RULE + 1):
             fake.reset(failing=call)
@@ -525,7 +528,7 @@ def test_ipv6_rule_fails(proxy: Proxy, fake: FakeIptables) -> None:
 
 
 def test_lock_of_iptables_is_held(host: Namespace, proxy: Proxy, tmp_path: Path) -> None:
-    """Another program holds the lock of iptables for long: C{start} says so."""
+    """If another program holds the lock of iptables for long, C{start} says so."""
     legacy = tmp_path / "legacy"
     legacy.mkdir()
     for name in ("iptables", "ip6tables"):
@@ -596,7 +599,8 @@ def test_host_without_ipv6(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: Path) -> None:
-    """Tracking was idle and the host's connections fill half its table: C{start} warns."""
+    """If connection tracking was idle and the host's connections fill half its table, C{start}
+    warns."""
     # So that the kernel has connection tracking at all; in the visitor's namespace it is idle.
     road.visitor.namespace.run("iptables", "-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID")
     limit = tmp_path / "limit"
@@ -614,8 +618,8 @@ def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: P
 
 
 def test_web_server_down(road: Street, proxy: Proxy) -> None:
-    """Without a web server, C{start} refuses. If it goes down later, visitors are reset, as by a
-    closed port, and one line says why."""
+    """Without a web server, C{start} refuses. If the web server goes down later, visitors are
+    reset, as from a closed port, and one line says why."""
     start = proxy.start(*AT_ONCE, "--fallback", "127.0.0.1:444", check=False)
     _refused(start, "nobody answers at 127.0.0.1:444, .*; start the web server", os.EX_CONFIG)
     with road.host.namespace.listen("127.0.0.1", 444):

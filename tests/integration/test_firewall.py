@@ -147,8 +147,8 @@ def _lost(road: Street) -> bool:
 def test_iptables_dropping_by_default(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, suffix: str
 ) -> None:
-    """If INPUT accepts only 443, start refuses. A forced start shows that it must: it stops by
-    itself. With 21443 accepted, visitors are steered."""
+    """If INPUT accepts only port 443, C{start} refuses. A forced start loses visitors and stops by
+    itself. If INPUT also accepts port 21443, visitors are steered."""
     host = road.host.namespace
     _load_iptables(host, DEFAULT_DROP, tmp_path, suffix)
     _refused(road, site, proxy, "INPUT", "sk-lookup")
@@ -168,7 +168,8 @@ def test_iptables_dropping_by_default(
 def test_nftables_dropping(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, name: str
 ) -> None:
-    """If rules of nftables drop redirected packets, start refuses, and must."""
+    """If rules of nftables drop redirected packets, C{start} refuses; a forced start loses
+    visitors."""
     _load_nft(road.host.namespace, DROPPING[name], tmp_path)
     _refused(road, site, proxy, "inet firewall")
     proxy.start("--force", *IPTABLES, *QUICK)

@@ -39,8 +39,8 @@ def test_local_ports_run_out(road: Street, site: Website, proxy: Proxy, whether:
 def test_connection_that_began_meanwhile(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """A visitor came through the proxy, and again without it from the same port: when the proxy
-    comes back that second connection goes on."""
+    """A visitor connects through the proxy, then, from the same port, without it. When the proxy
+    starts again, the second connection continues."""
 
     def dialled() -> socket.socket:
         connection = road.visitor.namespace.new_socket(socket.AF_INET)
@@ -69,8 +69,8 @@ def test_connection_that_began_meanwhile(
 
 @pytest.mark.parametrize("family", ["IPv4", "IPv6"])
 def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy, family: str) -> None:
-    """A rule of another program sends the proxy's connections to its web server back to it: they
-    are closed, with one line in the log, and do not go round."""
+    """If a rule of another program sends the proxy's connections to the web server back to the
+    proxy, it closes them and logs one line: there is no endless loop."""
     proxy.start(*AT_ONCE)
     command, loopback = {"IPv4": ("iptables", "127.0.0.1"), "IPv6": ("ip6tables", "::1")}[family]
     rule = ["-p", "tcp", "-d", loopback, "--dport", "443", "-j", "REDIRECT"]
@@ -87,7 +87,7 @@ def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy, fa
 
 
 def test_proxy_hangs(road: Street, site: Website, proxy: Proxy) -> None:
-    """A proxy that was stopped by a signal while visitors wait: the guard lets go for it."""
+    """If the proxy is suspended (SIGSTOP) while a visitor waits, the guard removes the redirect."""
     proxy.start(*AT_ONCE)
     guarded = len(road.host.namespace.rules())
     os.kill(proxy.pid, signal.SIGSTOP)

@@ -114,7 +114,7 @@ def test_steered_download_at_stop(road: Street, site: Website, proxy: Proxy, fam
 
 @contextmanager
 def lost(visitor: Namespace, direction: str, flags: str) -> Iterator[None]:
-    """While this lasts no packet with these flags comes from, or gets to, port 443."""
+    """Inside the block, packets with these flags from or to port 443 are dropped."""
     port = "sport" if direction == "input" else "dport"
     visitor.run(
         "nft",

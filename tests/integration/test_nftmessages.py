@@ -142,7 +142,8 @@ def test_table_and_chains(host: Namespace) -> None:
 
 
 def test_made_and_deleted(host: Namespace) -> None:
-    """Made and deleted in one batch, a table was never there; the same socket can make it then."""
+    """A table that is made and deleted in one batch does not exist afterwards, and the same socket
+    can make it again."""
     table = steering_table([("127.0.0.1", 1), ("::1", 1)], pin=True)
     with send(host, *table, nft.delete_table("acme_alpn_proxy")) as kernel:
         assert host.run("nft", "list", "tables").stdout == ""
@@ -151,7 +152,8 @@ def test_made_and_deleted(host: Namespace) -> None:
 
 
 def test_all_or_nothing(host: Namespace) -> None:
-    """Of a batch with one wrong message nothing is done, and the kernel says which it was."""
+    """If one message of a batch is wrong, the kernel applies none of them, and says which it
+    was."""
     chain = nft.new_chain(TABLE, "c", "magic", nft.FILTER)
     with pytest.raises(Refused) as caught:
         send(host, nft.new_table(TABLE, nft.OWNER), chain)
@@ -160,7 +162,7 @@ def test_all_or_nothing(host: Namespace) -> None:
 
 
 def test_unknown_expression(host: Namespace) -> None:
-    """The kernel says where in a rule the expression is that it does not know."""
+    """The kernel reports the position of an unknown expression in a rule."""
     unknown = nft.fib_type_of_destination().replace(b"fib\0", b"fab\0")
     rule = nft.new_rule(TABLE, "c", TCP, unknown)
     chain = nft.new_chain(TABLE, "c", "filter", nft.FILTER)

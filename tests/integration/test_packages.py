@@ -1,4 +1,4 @@
-"""The packages where nothing else of the project is: the one file, and Debian's."""
+"""The packages, on machines without the source: the one-file program, and Debian's package."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .visitors import visitors
 from .website import NAME, Website, steers
 
 AFTERWARDS = 4.0
-"""Seconds that certbot does not take to end once the proxy has let go."""
+"""Seconds after the end of steering within which certbot ends, if no visitor is live."""
 
-# The one file
+# The one-file program
 
 
 @pytest.fixture
 def one_file(proxy: Proxy, dist: Path, tmp_path: Path) -> Proxy:
-    """With no other Python than Debian's, and nothing in its environment but a home."""
+    """The one-file program with Debian's Python, and an environment of little more than HOME."""
     path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
     pid_file = f"ACME_ALPN_PROXY_PIDFILE={proxy.pid_file}"
     proxy.wrapper = ("env", "-i", path, f"HOME={tmp_path}", pid_file)
@@ -39,7 +39,7 @@ def one_file(proxy: Proxy, dist: Path, tmp_path: Path) -> Proxy:
 
 
 def test_one_file(road: Street, site: Website, one_file: Proxy) -> None:
-    """The one file shows its help, starts, steers, and stops."""
+    """The one-file program shows its help, starts, steers, and stops."""
     assert one_file.run("--help").stdout.startswith("Usage: acme-alpn-proxy")
     one_file.start(*AT_ONCE)
     assert steers(road, site)
@@ -50,8 +50,8 @@ def test_one_file(road: Street, site: Website, one_file: Proxy) -> None:
 
 
 def test_one_file_uses_nothing_of_the_machine(one_file: Proxy, tmp_path: Path) -> None:
-    """Python packages of the machine, which may be of any age, are not used, nor those that Python
-    has loaded already when it starts."""
+    """The one-file program does not use Python packages of the machine, which may be of any age,
+    nor those that Python has loaded already when the program starts."""
     script = "import site; print(site.getusersitepackages())"
     home = one_file.namespace.run(*one_file.wrapper, "python3", "-c", script).stdout.strip()
     package = Path(home, "zope")
@@ -69,7 +69,7 @@ def test_one_file_uses_nothing_of_the_machine(one_file: Proxy, tmp_path: Path) -
 
 
 def test_one_file_and_an_old_python(one_file: Proxy, tmp_path: Path) -> None:
-    """A Python that is too old is told in one line, with the remedy."""
+    """With a Python that is too old, the program prints one line, with the remedy."""
     old = tmp_path / "old.py"
     old.write_text(
         "import runpy, sys; sys.version_info = (3, 9, 2); sys.argv = sys.argv[1:];"
@@ -92,7 +92,7 @@ ACCOUNTS = {"etc/.pwd.lock"} | {
     for name in ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")
     for backup in ("", "-")
 }
-"""Where the users are."""
+"""The files of user accounts: the package adds a user to them."""
 
 PLUGINS = "usr/lib/python3/dist-packages/twisted/plugins/dropin.cache"
 """Debian's list of Twisted's plugins: a trigger of python3-twisted keeps it."""
@@ -119,8 +119,8 @@ def test_lintian(dist: Path) -> None:
 
 
 def test_installed(debian: Machine, dist: Path) -> None:
-    """Once installed, both programs, the man page and the completions are there, and it is told
-    who maintains them."""
+    """After the installation both programs, the man pages and the completions are there, and the
+    package names its maintainer."""
     install(debian, dist)
     told = debian.run("dpkg-query", "-W", "-f", "${Maintainer}", "acme-alpn-proxy").stdout
     (author,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"]
@@ -140,7 +140,7 @@ def test_installed(debian: Machine, dist: Path) -> None:
 
 
 def test_pages(debian: Machine, dist: Path) -> None:
-    """The pages are in the package, with the examples, and lead to each other there as in the
+    """The pages and the examples are in the package, and the links between them work as in the
     source."""
     install(debian, dist)
     place = "/usr/share/doc/acme-alpn-proxy"
@@ -176,7 +176,8 @@ def test_upgrade(road: Street, site: Website, debian: Machine, dist: Path, tmp_p
 
 
 def test_removed(road: Street, site: Website, debian: Machine, dist: Path) -> None:
-    """Purged while it steers, it leaves nothing but its user: no rule, no process, no file."""
+    """If the package is purged while the proxy steers, only its user is left: no rule, no process
+    and no file."""
     before, processes = debian.changed(), set(road.host.namespace.pids())
     install(debian, dist)
     debian.run("twistd3", "--help")
@@ -211,9 +212,9 @@ def certbot(road: Street, debian: Machine, dist: Path, tmp_path: Path) -> Iterat
 
 
 def test_certbot(road: Street, site: Website, debian: Machine, certbot: Certbot) -> None:
-    """Debian's certbot orders a certificate for two names; its timer's service renews it; an order
-    that the CA does not get through with fails, and says what was seen here. Nobody is steered any
-    more afterwards, and every visitor was served."""
+    """Debian's certbot orders a certificate for two names, and the service of its timer renews it.
+    If the CA cannot reach the proxy, an order fails, and certbot shows what this host has seen.
+    After each order no visitor is steered; every visitor is served."""
     www = f"www.{NAME}"
     with visitors(site, road.visitor, road.host) as crowd:
         certbot.order("-d", NAME, "-d", www)
@@ -235,8 +236,8 @@ def test_certbot(road: Street, site: Website, debian: Machine, certbot: Certbot)
 
 
 def test_certbot_service(road: Street, site: Website, debian: Machine, certbot: Certbot) -> None:
-    """The service of certbot's timer, whose end is that of all its processes, does not end while a
-    visitor is served through the proxy that the plugin had started."""
+    """When certbot ends, systemd ends all processes of its service; so the service of certbot's
+    timer waits while the proxy that the plugin has started serves a visitor."""
     certbot.order("-d", NAME)
     debian.run("systemctl", "start", "--no-block", "certbot.service")
     wait_until(lambda: steers(road, site), "it steers", 30)

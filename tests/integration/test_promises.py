@@ -84,7 +84,7 @@ def test_killed_under_load(
         killed = time.monotonic()
         wait_until(lambda: _served(site, road), "the site serves again", 1)
         seconds = time.monotonic() - killed
-        time.sleep(0.5)  # for the last visitors that the dead one had to notice it
+        time.sleep(0.5)  # until the last visitors of the killed proxy have noticed
         before = crowd.report()
         crowd.wait_for(50)
         report = crowd.leave()
@@ -130,8 +130,8 @@ def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
 
 @all_redirects
 def test_privileges_dropped(road: Street, site: Website, tmp_path: Path, redirect: str) -> None:
-    """With --uid it steers and then is nobody, with CAP_NET_RAW and no way to another capability,
-    whose other processes cannot look into it; stop is in order."""
+    """With C{--uid} the proxy steers as the user nobody, keeps only CAP_NET_RAW, and can get no
+    other capability; other processes of nobody cannot inspect it. C{stop} works as usual."""
     proxy = Proxy(road.host.namespace, tmp_path)
     start(proxy, redirect, "--uid", "nobody")
     assert [visit(site, road, family) for family in FAMILIES] == [True, True]
@@ -251,7 +251,7 @@ def test_forwarded_traffic(tmp_path: Path, redirect: str) -> None:
 
 @all_redirects
 def test_two_network_namespaces(tmp_path: Path, redirect: str) -> None:
-    """Two network namespaces of one machine are steered at once, and neither minds the other."""
+    """Two proxies in two network namespaces of one machine do not affect each other."""
     with (
         street() as one,
         street() as other,
@@ -364,7 +364,7 @@ def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy, red
 
 @all_redirects
 def test_syn_cookies(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """Where every handshake is by SYN cookie, visitors are steered, and none fails."""
+    """If the kernel uses SYN cookies for every handshake, visitors are steered, and none fails."""
     road.host.namespace.run("sysctl", "-qw", "net.ipv4.tcp_syncookies=2")
     start(proxy, redirect)
     with visitors(site, road.visitor, road.host) as crowd:

@@ -1,4 +1,4 @@
-"""The program's own answers to validations, and steering that is there only while one is due."""
+"""The program's own answers to validations, and steering only while an identifier is pending."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class OnDemand:
 
 @pytest.fixture
 def on_demand(proxy: Proxy, site: Website) -> Iterator[OnDemand]:
-    """It runs, and nothing is steered."""
+    """A daemon on demand that runs, with nothing steered."""
     proxy.start("--on-demand", *AT_ONCE)
     assert proxy.namespace.rules() == []
     yield OnDemand(proxy)
@@ -70,12 +70,12 @@ def on_demand(proxy: Proxy, site: Website) -> Iterator[OnDemand]:
 
 
 def nothing_stays(on_demand: OnDemand) -> None:
-    """The last rule goes with the last connection."""
+    """Assert that no rule is left after the last connection has ended."""
     wait_until(lambda: on_demand.proxy.namespace.rules() == [], "the end of the last rule")
 
 
 def answer(node: Node, host: str, server_name: str) -> x509.Certificate:
-    """Validate as a CA does: the certificate that C{host} answers with."""
+    """Validate as a CA does, and return the certificate with which C{host} answers."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -117,8 +117,8 @@ def test_answers(road: Street, on_demand: OnDemand) -> None:
 
 
 def test_many(road: Street, site: Website, on_demand: OnDemand) -> None:
-    """1,000 validations, 100 at a time, are all answered while visitors notice nothing, and take no
-    memory for good."""
+    """1,000 validations, 100 at a time, are all answered; visitors notice nothing, and no memory is
+    lost."""
     on_demand.auth(NAME)
 
     def resident() -> int:
@@ -142,7 +142,7 @@ def test_many(road: Street, site: Website, on_demand: OnDemand) -> None:
 
 
 def test_ten_thousand(road: Street, on_demand: OnDemand) -> None:
-    """With 10,000 names pending each is answered, and C{status} is whole."""
+    """With 10,000 pending names, each is answered, and C{status} is complete."""
     names = [f"{number}.{NAME}" for number in range(10_000)]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(on_demand.path)
@@ -164,7 +164,7 @@ def test_ten_thousand(road: Street, on_demand: OnDemand) -> None:
 
 
 def alert(node: Node, host: str, server_name: str, newest: ssl.TLSVersion | None = None) -> str:
-    """Validate; the reason for which no handshake comes of it."""
+    """Validate, and return the reason why the handshake fails."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -205,8 +205,8 @@ def test_refusals(road: Street, on_demand: OnDemand) -> None:
 
 
 def test_cut_anywhere(road: Street, on_demand: OnDemand) -> None:
-    """A handshake that ends after any of its bytes, goes no further, or is followed by data, harms
-    nobody: the next one is answered, and nothing is left of it."""
+    """Handshakes that end early, stop without an end, or are followed by data do no harm: the next
+    one is answered, and none of them stays live."""
     on_demand.auth(NAME)
     never = road.visitor.namespace.connect(road.host.ipv4, 443)
     never.sendall(acme_hello(NAME))
@@ -249,14 +249,14 @@ def test_cut_anywhere(road: Street, on_demand: OnDemand) -> None:
 
 
 def test_lifetime(on_demand: OnDemand) -> None:
-    """A client that has died keeps nothing steered: its time ends."""
+    """If a client has died, its identifier expires, and steering ends."""
     on_demand.auth(NAME, "1")
     wait_until(lambda: on_demand.status()["state"] == "idle", "the end of its time")
     nothing_stays(on_demand)
 
 
 def test_folder(road: Street, proxy: Proxy, site: Website, tmp_path: Path) -> None:
-    """The certificates in a client's folder are served, by their files' names."""
+    """A certificate in a client's folder is served for the name that its file has."""
     folder = tmp_path / "alpn-certs"
     folder.mkdir()
     made = ChallengeCertificates()
@@ -277,7 +277,7 @@ def test_folder(road: Street, proxy: Proxy, site: Website, tmp_path: Path) -> No
 
 
 def test_run(on_demand: OnDemand) -> None:
-    """C{run} has a daemon that is there steer while its command runs."""
+    """If a daemon on demand runs, C{run} makes it steer while the command runs."""
     command = "iptables -t nat -S PREROUTING | grep -c acme-alpn-proxy"
     done = on_demand.proxy.run("run", "--", "sh", "-c", command)
     assert done.stdout == "1\n"
@@ -285,7 +285,8 @@ def test_run(on_demand: OnDemand) -> None:
 
 
 def test_cannot_steer(road: Street, proxy: Proxy, site: Website) -> None:
-    """Where it cannot steer any more the client is told why, and nothing is applied."""
+    """If a daemon on demand cannot steer any more, the client gets the reason, and nothing is
+    applied."""
     proxy.start("--on-demand", "--redirect", "iptables", *AT_ONCE)
     here = OnDemand(proxy)
     run = road.host.namespace.run
@@ -308,8 +309,8 @@ def test_cannot_steer(road: Street, proxy: Proxy, site: Website) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_after_the_other(road: Street, site: Website, proxy: Proxy, way: str) -> None:
-    """Orders that follow each other at once, each steering and letting go, lose no visitor; when
-    the daemon is killed in the middle of one, the web server serves on."""
+    """If a daemon on demand starts and stops steering for one order after the other, no visitor is
+    lost. If it is killed during an order, the web server serves visitors again."""
     proxy.start("--on-demand", "--redirect", way)
     on_demand = OnDemand(proxy)
     with visitors(site, road.visitor, road.host) as crowd:
@@ -336,7 +337,7 @@ def test_one_after_the_other(road: Street, site: Website, proxy: Proxy, way: str
 
 
 def test_another_user(proxy: Proxy, site: Website) -> None:
-    """The control socket is for root alone, also in a folder that everybody may enter."""
+    """Only root may use the control socket, also in a folder that everybody may enter."""
     connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -352,8 +353,8 @@ def test_another_user(proxy: Proxy, site: Website) -> None:
 
 @pytest.mark.parametrize("way", ["nftables", "sk-lookup"])
 def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) -> None:
-    """A daemon that has become another user steers and lets go, again and again, with the
-    capabilities for that and no other; with nothing but iptables it is refused."""
+    """A daemon on demand that has become another user can start and stop steering again and again,
+    with only the capabilities that this needs. With only iptables its start is refused."""
     proxy.start("--on-demand", "--redirect", f"iptables,{way}", "--uid", "nobody", *AT_ONCE)
     status = Path(f"/proc/{proxy.pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
@@ -376,7 +377,7 @@ def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) ->
 
 
 def test_refused_hook(proxy: Proxy) -> None:
-    """A hook whose request is refused leaves no daemon behind."""
+    """If the request of a hook is refused, no daemon is left."""
     words = ("begin", "tls-alpn-01", NAME, "token", "no-digest")
     refused = proxy.run("--logfile", str(proxy.log_file), "hook", "uacme", *words, check=False)
     assert refused.returncode == 1
@@ -386,7 +387,7 @@ def test_refused_hook(proxy: Proxy) -> None:
 
 
 def test_run_with_other_options(on_demand: OnDemand) -> None:
-    """C{run} with other options than those of the daemon that is there does not run its command."""
+    """If the options of C{run} differ from those of the running daemon, its command is not run."""
     words = ("--alpn", "127.0.0.1:5555", "run", "--", "echo", "was run")
     done = on_demand.proxy.run(*words, check=False)
     assert (done.returncode, done.stdout) == (os.EX_TEMPFAIL, "")
@@ -394,7 +395,7 @@ def test_run_with_other_options(on_demand: OnDemand) -> None:
 
 
 def test_killed(proxy: Proxy, on_demand: OnDemand) -> None:
-    """What a killed daemon has left of its control socket is removed by C{stop}."""
+    """C{stop} removes the control socket of a killed daemon."""
     os.kill(proxy.pid, signal.SIGKILL)
     wait_until(lambda: "not running" in proxy.run("status", check=False).stdout, "its end")
     assert Path(on_demand.path).exists()

@@ -68,8 +68,8 @@ def _nothing_is_left(proxy: Proxy) -> None:
 
 
 def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy) -> None:
-    """Visitors are steered from before the command begins until it has ended; then no more, and
-    the exit status is the command's."""
+    """Visitors are steered from before the command begins until it has ended, and not afterwards.
+    The exit status is the command's."""
     with _running(proxy) as process:
         assert steers(road, site)
         _go_on(process)

@@ -21,8 +21,8 @@ from .proxy import AT_ONCE, Proxy, kill
 from .website import Website
 
 MOST_MODULES = 200
-"""Those that Python itself starts with not counted. 130 are loaded; a reactor alone would bring as
-many again."""
+"""The most modules that C{status} may load, without those of Python's start. It loads 130; a
+reactor alone would load as many again."""
 ACME_HELLO = hellos.openssl_hello(b"acme-tls/1", server_name=b"site.example")
 
 

@@ -1,4 +1,4 @@
-"""The unit under a real systemd, and what that is told."""
+"""The unit under a real systemd, and the messages that systemd receives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ACME_SH_PROGRAM = "/root/.acme.sh/acme.sh"
 
 @pytest.mark.parametrize(("drop_in", "exposure"), [(None, "2.3"), (DROP_IN, "1.9")])
 def test_exposure(tmp_path: Path, drop_in: str | None, exposure: str) -> None:
-    """The unit is hardened: systemd's own judgement is what docs/packages.md says, or better."""
+    """The unit is hardened: systemd rates it as docs/packages.md says, or better."""
     unit = tmp_path / SERVICE
     shutil.copy(UNIT, unit)
     if drop_in is not None:
@@ -59,7 +59,7 @@ def test_exposure(tmp_path: Path, drop_in: str | None, exposure: str) -> None:
 
 @pytest.fixture
 def manager(proxy: Proxy, tmp_path: Path) -> Iterator[socket.socket]:
-    """Listens where the proxy's environment says."""
+    """A socket at the address in the proxy's environment, in place of systemd's."""
     proxy.env["NOTIFY_SOCKET"] = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -69,7 +69,7 @@ def manager(proxy: Proxy, tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def _told(manager: socket.socket) -> tuple[int, dict[str, str]]:
-    """The next message: who sent it, and what it says."""
+    """The next message: the PID of its sender, and its fields."""
     message, ancillary, *_ = manager.recvmsg(4096, socket.CMSG_SPACE(12))
     (_, _, credentials) = ancillary[0]
     pid, _, _ = struct.unpack("3i", credentials)
@@ -79,8 +79,8 @@ def _told(manager: socket.socket) -> tuple[int, dict[str, str]]:
 def test_told(
     road: Street, site: Website, proxy: Proxy, manager: socket.socket, tmp_path: Path
 ) -> None:
-    """With -n, its manager is told when it steers, when it stops, and for how many connections it
-    still waits."""
+    """With C{-n} the proxy sends its manager a message when it steers and when it stops, and says
+    for how many connections it still waits."""
     words = proxy.start_words("-n", "--linger", "0.5", "--drain-timeout", "60")
     process = proxy.namespace.popen(proxy.program, *words, log=tmp_path / "log", env=proxy.env)
     try:
@@ -106,7 +106,8 @@ def test_told(
 
 
 def test_background_is_silent(proxy: Proxy, manager: socket.socket) -> None:
-    """A hook's C{start} says nothing to the manager of whatever service the hook belongs to."""
+    """If a hook in another service runs C{start}, the daemon sends that service's manager
+    nothing."""
     proxy.start(*AT_ONCE)
     proxy.stop(wait=True)
     manager.setblocking(False)
@@ -135,7 +136,7 @@ def _settings(debian: Machine, options: str) -> None:
 
 
 def test_units_are_sound(debian: Machine) -> None:
-    """systemd has nothing against the unit and the examples."""
+    """systemd finds no problem in the unit and in the examples."""
     for program in (ACME_SH_PROGRAM, "/usr/bin/lego"):
         debian.write(program, "#!/bin/sh\n", "755")
     debian.run("sh", "-c", f"cp -r {EXAMPLES}/* /etc/systemd/system")
@@ -148,7 +149,8 @@ def test_units_are_sound(debian: Machine) -> None:
 
 @pytest.mark.parametrize("redirect", ["sk-lookup", "iptables"])
 def test_service(road: Street, site: Website, debian: Machine, redirect: str) -> None:
-    """By either redirect: start returns when it steers, stop when the last visitor has left."""
+    """With each redirect, C{systemctl start} returns when the proxy steers, and C{systemctl stop}
+    when the last visitor has left."""
     _settings(debian, f"--redirect {redirect} {' '.join(AT_ONCE)}")
     debian.run("systemctl", "start", SERVICE)
     assert _shown(debian, "StatusText") == "Started: new connections to :443 are steered here"
@@ -169,7 +171,7 @@ def test_service(road: Street, site: Website, debian: Machine, redirect: str) ->
 
 
 def test_without_settings(road: Street, site: Website, debian: Machine) -> None:
-    """Just installed, it starts, and takes the redirect that leaves no rule where it can."""
+    """Without settings, the service starts with a redirect that makes no rule of iptables."""
     debian.run("systemctl", "start", SERVICE)
     assert steers(road, site)
     assert road.host.namespace.rules() == []
@@ -177,8 +179,8 @@ def test_without_settings(road: Street, site: Website, debian: Machine) -> None:
 
 @pytest.mark.parametrize("redirect", ["sk-lookup", "nftables", "iptables"])
 def test_own_user(road: Street, site: Website, debian: Machine, redirect: str) -> None:
-    """Once it steers it is a user of its own without any privilege: no process of another user may
-    stop it, and root's stop lets go."""
+    """Once it steers, the service runs as a separate user and keeps only CAP_NET_RAW. Other users
+    cannot suspend it; C{stop} as root ends it."""
     _settings(debian, f"--redirect {redirect} {' '.join(AT_ONCE)}")
     debian.run("systemctl", "start", SERVICE)
     assert steers(road, site)
@@ -209,7 +211,7 @@ def test_sk_lookup_alone(road: Street, site: Website, debian: Machine) -> None:
 
 @pytest.mark.parametrize("redirect", ["sk-lookup", "iptables"])
 def test_watchdog(road: Street, site: Website, debian: Machine, redirect: str) -> None:
-    """A proxy that was stopped by a signal is ended, and visitors are served."""
+    """If the proxy is suspended (SIGSTOP), systemd ends it, and its rules are removed."""
     debian.write(f"/etc/systemd/system/{SERVICE}.d/soon.conf", "[Service]\nWatchdogSec=2\n")
     debian.run("systemctl", "daemon-reload")
     _settings(debian, f"--redirect {redirect}")
@@ -223,7 +225,8 @@ def test_watchdog(road: Street, site: Website, debian: Machine, redirect: str) -
 
 
 def test_killed(road: Street, site: Website, debian: Machine) -> None:
-    """Killed with all its processes, guard and all, it leaves no rule: visitors are served."""
+    """If all processes of the service are killed, with the guard, another unit removes the rules,
+    and visitors are served."""
     _settings(debian, "--redirect iptables")
     debian.run("systemctl", "start", SERVICE)
     assert road.host.namespace.rules() != []
@@ -235,7 +238,7 @@ def test_killed(road: Street, site: Website, debian: Machine) -> None:
 
 
 def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
-    """While a hook's instance runs the service does not start, and leaves that one alone."""
+    """While an instance of a hook runs, the service does not start, and that instance goes on."""
     debian.run("acme-alpn-proxy", "start")
     done = debian.run("systemctl", "start", SERVICE, check=False)
     assert done.returncode != 0
@@ -245,7 +248,8 @@ def test_another_instance(road: Street, site: Website, debian: Machine) -> None:
 
 
 def test_web_server_outside(road: Street, debian: Machine, tmp_path: Path) -> None:
-    """In a container whose web server is outside, iptables is refused, and another way steers."""
+    """In a container whose web server is outside, iptables is refused, and another redirect
+    steers."""
     with website(road.host.namespace, tmp_path / "outside") as site:
         alone = ("--redirect", "iptables")
         done = debian.run("acme-alpn-proxy", *alone, "start", check=False)
@@ -275,8 +279,8 @@ def _has_let_go(road: Street, site: Website, debian: Machine) -> None:
 
 
 def test_acme_sh_example(road: Street, site: Website, debian: Machine) -> None:
-    """The proxy steers while acme.sh runs (here a stand-in), and no longer, whether that succeeds
-    or fails."""
+    """The proxy steers only while acme.sh (here a stand-in) runs, whether that succeeds or
+    fails."""
     _use_examples(debian, ACME_SH)
     for status in (0, 1):
         script = f"#!/bin/sh\nsystemctl is-active {SERVICE} >/was-active-{status}\nexit {status}\n"
@@ -287,8 +291,8 @@ def test_acme_sh_example(road: Street, site: Website, debian: Machine) -> None:
 
 
 def test_lego_example(road: Street, site: Website, debian: Machine, tmp_path: Path) -> None:
-    """lego, as its service has it, renews by TLS-ALPN-01 through the proxy what was ordered by hand
-    as the example says, and the web server loads it; its timer starts it every day."""
+    """The example's service of lego renews, with TLS-ALPN-01 through the proxy, a certificate that
+    was ordered by hand as the example says; the web server loads it. Its timer is active."""
     with pebble(road.visitor, road.host, tmp_path / "ca") as ca:
         debian.run("mv", "/usr/bin/lego", "/usr/bin/real-lego")
         asks_the_test_ca = f'#!/bin/sh\nexec real-lego --server {ca.directory_url} "$@"\n'
@@ -328,7 +332,7 @@ def test_lego_example(road: Street, site: Website, debian: Machine, tmp_path: Pa
 
 
 def _brought_home(road: Street, ca: Pebble, debian: Machine, directory: Path) -> Issued:
-    """What lego has below its folder in there."""
+    """The certificate and the challenges of lego, from its folder in the machine."""
     files = []
     for name in (f"certificates/{NAME}.crt", "accounts/*/*/keys/*.key"):
         files.append(directory / name.rpartition(".")[2])

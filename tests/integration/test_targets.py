@@ -1,4 +1,4 @@
-"""Where connections go, and what the target is told: real web servers, load balancers, clients."""
+"""Where connections go, and with which header: real web servers, load balancers, ACME clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ends(connection: socket.socket) -> tuple[str, str]:
 
 
 def told(visit: Visit) -> Answer:
-    """The page, from a web server that is told who the visitor is; it must be told the truth."""
+    """The answer of a web server that gets a PROXY header; assert that the header was true."""
     visitor, dialled = ends(visit.sock)
     answer = visit.get()
     assert answer == Answer(PAGE, visitor, dialled)
@@ -51,7 +51,8 @@ def told(visit: Visit) -> Answer:
 def test_web_server_is_told(
     road: Street, site: Website, proxy: Proxy, redirect: str, family: str, version: str
 ) -> None:
-    """nginx learns the visitor's address and port and those that it dialled, however steered."""
+    """With each redirect, nginx learns the address and port of the visitor, and those that it has
+    connected to."""
     header = ("--fallback", TOLD, "--fallback-proxy-protocol", version)
     proxy.start("--redirect", redirect, "--linger", "1", *header)
     for _ in range(3):
@@ -63,7 +64,8 @@ def test_web_server_is_told(
 
 @both_versions
 def test_unix_socket(road: Street, site: Website, proxy: Proxy, version: str) -> None:
-    """A web server at a Unix socket, which sees no address at all otherwise, learns the same."""
+    """A web server at a Unix socket, which would see no address without a header, learns both
+    addresses."""
     fallback = f"unix:{site.directory / TOLD_BY_UNIX_SOCKET}"
     proxy.start("--fallback", fallback, "--fallback-proxy-protocol", version, "--linger", "1")
     for address in (road.host.ipv4, road.host.ipv6):
@@ -76,7 +78,7 @@ def test_unix_socket(road: Street, site: Website, proxy: Proxy, version: str) ->
 def test_haproxy_is_told(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, version: str
 ) -> None:
-    """HAProxy in the web server's place understands the header, and passes on what it says."""
+    """HAProxy in the place of the web server understands the header, and passes it on."""
     way = ("127.0.0.1:9443 accept-proxy", f"{TOLD} send-proxy-v2")
     probe = ("127.0.0.1", 9443)
     with haproxy(road.host.namespace, tmp_path / "haproxy", way, probe=probe):
@@ -89,7 +91,7 @@ def test_haproxy_is_told(
 
 
 def test_acme_client_is_told(road: Street, site: Website, proxy: Proxy) -> None:
-    """The ACME client's header is an option of its own: the web server gets none."""
+    """With C{--alpn-proxy-protocol} the ACME client gets a header, and the web server gets none."""
     proxy.start("--alpn-proxy-protocol", "v1", "--linger", "1")
     with road.host.namespace.listen("127.0.0.1", 31443) as responder:
         with validation(road.visitor.namespace, road.host.ipv4, "site.example") as connection:
@@ -109,8 +111,8 @@ def test_acme_client_is_told(road: Street, site: Website, proxy: Proxy) -> None:
 def test_header_beyond_the_responder(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path
 ) -> None:
-    """The responder itself needs no header; the ACME client beyond it gets one, and where that is
-    not there, the refusal comes all the same."""
+    """The responder needs no header; an ACME client that is asked after it gets one. If no client
+    listens, the CA still gets the refusal."""
     control = ("--control", str(tmp_path / "control"))
     proxy.start("--alpn-proxy-protocol", "v2", *control, "--linger", "1")
     namespace, address = road.visitor.namespace, road.host.ipv4
@@ -130,7 +132,7 @@ def test_header_beyond_the_responder(
 def validation(
     namespace: Namespace, address: str, name: str, source: str = ""
 ) -> Iterator[socket.socket]:
-    """A connection that has said hello as a CA does that validates C{name}."""
+    """A connection that has sent the hello of a CA for C{name}."""
     import ssl
 
     context = ssl.create_default_context()
@@ -145,7 +147,7 @@ def validation(
 
 
 def dial(namespace: Namespace, address: str, port: int, source: str = "") -> socket.socket:
-    """A connection, from a certain address of the namespace's if that is given."""
+    """A connection, from this address of the namespace if one is given."""
     connection = namespace.new_socket(family_of(address))
     connection.settimeout(10)
     if source:
@@ -176,7 +178,7 @@ def balancer(road: Street, directory: Path, send: str) -> Iterator[None]:
 def test_behind_a_load_balancer(
     road: Street, site: Website, proxy: Proxy, tmp_path: Path, redirect: str, send: str
 ) -> None:
-    """Behind a load balancer the web server is told of the visitor, and so is the log."""
+    """Behind a load balancer, the web server gets the visitor's address, and the log has it."""
     header = ("--fallback", TOLD, "--fallback-proxy-protocol", "v2")
     balancers = f"{road.visitor.ipv4},{road.visitor.ipv6}"
     proxy.start(
@@ -194,8 +196,9 @@ def test_behind_a_load_balancer(
 
 
 def test_headers_of_a_load_balancer(road: Street, site: Website, proxy: Proxy) -> None:
-    """A header byte by byte is one; something else, half of one, or none in time is a reset. A
-    visitor who does not come by the load balancer needs none."""
+    """A header that arrives byte by byte is accepted. After other bytes, half a header, or no
+    header in time, the connection is reset. A visitor that does not come through the load balancer
+    needs no header."""
     proxy.start("--proxy-protocol-from", road.visitor.ipv4, "--linger", "1", "--hello-timeout", "1")
     namespace, address = road.visitor.namespace, road.host.ipv4
     with closing(dial(namespace, address, 443)) as connection:
@@ -216,7 +219,7 @@ def test_headers_of_a_load_balancer(road: Street, site: Website, proxy: Proxy) -
     proxy.stop()
 
 
-# The address that the visitor dialled
+# The address that the visitor connected to
 
 
 @contextmanager
@@ -233,8 +236,8 @@ def two_sites(host: Namespace, directory: Path, *hosts: tuple[str, str]) -> Iter
 
 @every_redirect
 def test_original(road: Street, tmp_path: Path, redirect: str) -> None:
-    """Sites with a web server each, at addresses of their own, each get their own visitors; what is
-    not served is told at the start."""
+    """Two web servers, each at its own addresses, get their own visitors. A visitor of an address
+    without a web server is reset, and the log names that address."""
     host, visitor = road.host.namespace, road.visitor.namespace
     more = ("10.88.0.3", "fd88::3")
     host.ip("address add 10.88.0.3/24 dev net0")
@@ -261,7 +264,7 @@ def test_original(road: Street, tmp_path: Path, redirect: str) -> None:
 def test_original_in_a_local_network(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """An address that only a local route makes this host's is served like any other."""
+    """An address that belongs to this host only by a local route is served like any other."""
     visitor = road.visitor.namespace
     for network, via in (("192.0.2.0/24", road.host.ipv4), ("2001:db8::/64", road.host.ipv6)):
         road.host.namespace.ip(f"route add local {network} dev lo")
@@ -276,8 +279,8 @@ def test_original_in_a_local_network(
 
 
 def test_probe(road: Street, tmp_path: Path) -> None:
-    """C{check --probe} looks at the targets as they will be: with a header where one is to be sent,
-    and through an address that is served, for nobody serves the probe's own."""
+    """C{check --probe} tests the targets as they will be used: with a header if one is to be sent,
+    and through an address that has a web server, because the probe's own addresses have none."""
     proxy = Proxy(road.host.namespace, tmp_path)
     with website(road.host.namespace, tmp_path / "site"):
         fallback = ("--fallback", TOLD, "--fallback-proxy-protocol", "v2")
@@ -291,7 +294,7 @@ def test_probe(road: Street, tmp_path: Path) -> None:
 
 
 def test_original_without_a_web_server(road: Street, tmp_path: Path) -> None:
-    """Where no address is served, start refuses."""
+    """If no address has a web server, C{start} refuses."""
     proxy = Proxy(road.host.namespace, tmp_path)
     done = proxy.start("--fallback", "original", check=False)
     assert done.returncode == 78
@@ -300,7 +303,8 @@ def test_original_without_a_web_server(road: Street, tmp_path: Path) -> None:
 
 
 def test_own_port_with_original(road: Street, site: Website, proxy: Proxy) -> None:
-    """Who dials the proxy's own port is not sent round: it gets what port 443 gives there."""
+    """A visitor that connects to port 21443 gets the web server on port 443 of that address; there
+    is no loop."""
     proxy.start("--fallback", "original", "--linger", "1")
     for address in (road.host.ipv4, road.host.ipv6):
         with closing(site.visit_on(dial(road.visitor.namespace, address, 21443))) as visit:
@@ -313,8 +317,8 @@ def test_own_port_with_original(road: Street, site: Website, proxy: Proxy) -> No
 
 
 def test_two_clients_at_once(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """Two ACME clients get certificates at the same time, each by a responder of its own; one of
-    them for all names below one."""
+    """Two ACME clients, each with a separate responder, get certificates at the same time; one of
+    them serves all names of a wildcard."""
     proxy.start("--alpn-for", "*.Shop.Example=127.0.0.1:31444", "--linger", "1")
     with (
         pebble(road.visitor, road.host, tmp_path / "ca") as ca,
@@ -339,7 +343,8 @@ def test_two_clients_at_once(road: Street, site: Website, proxy: Proxy, tmp_path
 
 
 def test_address_as_identifier(road: Street, site: Website, proxy: Proxy) -> None:
-    """A validation of an IP address, which asks for its reverse name, goes to that one's client."""
+    """A validation of an IP address asks for its reverse name, and goes to the ACME client of that
+    address."""
     ipv4, ipv6 = road.host.ipv4, road.host.ipv6
     proxy.start(
         *("--alpn-for", f"{ipv4}=127.0.0.1:31444", "--alpn-for", f"{ipv6}=127.0.0.1:31445"),
@@ -360,7 +365,7 @@ def test_address_as_identifier(road: Street, site: Website, proxy: Proxy) -> Non
 
 
 def test_client_on_another_host(tmp_path: Path) -> None:
-    """A host sends validations to the one that holds the order, and the certificate comes."""
+    """A host can send validations to an ACME client on another host, which gets its certificate."""
     with (
         gateway() as way,
         website(way.host, tmp_path / "site"),

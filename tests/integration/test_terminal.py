@@ -25,7 +25,7 @@ def on_terminal(proxy: Proxy, *words: str | Path) -> OnTerminal:
 
 
 def open_files(pid: int) -> set[str]:
-    """Where the descriptors of a process lead to."""
+    """The files that a process has open."""
     found = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):

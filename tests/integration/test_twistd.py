@@ -1,4 +1,4 @@
-"""The proxy by plain twistd, in an application of one's own, and added to one that runs."""
+"""The proxy run with plain twistd, as a part of an application, and added to a running one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _steers(road: Street, site: Website) -> None:
 
 
 def test_daemon(road: Street, site: Website, host: Namespace, tmp_path: Path) -> None:
-    """Plain twistd returns 0 once visitors are steered; its PID file names whom to stop."""
+    """Plain twistd returns 0 once visitors are steered; its PID file names the process to stop."""
     pid_file, log = tmp_path / "twistd.pid", tmp_path / "twistd.log"
     host.run(TWISTD, f"--pidfile={pid_file}", f"--logfile={log}", *SUBCOMMAND)
     _steers(road, site)
@@ -93,7 +93,8 @@ def test_daemon(road: Street, site: Website, host: Namespace, tmp_path: Path) ->
 
 
 def test_foreground_refusal(host: Namespace) -> None:
-    """With -n a refusal is one line on stderr and its own exit status, without a traceback."""
+    """With C{-n} a refused start prints one line on stderr and no traceback, and has the exit
+    status of its reason."""
     with host.listen("::", 443), host.listen("127.0.0.1", PORT):
         refused = host.run(TWISTD, "-n", "--pidfile=", *SUBCOMMAND, check=False)
     assert refused.returncode == os.EX_UNAVAILABLE
@@ -105,7 +106,8 @@ def test_foreground_refusal(host: Namespace) -> None:
 
 
 def test_daemon_refusal(host: Namespace, tmp_path: Path) -> None:
-    """In the background a refusal is exit status 1, part of it on stderr, all in the log."""
+    """In the background a refused start has exit status 1; a part of its reason is on stderr, and
+    all of it in the log."""
     pid_file, log = tmp_path / "twistd.pid", tmp_path / "twistd.log"
     with host.listen("::", 443), host.listen("127.0.0.1", PORT):
         refused = host.run(
@@ -121,21 +123,21 @@ def test_daemon_refusal(host: Namespace, tmp_path: Path) -> None:
 
 def test_wrong_usage(host: Namespace) -> None:
     """Wrong options are refused before anything is done."""
-    # Its exit status is twistd's matter: 0 with Twisted 22.4, 1 with later ones.
+    # The exit status depends on twistd: 0 with Twisted 22.4, 1 with later versions.
     refused = host.run(TWISTD, "-n", *SUBCOMMAND, "--redirect", "magic", check=False)
     assert "--redirect 'magic': choose one of" in refused.stdout
     _nothing_is_left(host)
 
 
 def test_help(host: Namespace) -> None:
-    """C{twistd --help} lists it, and its own --help its options."""
+    """C{twistd --help} lists the plugin, and the plugin's C{--help} lists its options."""
     listed = host.run(TWISTD, "--help").stdout
     assert re.search(r"^ +acme-alpn-proxy +Get TLS certificates by TLS-ALPN-01", listed, re.M)
     assert "--fallback" in host.run(TWISTD, "acme-alpn-proxy", "--help").stdout
 
 
 def test_example(road: Street, site: Website, host: Namespace, tmp_path: Path) -> None:
-    """The example of an application runs by C{twistd -ny}: its own service and the proxy."""
+    """C{twistd -ny} runs the example of an application: its own service and the proxy."""
     log = tmp_path / "example.log"
     process = host.popen(TWISTD, "-ny", EXAMPLE, "--pidfile=", log=log)
     try:
@@ -162,10 +164,11 @@ def _status_page(host: Namespace) -> bytes:
 def test_added_to_a_running_application(
     road: Street, site: Website, host: Namespace, tmp_path: Path
 ) -> None:
-    """Added to an application that runs, it blocks nothing, tells how it went, and can go again."""
+    """A proxy that is added to a running application does not block it, reports whether it has
+    started, and can be stopped."""
     fake = FakeIptables(tmp_path / "fake")
     fake.instead(f"sleep {SLOW_SECONDS}; echo no; exit 4")
-    fake.reset(failing=2)  # the first asks for the version alone
+    fake.reset(failing=2)  # the first call only asks for the version
     process = subprocess.Popen(
         host.argv(sys.executable, "-c", RUNNING_APPLICATION),
         env={**os.environ, "PATH": fake.path},

@@ -1,4 +1,4 @@
-"""What the web server sees of the visitors while they are steered."""
+"""Which addresses the web server sees while visitors are steered."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ all_redirects = pytest.mark.parametrize("redirect", REDIRECTS)
 
 
 def start(proxy: Proxy, *options: str) -> None:
-    """Start with a short linger; refuse where the web server would not see the visitors."""
+    """Start with a short linger, and only if the web server will see the visitors' addresses."""
     proxy.start("--linger", "1", "--visitor-address", "require", *options)
 
 
@@ -42,8 +42,8 @@ def is_seen(site: Website, road: Street, family: str) -> bool:
 
 
 def counted(proxy: Proxy) -> tuple[int, int]:
-    """Connections that the web server has seen come from the visitor's address, and from one of
-    the host's."""
+    """How many connections the web server has seen from a visitor's address, and how many from an
+    address of the host."""
     (instance,) = json.loads(proxy.run("status", "--json").stdout)["instances"]
     fallback: dict[str, Any] = instance["routes"]["fallback"]
     return fallback["from_visitor_address"], fallback["from_host_address"]
@@ -52,8 +52,8 @@ def counted(proxy: Proxy) -> tuple[int, int]:
 @pytest.mark.parametrize("server", [Website, Apache], ids=["nginx", "Apache"])
 @all_redirects
 def test_access_log(road: Street, tmp_path: Path, redirect: str, server: type[Website]) -> None:
-    """The log of nginx and of Apache has the visitors' addresses, IPv4 and IPv6, with each way to
-    steer; nobody has changed its configuration."""
+    """The logs of nginx and of Apache have the visitors' addresses, IPv4 and IPv6, with each
+    redirect and without a change of their configuration."""
     with website(road.host.namespace, tmp_path / "site", kind=server) as site:
         proxy = Proxy(road.host.namespace, tmp_path)
         start(proxy, "--redirect", redirect)
@@ -105,7 +105,7 @@ def test_ban_of_the_web_server(road: Street, site: Website, proxy: Proxy, redire
 
 @pytest.mark.parametrize("filtering", [0, 1, 2])
 def test_reverse_path_filter(road: Street, site: Website, proxy: Proxy, filtering: int) -> None:
-    """Any reverse path filter lets the answers pass."""
+    """The answers pass with each setting of the reverse path filter."""
     for name in ("all", "default", "net0", "lo"):
         setting = f"net.ipv4.conf.{name}.rp_filter={filtering}"
         road.host.namespace.run("sysctl", "-qw", setting)
@@ -115,7 +115,7 @@ def test_reverse_path_filter(road: Street, site: Website, proxy: Proxy, filterin
 
 
 def test_vpn_with_rules(road: Street, site: Website, proxy: Proxy) -> None:
-    """Rules as wg-quick makes them, with a VPN that takes the default route, are not in the way."""
+    """Rules such as wg-quick's, with a VPN that takes the default route, make no difference."""
     host = road.host.namespace
     host.ip("tuntap add dev wg0 mode tun")
     host.ip("address add 10.9.0.2/32 dev wg0")
@@ -133,8 +133,9 @@ def test_vpn_with_rules(road: Street, site: Website, proxy: Proxy) -> None:
 
 
 def test_masqueraded_network(road: Street, site: Website, proxy: Proxy) -> None:
-    """Where a dial from a visitor's address is masqueraded, as with visitors from containers, it is
-    dialled from the host's after 0.3 s, at once the next time; others are not concerned."""
+    """If NAT masquerades a connection from a visitor's address, as with visitors from containers,
+    the proxy connects from the host's address after 0.3 s, and the next time at once. Other
+    visitors are not affected."""
     host = road.host.namespace
     with container(host) as inside:
         host.run("iptables", "-t", "nat", "-F", "PREROUTING")  # it publishes nothing
@@ -158,7 +159,7 @@ def test_masqueraded_network(road: Street, site: Website, proxy: Proxy) -> None:
 @pytest.mark.parametrize("end", ["stop", "SIGKILL"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_instances(road: Street, site: Website, proxy: Proxy, family: str, end: str) -> None:
-    """While one drains another one steers; neither notices the other's end."""
+    """While one instance drains, another one steers; the end of one does not affect the other."""
     address = road.host.address(family)
     start(proxy)
     old = proxy.pid
@@ -185,8 +186,8 @@ def test_two_instances(road: Street, site: Website, proxy: Proxy, family: str, e
 
 @pytest.mark.parametrize("command", ["start", "stop", "check"])
 def test_rule_of_a_killed_instance(road: Street, site: Website, proxy: Proxy, command: str) -> None:
-    """Killed together with the process that would do it, it leaves a rule whose table is empty,
-    which the next start or stop removes, and check shows. Rules of others stay."""
+    """If the proxy is killed together with its sweeper, a routing rule with an empty table is left.
+    C{check} shows it, and the next C{start} or C{stop} removes it. Rules of others stay."""
     host = road.host.namespace
     host.ip("rule add pref 1 from 198.51.100.9 lookup 7")
     start(proxy, "--redirect", "sk-lookup")
@@ -248,8 +249,8 @@ def test_where_it_cannot_be(
     status: int,
     cause: str,
 ) -> None:
-    """Required, it is refused in one line, and nothing is left; otherwise the proxy steers, and the
-    log says why the web server does not see the visitors."""
+    """With C{--visitor-address require} the start is refused in one line, and nothing is left.
+    Otherwise the proxy starts, and the log says why the web server does not see the visitors."""
     if prepare is not None:
         prepare(road.host.namespace)
     rules = road.host.namespace.rules()
@@ -273,8 +274,8 @@ def test_where_it_cannot_be(
 
 
 def test_off(road: Street, site: Website, proxy: Proxy) -> None:
-    """With C{--visitor-address off} the web server sees the host's address, and there is no device
-    and no rule."""
+    """With C{--visitor-address off} the web server sees the host's address, and no device and no
+    rule is made for the way back."""
     proxy.start("--linger", "0", "--visitor-address", "off")
     assert way_back(road.host.namespace) == []
     for family in FAMILIES:

@@ -189,9 +189,9 @@ class Load:
         self._page = page
         self._tls = ssl.create_default_context(cafile=str(authority))
         self._tls.set_alpn_protocols(["http/1.1"])
-        # Visits stand for people at addresses of their own. With one address for them all, a port
-        # that comes again while connection tracking still remembers a steered connection from it
-        # breaks a connection that is open when tracking is switched on again.
+        # Visits stand for people with different addresses. With one address for all, ports would be
+        # used again while connection tracking still has a steered connection from the same port;
+        # when tracking is switched on again, that entry breaks the new connection.
         self._turns = zip(
             range(FIRST_PORT, LAST_PORT + 1), itertools.cycle(addresses), strict=False
         )

@@ -1,9 +1,9 @@
 """The console script in forks of one process that has imported it already.
 
-Its commands take a tenth of the time so, and a signal can be tried at many moments of a start. A
-moment is a number of function calls that the process has made, so that each can be hit for certain,
-however fast the machine is. The first half of this module talks to the process, the second half is
-it.
+In this way commands take a tenth of the time, and a test can send a signal at many moments of a
+start. A moment is a number of function calls that the process has made: so each moment can be hit,
+however fast the machine is. The first half of this module is the client of the process, the second
+half is the process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from types import FrameType
 from typing import Any
 
 MOST_SECONDS = 20.0
-"""What takes longer hangs."""
+"""Seconds after which a command counts as hung."""
 
 
 class WarmProxy:
-    """Runs commands of the console script; C{env} was settled when it was made."""
+    """Runs commands of the console script; their environment is that of the process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -39,8 +39,8 @@ class WarmProxy:
     def run(self, *words: str, hit: str = "", number: int = 0, moment: int = 0) -> Done:
         """Run a command to its end.
 
-        @param hit: what sends itself the signal C{number} as soon as it has made C{moment} calls:
-            C{"start"}, the command itself, or C{"daemon"}, what it forks.
+        @param hit: the process that sends itself the signal C{number} after C{moment} calls:
+            C{"start"} is the command itself, C{"daemon"} is the process that it forks.
         """
         answer = self._answer(words=words, hit=hit, number=number, moment=moment)
         if hit == "start":  # the daemon may get there later, when the command has ended
@@ -48,11 +48,11 @@ class WarmProxy:
         return subprocess.CompletedProcess(words, answer["status"], answer["out"], answer["err"])
 
     def moments(self, count: int, *words: str, hit: str) -> list[int]:
-        """So many moments, evenly spread over a command, which is run once without a signal; it has
-        to succeed, without a word on stderr.
+        """C{count} moments, evenly spread over a command. The command is run once without a signal;
+        it has to succeed and to print nothing on stderr.
 
-        The first is the first call. After the last there is as long to go as between two of them:
-        no run takes exactly as many calls as another.
+        The first moment is the first call. The last is not at the end, but one interval before it,
+        because no two runs make exactly the same number of calls.
         """
         answer = self._answer(words=words, hit=hit, number=0, moment=0)
         assert (answer["status"], answer["err"]) == (0, ""), answer
@@ -77,7 +77,7 @@ def warm_proxy(argv: list[str], env: Mapping[str, str]) -> Iterator[WarmProxy]:
 
     process = subprocess.Popen(
         [*argv, sys.executable, "-P", str(Path(__file__).resolve())],
-        # Not measured by coverage: what is killed midway would leave half a file of data.
+        # Not measured by coverage: a process that is killed would leave half a file of data.
         env={name: v for name, v in {**os.environ, **env}.items() if "COVERAGE" not in name},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -102,7 +102,7 @@ def _children(pid: int) -> list[int]:
 
 
 class _Calls:
-    """Counts the calls of one process or of both, forks included: of all that Python sees."""
+    """Counts the calls that Python sees in one process or in both, with their forks."""
 
     def __init__(self, hit: str, number: int, moment: int) -> None:
         self._hit, self._number, self._moment = hit, number, moment
@@ -135,7 +135,7 @@ def _run(words: list[str], hit: str, number: int, moment: int) -> dict[str, Any]
         command = os.fork()
         if not command:
             code = 99
-            # As the program does first of all; before that there is no moment to try.
+            # The program does this first; a signal before it would test nothing.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             try:
                 os.dup2(out.fileno(), 1)

@@ -22,12 +22,12 @@ NAME = "site.example"
 PAGE = b"<!doctype html><title>site</title><p>The page that every visitor came for.</p>\n" * 20
 BIG_FILE_BYTES = 20 * 1024 * 1024
 STEERED = ("127.0.0.1", "::1")
-"""The web server's own addresses for a visitor who went through the proxy."""
+"""The web server's own addresses, as it sees them in connections from the proxy."""
 
 TOLD = "127.0.0.1:10443"
 TOLD_BY_UNIX_SOCKET = "told.sock"
-"""Where the web server is told by the PROXY protocol who the visitor is; the latter in the site's
-folder."""
+"""The address, and the Unix socket in the site's folder, at which the web server expects a PROXY
+header."""
 
 _EVERYWHERE = ("0.0.0.0:443", "[::]:443")
 
@@ -93,8 +93,8 @@ def nginx() -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a visitor got: the body, the address that the web server saw it come from, and the one
-    that the web server was told that it dialled, if any."""
+    """What a visitor got: the body, and the source and the destination of the connection as the web
+    server saw them, or as its PROXY header gave them."""
 
     body: bytes
     seen_from: str
@@ -126,7 +126,7 @@ class Visit(http.client.HTTPConnection):
         return response
 
     def request_of(self, path: str) -> http.client.HTTPResponse:
-        """The same, whatever the web server says to it."""
+        """Request a path, and return the answer, whatever its status."""
         self.request("GET", path)
         return self.getresponse()
 
@@ -207,12 +207,12 @@ class Website:
             yield visit
 
     def slow_client(self, connection: socket.socket) -> SlowClient:
-        """A visitor that says hello bit by bit, on a connected socket."""
+        """A visitor that sends its ClientHello in parts, on a connected socket."""
         return SlowClient(self._tls, connection)
 
 
 class SlowClient:
-    """A TLS client that sends as much of its ClientHello as it is told to."""
+    """A TLS client that sends its ClientHello in parts."""
 
     def __init__(self, context: ssl.SSLContext, connection: socket.socket) -> None:
         self._connection = connection
@@ -266,9 +266,9 @@ def website(
 ) -> Iterator[Website]:
     """The site, served from C{directory}, which must be empty.
 
-    @param wrapper: a command that starts the web server, in front of its own.
-    @param hosts: the addresses at which it is served, unless it is at all.
-    @param kind: of web server; by default nginx.
+    @param wrapper: words that come before the web server's command, and run it.
+    @param hosts: the addresses at which the site is served; by default all addresses.
+    @param kind: the web server; by default nginx.
     """
     directory.mkdir(parents=True, exist_ok=True)
     site = (kind or Website)(namespace, directory, wrapper, hosts)
