@@ -133,10 +133,10 @@ class Live:
         self._factory.live.leave(self)
 
     def look(self) -> None:
-        """It is never idle."""
+        """Do nothing: this connection is never idle."""
 
     def dialled(self) -> None:
-        """It has no target."""
+        """Do nothing: this connection has no target."""
 
     def end(self) -> None:
         self._factory.live.leave(self)

@@ -437,13 +437,13 @@ def test_ways_to_ask_for_help(words: tuple[str, ...]) -> None:
     [("help", "run"), ("run", "--help"), ("run", "-h"), ("run", "--help", "--", "lego", "-h")],
 )
 def test_help_of_a_command(words: tuple[str, ...]) -> None:
-    """So does the help of one command, by its name."""
+    """All usual ways to ask for the help of one command work."""
     options = console(*words)
     assert (options["command"], options["about"]) == ("help", "run")
 
 
 def test_help_of_another_name() -> None:
-    """So does the other name of a command; an unknown command is refused."""
+    """The help accepts the other name of a command, and refuses an unknown command."""
     assert console("help", "doctor")["about"] == "check"
     assert refusal("help", "restart").startswith("help explains one command: start, stop, ")
     assert refusal("restart", "--help").startswith("help explains one command: start, stop, ")

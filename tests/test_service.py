@@ -139,8 +139,8 @@ class StopTests(ServiceCase):
         self.successResultOf(stopped)
 
     def test_handshakes_under_way(self) -> None:
-        """It goes on accepting while a handshake that began before is half-way, for 15 s at most;
-        those that begin later are not waited for."""
+        """A stop accepts visitors while a handshake that began before it is not complete, for 15 s
+        at most; it does not wait for handshakes that begin later."""
         early = (("192.0.2.1", 443), ("192.0.2.9", 1))
         later = (("192.0.2.1", 443), ("192.0.2.9", 2))
         self.half_open = {early}

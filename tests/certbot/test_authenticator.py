@@ -167,7 +167,7 @@ def test_unknown_certbot() -> None:
 
 
 def test_own_proxy(path: Path) -> None:
-    """If none runs, one is started for all names, and ended when none is pending any more."""
+    """If no proxy runs, the plugin starts one for all names, and ends it when no name is pending."""
     one = plugin("--alpn-proxy-options=--fallback '192.0.2.1:443'")
     both = [achall(name) for name in NAMES]
     one.perform(both)
@@ -183,7 +183,7 @@ def test_own_proxy(path: Path) -> None:
 
 
 def test_another_control_socket(tmp_path: Path, path: Path) -> None:
-    """The socket that the operator names is used, by the proxy that is started, too."""
+    """The plugin, and the proxy that it starts, use the control socket that the operator names."""
     OwnProxy.path = tmp_path / "another"
     one = plugin("--alpn-proxy-control", str(OwnProxy.path))
     one.perform([achall("site.example")])

@@ -301,7 +301,7 @@ class CheckTests(CommandCase):
 
 
 class FullDisk(io.StringIO):
-    """Where nothing can be written."""
+    """A stream to which nothing can be written."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -198,11 +198,11 @@ class StartedTests(SynchronousTestCase):
         self.assertEqual(self.ends, 0)
 
     def test_start_was_killed(self) -> None:
-        """It stops if C{start} has ended: nobody would know about the proxy."""
+        """The daemon stops if C{start} has ended, since nobody would know about the proxy."""
         self.assertEqual(self.start(ending=False, heard=False), 1)
         self.assertEqual(self.ends, 1)
 
     def test_signalled_meanwhile(self) -> None:
-        """It does not say that it steers when a signal has come that ends it."""
+        """The daemon does not report a start if a signal that ends it has come."""
         self.assertEqual(self.start(ending=True, heard=True), 0)
         self.assertEqual(self.ends, 0)

@@ -44,7 +44,7 @@ def test_table() -> None:
 
 
 def test_named() -> None:
-    """A name with an ACME client of its own has a line, and its validations count."""
+    """A name with a separate ACME client has a line, and its validations count."""
     answer = answer_of(describe())
     routes: Any = answer["routes"]
     routes["acme_for"] = {"*.site.example": dict(routes["acme"])}

@@ -90,7 +90,7 @@ class AwaitTests(SynchronousTestCase):
         await_report(self.ours, self.process.pid, patience, self.lines.append, self.waits.append)
 
     def tell(self, **told: object) -> None:
-        """As the daemon does."""
+        """Report as the daemon does."""
         line = json.dumps({"error": None, "running": None, "lines": [], **told})
         self.theirs.sendall(line.encode() + b"\n")
 
@@ -126,7 +126,7 @@ class AwaitTests(SynchronousTestCase):
         assert_was_waited_for(self, self.process)
 
     def test_process_in_between_hangs(self) -> None:
-        """Should twistd's parent process wait for ever, C{start} ends it when it has succeeded."""
+        """If twistd's parent process waits for ever, C{start} ends it after its success."""
         self.tell()
         self.wait()
         self.assertEqual(self.theirs.recv(1), b"1")

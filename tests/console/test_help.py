@@ -17,7 +17,7 @@ LONGEST = 80
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_width(command: str) -> None:
-    """It fits a terminal of 80 columns."""
+    """The help fits a terminal of 80 columns."""
     text = help_text(command)
     assert [line for line in text.splitlines() if len(line) >= LONGEST] == []
     assert text.startswith("Usage: acme-alpn-proxy ")

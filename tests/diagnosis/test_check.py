@@ -313,7 +313,7 @@ class RedirectTests(CheckCase):
         self.found("sk-lookup", Level.FAILED, remedy, "--redirect", "sk-lookup")
 
     def test_nftables(self) -> None:
-        """The same holds for nftables."""
+        """If nftables refuses, that is a failure if it was asked for, otherwise a warning."""
         self.refusals["nftables"] = StartError("too old; run a newer one")
         self.found("nftables", Level.WARNING, "too old; run")
         self.refusals["sk-lookup"] = StartError("not permitted; run this as root")
@@ -346,7 +346,8 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.WARNING, "no match 'time': .*; load the kernel's module")
 
     def test_iptables_would_not_reach(self) -> None:
-        """The same holds if the redirect itself refuses before it changes anything."""
+        """If iptables would lose visitors, that is a failure if it was asked for, otherwise a
+        warning."""
         self.refusals["iptables"] = StartError("they would be dropped; use DNAT")
         asked = ("--redirect", "iptables")
         self.found("iptables", Level.FAILED, "they would be dropped; .*use DNAT", *asked)
@@ -527,7 +528,7 @@ class RunTests(SynchronousTestCase):
         self.successResultOf(reactor.triggers[0]())
 
     def test_json(self) -> None:
-        """As JSON they are one document, with the verdict on all."""
+        """As JSON, the findings are one document, with the verdict on all."""
         findings = [Finding("port", Level.WARNING, "it is so"), Finding("IPv6", Level.OK)]
         about = json.loads(check.document(findings))
         self.assertEqual((about["verdict"], len(about["checks"])), ("warning", 2))

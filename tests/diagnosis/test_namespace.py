@@ -1,4 +1,4 @@
-"""The namespace that a probe dials from: its networks, and its failures."""
+"""The namespace from which a probe connects: its networks, and its failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The findings of the probe in many situations; tests/integration/test_check.py really dials."""
+"""The findings of the probe in many situations; tests/integration/test_check.py really connects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DialTests(SynchronousTestCase):
             self.assertEqual(self.dial(bound, b"hello"), Dial(problem="Connection refused"))
 
     def test_silence(self) -> None:
-        """A dial does not wait for ever for an answer."""
+        """A connection of the probe does not wait for ever for an answer."""
         self.patch(probe, "DIAL_DEADLINE", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             call = self.dial(listener, b"hel", b"lo")

@@ -63,7 +63,7 @@ def arrival(
     address: str | None = None,
     *visitors: str,
 ) -> Arrival:
-    """@param address: the interface's; L{None}: the dialled one."""
+    """@param address: the interface's address; L{None} means C{dialled}."""
     own = ip_address(address or dialled)
     return Arrival(interface, ip_address(dialled), own, tuple(map(ip_address, visitors)))
 

@@ -109,7 +109,8 @@ def test_iptables(listing: str, names: bool) -> None:
     ],
 )
 def test_nftables(objects: list[Mapping[str, Any]], names: bool) -> None:
-    """The same for nftables."""
+    """A rule of nftables counts if a new visitor's packet reaches it and it names an interface
+    other than the loopback."""
     assert answer(Listings({}, nft(*objects))) is names
 
 

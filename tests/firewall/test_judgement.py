@@ -264,8 +264,8 @@ class ToldApartTests(SynchronousTestCase):
         self.assertEqual(lost(mark.format("1:65535") + check), "")
 
     def test_address(self) -> None:
-        """REDIRECT leads to the incoming interface's address, which may differ from the dialled
-        one."""
+        """REDIRECT leads to the address of the incoming interface, which may differ from the one
+        that the visitor connected to."""
         ways_in = [arrival("net0", "203.0.113.5", "198.51.100.2")]
         rule = "-A INPUT ! -d 203.0.113.5/32 -j DROP\n"
         for way, reason in ((REDIRECT, "203.0.113.5"), (DNAT, ""), (SK_LOOKUP, "")):
@@ -373,7 +373,7 @@ class AnswerTests(SynchronousTestCase):
         self.assertEqual(self.answers_lost(rules), "")
 
     def test_owner(self) -> None:
-        """The answers are this program's, not the web server's, whichever way it steers."""
+        """With each redirect, replies come from this program and not from the web server."""
         rules = "-A OUTPUT -m owner --uid-owner www-data -j ACCEPT\n"
         for way in (REDIRECT, SK_LOOKUP, NFTABLES):
             self.assertIn("-P OUTPUT DROP", self.answers_lost(rules, way=way))
@@ -388,7 +388,8 @@ class AnswerTests(SynchronousTestCase):
         self.assertEqual(self.answers_lost(rule, "nat"), "")
 
     def test_routes_by_mark(self) -> None:
-        """Where OUTPUT marks the answers from 443, and routes depend on marks, they differ."""
+        """If OUTPUT marks replies from port 443 and routes depend on marks, that is a reason to
+        refuse."""
         rule = (
             "-A OUTPUT -p tcp --sport 443 -j MARK --set-xmark 0x1/0xffffffff\n-A OUTPUT -j ACCEPT"
         )
@@ -642,7 +643,8 @@ class TrackingTests(SynchronousTestCase):
         self.assertFalse(self.exempt("-p tcp --sport 443 -j NOTRACK", hook="OUTPUT"))
 
     def test_nft(self) -> None:
-        """The same holds with nft, in a chain before connection tracking."""
+        """If a rule of nft, in a chain before connection tracking, exempts visitors from tracking,
+        they are not redirected."""
         for priority, expected in ((-300, True), (-150, False)):
             chain = {"hook": "prerouting", "prio": priority}
             firewall = Firewall(ruleset(chain, [{"notrack": None}]))
@@ -913,7 +915,7 @@ class LookTests(HostCase):
         self.assertEqual(commands.asked.count(shown), 1)
 
     def test_family_that_nobody_uses(self) -> None:
-        """Where a firewall drops all of one family, visitors of the other are steered."""
+        """If a firewall drops all visitors of one family, those of the other are steered."""
         self.legacy = ["filter"]
         commands = Recorded(
             {

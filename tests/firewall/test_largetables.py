@@ -122,7 +122,7 @@ def test_other_tables(
 
 
 def test_no_large_table(kernel_with: Callable[[list[bytes]], Kernel]) -> None:
-    """Where no table is large, none is read, and all are listed."""
+    """If no table is large, none is read, and all are listed."""
     kernel = kernel_with([SOURCE, COMPARE, DROP])
     small = BaseChain("ip", "t", "c", "filter", "input", 0)
     assert need_no_listing([small]) == set()

@@ -1,4 +1,4 @@
-"""Fuzzes all targets, or some, one after the other, for so many seconds in all."""
+"""Fuzzes all targets, or some, one after the other, for a number of seconds in all."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class InterfacesTests(SynchronousTestCase):
             )
 
     def test_ipv6(self) -> None:
-        """The same holds for IPv6."""
+        """An IPv6 interface has its global addresses too, with neighbours."""
         self.kernel.link(2, "eth0")
         self.kernel.address(2, "2001:db8:1::2", 64)
         self.kernel.address(2, "fe80::2", 64, LINK)

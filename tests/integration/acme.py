@@ -145,7 +145,7 @@ def lego(
 
 
 def issued(host: Namespace, ca: Pebble, certificate: Path, account: Path) -> Issued:
-    """The same from the files of a client: its certificate, and the key of its account."""
+    """What a client has got, from its files: the certificate, and the key of the account."""
     chain = x509.load_pem_x509_certificates(certificate.read_bytes())
     return Issued(chain[0], Account(host, ca, account.read_bytes()).valid_challenges())
 

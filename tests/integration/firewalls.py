@@ -77,7 +77,7 @@ class Firewalld:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """firewalld on a bus of its own; its rules stay until the namespace goes."""
+        """firewalld on a separate bus; its rules stay until the namespace is gone."""
         configuration = self._directory / "bus.conf"
         configuration.write_text(_BUS.format(directory=self._directory))
         log = self._directory / "firewalld.log"

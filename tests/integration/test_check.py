@@ -123,7 +123,7 @@ def test_visitors_do_not_notice_a_probe(
 
 
 def test_ipv6_left_alone(site: Website, proxy: Proxy) -> None:
-    """With ACME_ALPN_PROXY_DISABLEV6=y it says so, and dials over IPv4 only."""
+    """With ACME_ALPN_PROXY_DISABLEV6=y C{check} says so, and connects only over IPv4."""
     proxy.env["ACME_ALPN_PROXY_DISABLEV6"] = "y"
     done = check(proxy, "--probe")
     assert done.returncode == 0, done.stdout
@@ -141,7 +141,7 @@ def test_no_ipv6(host: Namespace, site: Website, proxy: Proxy) -> None:
 
 
 def test_new_interfaces_without_ipv6(host: Namespace, site: Website, proxy: Proxy) -> None:
-    """Where IPv6 cannot be dialled, since new interfaces have none, that is a warning."""
+    """If new interfaces have no IPv6, so that the probe cannot connect over it, C{check} warns."""
     host.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
     done = check(proxy, "--probe")
     assert done.returncode == 0, done.stdout
@@ -275,7 +275,7 @@ def test_leftovers(host: Namespace, site: Website, proxy: Proxy) -> None:
 
 @both_redirects
 def test_while_an_instance_runs(site: Website, proxy: Proxy, redirect: str) -> None:
-    """It says that an instance runs, finds no fault, and does not probe."""
+    """If an instance runs, C{check} says so, finds no fault, and does not probe."""
     proxy.start(*AT_ONCE, "--redirect", redirect)
     rules = proxy.namespace.rules()
     done = check(proxy, "--probe", "--redirect", redirect)

@@ -52,7 +52,7 @@ def kind(name: str) -> Kind:
 
 @pytest.fixture
 def proxy(host: Host, tmp_path: Path) -> Iterator[Proxy]:
-    """Its proxy, not started; at the end nothing of it may be left."""
+    """The proxy of this host, not started; at the end nothing of it may be left."""
     before = host.ruleset()
     proxy = host.proxy(tmp_path)
     yield proxy
@@ -64,8 +64,8 @@ def proxy(host: Host, tmp_path: Path) -> Iterator[Proxy]:
 
 @pytest.mark.parametrize(("name", "way"), CELLS, scope="module")
 def test_way(host: Host, kind: Kind, proxy: Proxy, way: str) -> None:
-    """It steers all visitors until the stop; or it refuses, changes nothing, and names each of the
-    other ways that works here."""
+    """The proxy steers all visitors until the stop; or it refuses, changes nothing, and names each
+    redirect that works here."""
     done = proxy.start("--redirect", way, *AT_ONCE, *host.options, check=False)
     if way in kind.refusals:
         assert done.returncode in (os.EX_CONFIG, os.EX_UNAVAILABLE)

@@ -215,7 +215,7 @@ class TestLastPacketOfAHandshake:
 
 @pytest.mark.parametrize("reverse_path_filter", [0, 1])
 def test_service_address_on_lo(tmp_path: Path, reverse_path_filter: int) -> None:
-    """Visitors who dial an address on lo are steered, also with a strict reverse path filter."""
+    """Visitors to an address on lo are steered, also with a strict reverse path filter."""
     with unnumbered_street() as road, website(road.host.namespace, tmp_path / "site") as site:
         for interface in ("all", LINK):
             setting = f"net.ipv4.conf.{interface}.rp_filter={reverse_path_filter}"

@@ -102,7 +102,7 @@ def _served(site: Website, road: Street) -> bool:
 
 
 def test_guard(road: Street, site: Website, proxy: Proxy) -> None:
-    """The guard is small, in a session of its own, ignores SIGTERM, and holds nothing else."""
+    """The guard is small, leads its own session, ignores SIGTERM and SIGINT, and holds nothing else."""
     start(proxy, "iptables")
     guard = proxy.guard
     assert os.getsid(guard) == guard
@@ -185,7 +185,7 @@ def test_listener_is_on_loopback_alone(
 def test_connection_tracking_stays_idle(
     road: Street, site: Website, proxy: Proxy, redirect: str
 ) -> None:
-    """Where nothing tracks connections, iptables begins to; the others do not."""
+    """If nothing tracks connections, steering with iptables begins to; other redirects do not."""
     start(proxy, redirect)
     assert visit(site, road, "IPv4")
     tracked = road.host.namespace.run("conntrack", "-C").stdout.strip()
@@ -353,7 +353,7 @@ def test_web_server_by_an_address_of_the_host(
 
 @by_loopback
 def test_address_that_was_dialled(road: Street, site: Website, proxy: Proxy, redirect: str) -> None:
-    """A connection's own address is the one that was dialled, port 443, except with iptables."""
+    """The proxy's end of a visitor's connection has port 443, except with iptables."""
     start(proxy, redirect)
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
@@ -396,7 +396,7 @@ def _another_program(namespace: Namespace, log: Path) -> Iterator[None]:
 
 
 def test_another_program(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
-    """Where another sk_lookup program is attached start says so, and the last one wins."""
+    """If another sk_lookup program is attached, C{start} says so, and the last one wins."""
     with _another_program(road.host.namespace, tmp_path / "other.log"):
         started = proxy.start("--redirect", "sk-lookup", "--linger", "1")
         assert "Another sk_lookup program" in started.stderr

@@ -80,8 +80,8 @@ def test_steers_while_the_command_runs(road: Street, site: Website, proxy: Proxy
 
 
 def test_what_the_command_gets(proxy: Proxy) -> None:
-    """It has the caller's environment and descriptors, and variables that say where to answer the
-    CA, also the one that lego 5 reads."""
+    """The command gets the caller's environment, and variables with the address at which to answer
+    the CA, also the one that lego 5 reads."""
     proxy.env["MINE"] = "yes"
     done = _run(proxy, "-alpn", "[::1]:5001", "--", "env")
     assert done.returncode == 0
@@ -102,7 +102,7 @@ def test_what_the_command_gets(proxy: Proxy) -> None:
     ],
 )
 def test_no_command(proxy: Proxy, command: str, status: int, why: str) -> None:
-    """A command that cannot be run is named in one line, and the proxy has let go."""
+    """If the command cannot be run, one line names it, and the proxy stops steering."""
     done = _run(proxy, "--", command)
     assert (done.returncode, done.stderr) == (status, f"acme-alpn-proxy: {why}\n")
     _nothing_is_left(proxy)
@@ -116,7 +116,7 @@ def test_command_ended_by_a_signal(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_the_commands(proxy: Proxy, number: signal.Signals) -> None:
-    """A signal to C{run} ends the command, and the proxy lets go in order."""
+    """A signal to C{run} ends the command, and the proxy stops in order."""
     with _running(proxy) as process:
         process.send_signal(number)
         assert process.wait(20) == 128 + number
@@ -125,7 +125,7 @@ def test_signals_are_the_commands(proxy: Proxy, number: signal.Signals) -> None:
 
 
 def test_killed(proxy: Proxy) -> None:
-    """Even if C{run} is killed by SIGKILL the proxy lets go, by itself and in order."""
+    """Even if C{run} is killed with SIGKILL, the proxy stops in order, by itself."""
     with _running(proxy) as process:
         daemon = int(proxy.pid_file.read_text())
         with pidfd(daemon) as descriptor:

@@ -41,14 +41,14 @@ def _sockets(proxy: Proxy) -> list[Path]:
 
 
 def test_not_running(proxy: Proxy) -> None:
-    """Where nothing runs it says so and exits 3."""
+    """If no instance runs, C{status} says so and exits with 3."""
     done = proxy.run("status", check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "not running\n", "")
     assert _status(proxy, 3) == []
 
 
 def test_running(road: Street, site: Website, proxy: Proxy) -> None:
-    """It shows the visitors, by route, and the last validation."""
+    """C{status} shows the visitors, by route, and the last validation."""
     proxy.start(*AT_ONCE)
     (path,) = _sockets(proxy)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

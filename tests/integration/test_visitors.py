@@ -56,7 +56,7 @@ def test_connection_older_than_connection_tracking(
 def test_steered_connection_survives_the_stop(
     road: Street, site: Website, proxy: Proxy, family: str
 ) -> None:
-    """Where nothing else uses conntrack, a steered connection goes on until its own end."""
+    """If nothing else tracks connections, a steered one survives the stop, until its own end."""
     proxy.start("--linger", "1")
     with site.visit(road.visitor.namespace, road.host.address(family), timeout=5) as visit:
         assert visit.get().steered

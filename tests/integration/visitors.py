@@ -146,7 +146,7 @@ def visitors(
 ) -> Iterator[Visitors]:
     """Visitors of C{site} on C{host}, coming from C{visitor}, until the block is left.
 
-    @param steered: the address that the web server sees if the proxy dials.
+    @param steered: the address that the web server sees if the proxy connects to it.
     """
     from .netns import terminate
     from .website import NAME, PAGE

@@ -178,7 +178,7 @@ class MetricsTests(SynchronousTestCase):
         self.assertEqual(endpoint.story, ["listen", "stop"] * 2)
 
     def test_port_taken(self) -> None:
-        """Where it cannot listen, the proxy does not start, and the option is named."""
+        """If the service cannot listen, the start is refused, and the error names the option."""
         taken = CannotListenError("127.0.0.1", 9, OSError(98, "Address already in use"))
         service = MetricsService(Clock(), Endpoint(taken), "tcp:9", describe)
         with self.assertRaisesRegex(StartError, r"--metrics tcp:9: .*in use.*; choose another"):

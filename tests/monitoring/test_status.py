@@ -42,7 +42,7 @@ from .descriptions import OPTIONS, answer_of, describe
 
 @pytest.fixture
 def reactor() -> Iterator[MemoryReactor]:
-    """One that has shut down at the end."""
+    """A reactor in memory that is shut down at the end."""
     memory = MemoryReactor()
     yield memory
     for close, words, _ in memory.triggers.get("during", {}).get("shutdown", []):
@@ -116,7 +116,7 @@ def test_service(pidfile: str, reactor: MemoryReactor) -> None:
 
 
 def test_socket_cannot_be_made(tmp_path: Path, reactor: MemoryReactor) -> None:
-    """Where there can be no socket the proxy starts all the same, and the operator is warned."""
+    """If the socket cannot be made, the proxy still starts, and the operator is warned."""
     (tmp_path / f"proxy.{os.getpid()}.sock" / "not empty").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "no"):
         with capturedLogs() as events:

@@ -27,7 +27,8 @@ class AddressesTests(ProxyCase):
     """What a whole header says."""
 
     def test_addresses(self) -> None:
-        """The visitor and what it dialled, by either version and family."""
+        """A header of either version and family has the visitor and the address that it connected
+        to."""
         for encode in (encode_v1, encode_v2):
             for kind, ends in ((IPv4Address, (VISITOR, SITE)), (IPv6Address, (VISITOR6, SITE6))):
                 told = tuple(kind("TCP", *end) for end in ends)
@@ -232,7 +233,7 @@ class HeadedTargetTests(ProxyCase):
         return factory.lead
 
     def test_made(self) -> None:
-        """It names the visitor and the address that it dialled."""
+        """A new header names the visitor and the address that it connected to."""
         arrival = Arrival(VISITOR, SITE, ("10.0.0.1", 443))
         self.assertEqual(self.send("v1", arrival), encode_v1(VISITOR, SITE))
         self.assertEqual(self.send("v2", arrival), encode_v2(VISITOR, SITE))

@@ -76,7 +76,7 @@ def test_corpus() -> None:
 
 
 def test_corpus_contents() -> None:
-    """Where the oracle reports ALPN list and server name, the parser finds the same."""
+    """If the oracle reports an ALPN list and a server name, the parser finds the same."""
     checked = 0
     for case in hellos.corpus():
         verdict = parse(case.data)

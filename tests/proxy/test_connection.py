@@ -351,7 +351,7 @@ class EndTests(ConnectionTests):
 
 
 def fill(connection: socket.socket) -> int:
-    """Send until nothing is taken for a while; how many bytes were."""
+    """Send until the peer takes nothing for a while; return the number of bytes that were sent."""
     connection.setblocking(False)
     total = 0
     while select.select([], [connection], [], 0.3)[1]:

@@ -394,7 +394,7 @@ class LiveTests(ProxyCase):
         self.assertEqual(self.dialled, [])
 
     def test_both_ends(self) -> None:
-        """A connection is live until both its ends are gone, whichever goes first."""
+        """A connection is live until both its ends are gone, in any order."""
         client, _ = self.relay()
         self.server.connectionLost(Failure(CONNECTION_DONE))
         self.assertEqual(len(self.factory.live), 1)
@@ -485,7 +485,8 @@ class ArrivalTests(ProxyCase):
         return server
 
     def test_ends(self) -> None:
-        """Its address, and the one that it dialled; IPv4 as such, also on a listener for both."""
+        """The arrival has the visitor's address and the one that it connected to; an IPv4 address
+        has its usual form, also on a listener for both families."""
         arrival = self.arrive(IPv6Address("TCP", "::ffff:192.0.2.8", 50_001)).arrival()
         self.assertEqual(arrival.visitor, ("192.0.2.8", 50_001))
         self.assertEqual(arrival.dialled, ("10.0.0.1", 12345))

@@ -253,7 +253,7 @@ class SpliceRelayTests(TransportCase):
             self.setUp()
 
     def test_receiver_resets(self) -> None:
-        """The same holds for one on the side that did not take them."""
+        """A reset of the receiver, which did not take the bytes, is also passed on at once."""
         self.fill(self.visitor)
         reset(self.server)
         self.turn(lambda: self.front.lost and self.back.lost)

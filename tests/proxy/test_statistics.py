@@ -77,7 +77,7 @@ def test_validation() -> None:
 
 
 def test_named() -> None:
-    """A validation of a name with a client of its own counts there."""
+    """A validation of a name with a separate ACME client counts for that client."""
     client = Route("acme", "127.0.0.1:31444")
     routing = Routing(ROUTING.acme, ROUTING.fallback, {"site.example": client})
     numbers = Statistics(routing, DOUBTS)

@@ -60,7 +60,8 @@ def test_no_loopback(text: str) -> None:
     ],
 )
 def test_translation(tmp_path: Path, interface: str, value: int, refused: bool) -> None:
-    """Where visitors may be translated to loopback it is refused; IPv6 knows no such thing."""
+    """If a rule may translate visitors to loopback (C{route_localnet}), that is refused; for IPv6
+    there is no such setting."""
     folder = tmp_path / "sys/net/ipv4/conf" / interface
     folder.mkdir(parents=True)
     (folder / "route_localnet").write_text(f"{value}\n")

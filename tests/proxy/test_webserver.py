@@ -20,7 +20,7 @@ from acme_alpn_proxy.proxy.webserver import require_web_server
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where port 443 is served."""
+    """The addresses at which port 443 is served."""
     served: list[str] = []
     monkeypatch.setattr(webserver, "listeners", lambda port: served)
     return served
@@ -84,8 +84,8 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_original(own: list[str]) -> None:
-    """Where visitors go to the address that they dialled, one that answers is enough, and those
-    that do not are named."""
+    """With C{--fallback original}, one address that answers is enough, and the log names those that
+    do not."""
     own += ["127.0.0.2", "127.0.0.3", "127.0.0.4", "::1", "fe80::1"]
     with capturedLogs() as events:
         require_web_server(ORIGINAL, 1)

@@ -63,8 +63,8 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.events = log_of(self)
 
     def takes(self, redirect: ChosenRedirect, taken: Candidate, why: str) -> None:
-        """It takes that one, gives the operator the reason in one line, and passes all calls on to
-        it."""
+        """Assert that C{redirect} takes C{taken}, gives the operator the reason in one line, and
+        passes all calls on."""
         verifyObject(IRedirect, redirect)
         hosts = self.successResultOf(redirect.prepare(COMMANDS))
         self.assertEqual(hosts, (f"host of {taken}",))
@@ -115,7 +115,7 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.takes(redirect, only, "Steering by only: RULESPEC is set")
 
     def test_refused(self) -> None:
-        """Where the first ones refuse the next is taken, and their causes are the reason."""
+        """If the first redirects refuse, the next is taken, and the reason has their causes."""
         first = Candidate("first", "the firewall drops them; use another one")
         second = Candidate("second", "the kernel is too old")
         third = Candidate("third")

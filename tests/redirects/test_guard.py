@@ -103,7 +103,7 @@ class GuardTests(SynchronousTestCase):
         return bool(refused)
 
     def assert_clean(self) -> None:
-        """Its rules are gone, and no others."""
+        """Assert that the guard's rules are gone, and no others."""
         for name in ("v4", "v6"):
             self.assertEqual(self.there(name), [ANOTHER])
 
@@ -181,7 +181,7 @@ class GuardTests(SynchronousTestCase):
         self.assert_clean()
 
     def test_killed(self) -> None:
-        """If it was killed, that is reported at the next wish and at those after."""
+        """If the guard was killed, the next request and all later ones report that."""
         os.kill(self.guard._process.pid, signal.SIGKILL)
         self.guard._process.wait()
         self.assertTrue(self.guard.gone)
@@ -190,7 +190,7 @@ class GuardTests(SynchronousTestCase):
             self.assertIn("the guard of the rules is gone", str(failure.value))
 
     def test_killed_meanwhile(self) -> None:
-        """The same holds if it is killed while it is asked."""
+        """If the guard is killed during a request, that request reports it."""
         os.kill(self.guard._process.pid, signal.SIGSTOP)
         guard = self.guard
 

@@ -149,8 +149,8 @@ class ExpiryTests(GuardCase):
         self.assertEqual(self.iptables.rules("nat"), {binary: [RULE] for binary in BOTH})
 
     def test_no_such_match(self) -> None:
-        """Where iptables lacks the match for the time, all redirects go without; any other failure
-        is a failure."""
+        """If iptables lacks the match C{time}, all redirects are made without it; any other failure
+        counts as one."""
         for number in (3, 4):
             self.iptables = FakeIptables()
             self.guard = self.new_guard()
@@ -279,7 +279,7 @@ class EndTests(GuardCase):
 
 
 class HostileProxyTests(GuardCase):
-    """A proxy that was taken over may send anything; its rules are removed all the same."""
+    """A proxy that was taken over may send anything; its rules are removed in any case."""
 
     def send(self, wishes: bytes) -> list[Any]:
         """The answers to these, until the proxy closes the line."""

@@ -338,7 +338,7 @@ class ConnectionTrackingTests(IptablesCase):
 
 
 class CautionTests(IptablesCase):
-    """If there are other redirects to try, it refuses whatever may do harm."""
+    """If there are other redirects to try, iptables refuses everything that may do harm."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -356,7 +356,8 @@ class CautionTests(IptablesCase):
         self.refusal = str(failure.value)
 
     def test_nothing_hurts(self) -> None:
-        """Where both programs are there and tracking is in use, or large enough, it works."""
+        """If both programs exist, and tracking is in use or its table is large enough, iptables
+        does not refuse."""
         self.prepare(max_tracked_connections=1_000, tcp_connections=501)
         self.assertEqual(self.refusal, "")
         self.prepare(tracked_connections=0, max_tracked_connections=1_000, tcp_connections=500)

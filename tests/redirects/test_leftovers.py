@@ -61,7 +61,7 @@ class LeftoverTests(IptablesCase):
         )
 
     def test_nothing_left(self) -> None:
-        """Where nothing is left nothing is said."""
+        """If nothing is left, nothing is logged."""
         self.assertEqual(self.clean_up(), 0)
         self.assertEqual(self.lines(LogLevel.warn), [])
 

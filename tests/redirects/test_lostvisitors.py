@@ -67,7 +67,7 @@ class RepetitionsTests(SynchronousTestCase):
         self.assertFalse(self.repetitions.show_loss(4))
 
     def test_old(self) -> None:
-        """Nor do SYNs from long ago."""
+        """SYNs from long ago show no loss."""
         self.add(0, 1)
         self.assertFalse(self.repetitions.show_loss(12))
         self.add(12, 13)
@@ -85,7 +85,7 @@ class WatchTests(SynchronousTestCase):
         self.watch.open()
 
     def lose(self) -> bool:
-        """A visitor dials in vain; whether that is noticed at some time."""
+        """Let a visitor connect in vain; return whether the watch notices it at some time."""
         noticed = False
         for when in (0, 1, 3, 4):
             self.now += 1
@@ -94,12 +94,13 @@ class WatchTests(SynchronousTestCase):
         return noticed
 
     def test_lost(self) -> None:
-        """If nothing is accepted in the meantime, it is noticed."""
+        """If nothing is accepted in the meantime, the watch notices the loss."""
         self.assertTrue(self.sockets.listening)
         self.assertTrue(self.lose())
 
     def test_some_arrive(self) -> None:
-        """While others arrive, it is not: the problem is between that visitor and this host."""
+        """While other visitors arrive, no loss is reported: the problem is between the one visitor
+        and this host."""
         noticed = False
         for _ in range(4):
             self.accepted += 1
@@ -109,7 +110,7 @@ class WatchTests(SynchronousTestCase):
         self.assertFalse(noticed)
 
     def test_full_house(self) -> None:
-        """Nor while visitors wait to be accepted."""
+        """While visitors wait to be accepted, no loss is reported."""
         self.full = True
         self.assertFalse(self.lose())
 
@@ -122,7 +123,7 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.sockets.listening)
 
     def test_closed(self) -> None:
-        """Closed, it sees nothing."""
+        """A closed watch sees nothing."""
         self.watch.close()
         self.assertTrue(self.sockets.closed)
         self.assertFalse(self.lose())

@@ -33,7 +33,7 @@ COMMANDS = BlockingCommands()
 
 
 class Kernel:
-    """A netlink socket whose other end does as told.
+    """A netlink socket whose other end does what a test says.
 
     @ivar has_table: whether the table is there.
     """
@@ -328,7 +328,7 @@ class RefusalTests(NftablesCase):
         self.refuses(pattern, os.EX_UNAVAILABLE, errno.ENOENT, nft.NEW_RULE)
 
     def test_missing_chain_type(self) -> None:
-        """So is the type of a chain."""
+        """A type of chain that the kernel lacks is named, and its module."""
         pattern = "lacks a type of chain, .*; load the module nft_chain_nat"
         self.refuses(pattern, os.EX_UNAVAILABLE, errno.ENOENT, nft.NEW_CHAIN)
 

@@ -40,11 +40,11 @@ class SynCookieTests(SynchronousTestCase):
             self.assertEqual(self.dialled.pop(), address)
 
     def test_not_there(self) -> None:
-        """An address that cannot be dialled is passed over."""
+        """An address to which no connection is possible is skipped."""
         syncookies.let_take_cookies([("192.0.2.1", 0), ("::ffff:0:0:1", 1)], self.proc)
 
     def test_usual(self) -> None:
-        """If cookies are sent only in a flood, or never, no listener is dialled."""
+        """If cookies are sent only in a flood, or never, no connection to a listener is made."""
         for text in ("0", "1"):
             self.switch.write_text(text)
             syncookies.let_take_cookies([("127.0.0.1", 1)], self.proc)
@@ -54,7 +54,7 @@ class SynCookieTests(SynchronousTestCase):
         self.assertEqual(self.dialled, [])
 
     def test_web_server(self) -> None:
-        """Of the listening sockets those of the web server's port are dialled."""
+        """Connections are made only to the listening sockets of the web server's port."""
 
         def found(host: str, port: int) -> TCPSocket:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

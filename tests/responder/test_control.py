@@ -105,7 +105,7 @@ class RequestTests(ControlCase):
         self.assertEqual(len(self.pending), 0)
 
     def test_lets_go(self) -> None:
-        """When the last one is ended, or its time is over, the proxy is needed no more."""
+        """When the last identifier is ended or expires, the proxy need not steer any longer."""
         self.steer()
         self.send(f"auth a.example {B64}", f"auth b.example {DIGEST.hexdigest()} 30")
         self.send("unauth A.EXAMPLE")

@@ -318,7 +318,8 @@ class WriteTests(TransportCase):
     """Back-pressure, and ends that come after waiting bytes."""
 
     def test_push_producer(self) -> None:
-        """A producer is paused as soon as the peer takes no more, and resumed when all is sent."""
+        """A producer is paused when the peer takes no further bytes, and resumed when all are
+        sent."""
         visitor, protocol = self.connect()
         producer = Producer()
         protocol.transport.registerProducer(producer, True)

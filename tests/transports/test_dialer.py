@@ -177,7 +177,7 @@ class ConnectorTests(TransportCase):
         self.client.made[0].transport.abortConnection()
 
     def test_shortage_for_long(self) -> None:
-        """If there is none in time it fails, and tries no more."""
+        """If no socket can be made in time, the attempt fails, and no other follows."""
         self.be_short(1_000)
         self.dial()
         for _ in range(101):

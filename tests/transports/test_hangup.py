@@ -94,8 +94,8 @@ class EpollHangupWatchTests(SynchronousTestCase):
         self.assertEqual(self.hung_up, [])
 
     def test_number_used_again(self) -> None:
-        """The reset of a closed connection that a forked process still holds is not taken for one
-        of the connection that has its number now."""
+        """If a forked process still holds a closed connection, its reset does not count for the
+        connection that now has its descriptor's number."""
         old, ours, peer = self.connect("old")
         number = ours.fileno()
         held = os.dup(number)  # as a process has it between fork and exec

@@ -50,7 +50,8 @@ class ChoiceTests(SynchronousTestCase):
         self.assertIs(type(network_for(MemoryReactor())), TwistedNetwork)
 
     def test_targets(self) -> None:
-        """Numeric addresses are dialled; names and endpoint strings are left to Twisted."""
+        """The proxy itself connects to numeric addresses; Twisted connects to names and endpoint
+        strings."""
         reactor: Any = installed
         network = LeanNetwork(reactor)
         for text, kind in (

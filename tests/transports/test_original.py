@@ -19,7 +19,7 @@ from .transport_case import Client
 
 
 class Here(TargetFactory):
-    """For a visitor who has dialled an address of this host."""
+    """A factory for a visitor who has connected to an address of this host."""
 
     def __init__(self, host: str, port: int) -> None:
         self.here = host, port
@@ -38,8 +38,8 @@ class Visited(Here, Client):
 
 class OriginalTargetTests(SynchronousTestCase):
     def test_address(self) -> None:
-        """It is this host's address that counts, whatever a load balancer said; the proxy's own
-        port stands for that of the web server."""
+        """The target is at this host's address, also if a load balancer has named another; the
+        proxy's own port means the web server's."""
         asked = []
 
         class Dialled:
@@ -58,7 +58,7 @@ class OriginalTargetTests(SynchronousTestCase):
         self.assertEqual(asked, [("192.0.2.1", 443), ("2001:db8::1", 8443), ("192.0.2.1", 443)])
 
     def test_by_twisted(self) -> None:
-        """Twisted's own transports dial it from that same address, too."""
+        """Twisted's own transports also connect from the address that they connect to."""
         reactor = MemoryReactor()
         target = TwistedNetwork(reactor).target(ORIGINAL, 10.0)
         for host in ("192.0.2.1", "2001:db8::1"):

@@ -101,7 +101,7 @@ class PortTests(TransportCase):
         protocol.transport.abortConnection()
 
     def test_stopped_by_the_first(self) -> None:
-        """Stopped by one that it accepts, it asks for no more."""
+        """If a connection that the port accepts stops it, the port accepts no other."""
         visitor = self.visit()
         self.kind = lambda: self.port.stopListening() and HalfNoting()
         self.turn_all()

@@ -51,7 +51,7 @@ class SourceTests(TransportCase):
         return Dialer(self.poller, self.retries, deadlines, family, address)
 
     def dial(self, visitor: str, first: bytes = b"hello") -> tuple[Any, Client]:
-        """With a first byte, without which the handshake's last ACK would take its time."""
+        """Connect with first bytes, without which the last ACK of the handshake would be late."""
         client = Client()
         client.visitor = visitor
         connector = self.source.connect(client, first)
@@ -123,7 +123,7 @@ class SourceTests(TransportCase):
         self.assertEqual(client.failures, [])
 
     def slow_dial(self) -> Any:
-        """A dial that says that it must wait."""
+        """A function that connects, and reports that the connection is not there yet."""
         real = self.source._dialers[False].dial
 
         def dial(first: bytes, visitor: str | None = None) -> tuple[Any, int | None, int]:
@@ -154,8 +154,8 @@ class SourceTests(TransportCase):
         self.assertEqual((client.made, len(client.failures)), ([], 1))
 
     def test_address_that_cannot_be(self) -> None:
-        """Where the kernel refuses an address, the visitor is connected from this host's at once,
-        and the next one from its own."""
+        """If the kernel refuses a visitor's address, the proxy connects from this host's address at
+        once, and for the next visitor from the visitor's own."""
         self.source.use([self.where])
         self.problems = [errno.EADDRNOTAVAIL]
         for _ in range(2):
