@@ -167,7 +167,7 @@ def test_unknown_certbot() -> None:
 
 
 def test_own_proxy(path: Path) -> None:
-    """If no proxy runs, the plugin starts one for all names, and ends it when no name is pending."""
+    """If no proxy runs, the plugin starts one for all names, and ends it after the last one."""
     one = plugin("--alpn-proxy-options=--fallback '192.0.2.1:443'")
     both = [achall(name) for name in NAMES]
     one.perform(both)

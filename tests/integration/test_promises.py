@@ -102,7 +102,8 @@ def _served(site: Website, road: Street) -> bool:
 
 
 def test_guard(road: Street, site: Website, proxy: Proxy) -> None:
-    """The guard is small, leads its own session, ignores SIGTERM and SIGINT, and holds nothing else."""
+    """The guard is small, leads its own session, ignores SIGTERM and SIGINT, and holds no other
+    file."""
     start(proxy, "iptables")
     guard = proxy.guard
     assert os.getsid(guard) == guard
