@@ -1,4 +1,4 @@
-"""The main job, shown: a certificate from a test CA while visitors hammer the site.
+"""The main job, shown: a certificate from a test CA while many visitors connect.
 
 Everything happens in network namespaces that are made for it and thrown away; of the host only its
 programs are used. Run as root: C{python -m tests.integration.demo}.
@@ -53,7 +53,7 @@ def _issue(directory: Path) -> tuple[Issued, Report]:
                 proxy.start()
             with _step("visitors come and go through the proxy"):
                 crowd.wait_for(50, steered=True)
-            with _step("lego orders the certificate, pebble validates port 443"):
+            with _step("lego orders the certificate, pebble validates both names"):
                 issued = lego(road.host.namespace, ca, directory / "lego", *NAMES)
             with _step("acme-alpn-proxy stop --wait: the last connection has ended"):
                 proxy.stop(wait=True)
@@ -97,7 +97,7 @@ def _check(issued: Issued, report: Report) -> None:
 def main() -> int:
     """Run the demo; 0 if all of it held, 1 if not."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go, too
-    print("A certificate by TLS-ALPN-01 while visitors hammer the site (in throwaway namespaces)\n")
+    print("A certificate by TLS-ALPN-01 while many visitors connect (in temporary namespaces)\n")
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="acme-alpn-proxy-demo-") as directory:
