@@ -54,7 +54,7 @@ _PICTURES = {
     "connections": "CPU of the proxy for a connection, and latency",
     "bytes": "CPU of the proxy for a GB",
     "memory": f"Memory with {MANY:,} idle connections",
-    "growth": "CPU of the proxy for a connection beside open ones",
+    "growth": "CPU of the proxy for a connection while others are open",
 }
 
 
@@ -76,7 +76,14 @@ def draw(run: Run) -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     parts = [
-        *(BEGIN, "## What must be shown", targets(run), "## Figures", images, figures(run)),
+        *(
+            BEGIN,
+            "## Limits that the bench checks",
+            targets(run),
+            "## Figures",
+            images,
+            figures(run),
+        ),
         *("## Where", facts(run), END),
     ]
     PAGE.write_text(before + "\n\n".join(parts) + after)

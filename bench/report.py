@@ -76,7 +76,7 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
     (
         f"Memory (PSS) with {MANY:,} connections (lower is better)",
         (
-            Figure("idle", "base_mib", "none, MiB", 1),
+            Figure("idle", "base_mib", "no connection, MiB", 1),
             IDLE,
             IDLE_EACH,
             Figure("idle", "descriptors_each", "descriptors each", 1),
@@ -84,7 +84,10 @@ TABLES: tuple[tuple[str, tuple[Figure, ...]], ...] = (
             Figure("silent", "kib_each", "silent, KiB each", 2),
         ),
     ),
-    ("CPU of the proxy for a connection beside open ones (lower is better)", tuple(GROWN.values())),
+    (
+        "CPU of the proxy for a connection while others are open (lower is better)",
+        tuple(GROWN.values()),
+    ),
     ("acme-alpn-proxy start, until it steers (lower is better)", (START,)),
 )
 
@@ -115,21 +118,31 @@ class Target:
 def _bytes_targets() -> Iterable[Target]:
     for contender, most in ((HAPROXY, 0.5), (SPLICING, 1.1)):
         for figure in BYTES.values():
-            what = f"CPU for a GB, {figure.title}, to {contender}'s"
+            what = f"CPU for 1 GB, {figure.title}, divided by that of {contender}"
             yield Target(what, most, figure, (figure, contender))
 
 
 TARGETS = (
-    Target("CPU for a TCP connection, to HAProxy's", 1.5, TCP, (TCP, HAPROXY)),
-    Target("CPU for a TLS connection, to HAProxy's", 1.3, TLS, (TLS, HAPROXY)),
-    Target("CPU for a TCP connection, to that with --visitor-address off", 1.1, TCP, (TCP, UNSEEN)),
-    Target("CPU for a TLS connection, to that with --visitor-address off", 1.1, TLS, (TLS, UNSEEN)),
+    Target("CPU for a TCP connection, divided by HAProxy's", 1.5, TCP, (TCP, HAPROXY)),
+    Target("CPU for a TLS connection, divided by HAProxy's", 1.3, TLS, (TLS, HAPROXY)),
+    Target(
+        "CPU for a TCP connection, divided by that with --visitor-address off",
+        1.1,
+        TCP,
+        (TCP, UNSEEN),
+    ),
+    Target(
+        "CPU for a TLS connection, divided by that with --visitor-address off",
+        1.1,
+        TLS,
+        (TLS, UNSEEN),
+    ),
     *_bytes_targets(),
-    Target("p50 latency, to HAProxy's", 1.25, LATENCY, (LATENCY, HAPROXY)),
+    Target("p50 latency, divided by HAProxy's", 1.25, LATENCY, (LATENCY, HAPROXY)),
     Target(f"KiB for each of {MANY:,} idle pairs", 2.5, IDLE_EACH),
     Target(f"MiB with {MANY:,} idle pairs", 52, IDLE),
     Target(
-        f"CPU for a connection beside {GROWTH[-1]:,} open ones, to that beside {GROWTH[0]}",
+        f"CPU for a connection while {GROWTH[-1]:,} are open, divided by that while {GROWTH[0]} are",
         1.1,
         GROWN[GROWTH[-1]],
         (GROWN[GROWTH[0]], OURS),
@@ -162,7 +175,7 @@ def targets(run: Run) -> str:
             value = median(rounds)
             met = "met" if value <= target.most else "**not met**"
             lines.append([target.what, f"{value:.2f}", f"{target.most:g}", met, _spread(rounds)])
-    return _table(["", "is", "at most", "", "half of the rounds"], lines) if lines else ""
+    return _table(["", "is", "at most", "", "middle half of the rounds"], lines) if lines else ""
 
 
 def _spread(rounds: Sequence[float]) -> str:
