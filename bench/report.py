@@ -142,7 +142,7 @@ TARGETS = (
     Target(f"KiB for each of {MANY:,} idle pairs", 2.5, IDLE_EACH),
     Target(f"MiB with {MANY:,} idle pairs", 52, IDLE),
     Target(
-        f"CPU for a connection while {GROWTH[-1]:,} are open, divided by that while {GROWTH[0]} are",
+        f"CPU for a connection while {GROWTH[-1]:,} are open, divided by that for {GROWTH[0]}",
         1.1,
         GROWN[GROWTH[-1]],
         (GROWN[GROWTH[0]], OURS),
