@@ -202,19 +202,20 @@ class StopTests(ServiceCase):
         visitors.pop().end()
         told()
         self.linger()
-        self.assertEqual(told(), [("info", "Draining 4 live connections")])
+        self.assertEqual(told(), [("info", "Waiting for 4 open connections to end")])
         visitors.pop().end()
         visitors.pop().end()
         self.assertEqual(told(), [])
         self.reactor.pump([1, 1, 1])
-        self.assertEqual(told(), [("debug", "Draining 2 live connections")])
+        self.assertEqual(told(), [("debug", "Waiting for 2 open connections to end")])
         while visitors:
             visitors.pop().end()
         self.assertEqual(told(), [("info", "Stopped: all connections have ended")])
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_end_wait_while_draining(self) -> None:
-        """After C{end_wait}, it resets the live connections and ends."""
+        """After C{end_wait}, it resets the live connections and ends; the log says how many."""
+        events = log_of(self)
         Live(self.factory, self.story)
         stopped = self.proxy.stopService()
         self.linger()
@@ -223,6 +224,8 @@ class StopTests(ServiceCase):
         self.told("reset a connection", *ENDED)
         self.successResultOf(stopped)
         self.successResultOf(again)
+        expected = "Stopped: 1 connection was reset, all others have ended"
+        self.assertEqual(formatEvent(events[-1]), expected)
 
     def test_end_wait_while_lingering(self) -> None:
         """C{end_wait} during the linger ends the linger, too."""

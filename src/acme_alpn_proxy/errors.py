@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-AS_ADMINISTRATOR: Final = "run this as root, with CAP_NET_ADMIN where it runs in a container"
+AS_ADMINISTRATOR: Final = "run this as root (in a container: with CAP_NET_ADMIN)"
 """The remedy for a process that may not change the firewall's rules."""
 
 
@@ -69,6 +69,7 @@ def not_permitted(reason: str) -> StartError:
 def refused_by_system(problem: OSError) -> StartError:
     """The error for a step that normally never fails, but that the kernel refused."""
     return StartError(
-        f"the system refuses: {problem}; look at its limits (ulimit -a) and its disks (df)",
+        f"the kernel refused an operation: {problem}; check the limits (ulimit -a) and the free"
+        " disk space (df)",
         os.EX_OSERR,
     )

@@ -87,7 +87,9 @@ class OnDemandProxy(Service):
             self._beside.stop()
             self._pidfile.release()
             raise
-        self._enter("idle", "Started: new connections to :443 are steered here when that is needed")
+        self._enter(
+            "idle", "Started: the proxy receives new connections to port 443 when it is needed"
+        )
 
     def when_started(self) -> Deferred[None]:
         """Return a Deferred that fires when needs are accepted: as soon as it has started."""

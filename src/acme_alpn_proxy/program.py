@@ -82,7 +82,7 @@ class Program(MultiService):
     def end(self) -> None:
         """Stop in order; a second call ends the wait for live connections."""
         if self.ending:
-            self._log.info("Not waiting any longer")
+            self._log.info("Not waiting any longer: resetting the open connections")
             self._proxy.end_wait()
         else:
             self.ending = True

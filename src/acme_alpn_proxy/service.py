@@ -38,6 +38,7 @@ from .redirects.lostvisitors import LostVisitorsWatch
 from .redirects.steering import RedirectService
 from .transports.hangup import hangup_watch
 from .transports.network import TwistedNetwork
+from .wording import counted
 
 FEW_VISITORS: Final = 500
 """If there is room for fewer visitors at a time, a warning is logged."""
@@ -50,6 +51,16 @@ LINGER_STEP: Final = 0.25
 
 DRAIN_NEWS_INTERVAL: Final = 1.0
 """Seconds between two reports of how many connections a stop still waits for."""
+
+_STOPPING: Final = "Stopping: waiting for the open connections"
+"""With C{--redirect none}, only the operator knows where new connections go."""
+
+_STOPPED_STEERING: Final = (
+    "Stopped steering: new connections to port 443 go to the web server. Waiting for the open"
+    " connections"
+)
+
+_WAITING: Final = "Waiting for {connections} to end"
 
 
 class Companions:
@@ -291,7 +302,7 @@ class ProxyService(MultiService):
             self._pidfile.release()
             raise
         self._factory.statistics.enter("running")
-        self._say("Started: new connections to :443 are steered here")
+        self._say("Started: the proxy receives new connections to port 443")
 
     @inlineCallbacks
     def _stop_in_order(
@@ -304,7 +315,7 @@ class ProxyService(MultiService):
             self._pidfile.release()
             self._let_go_done.callback(None)
             self._factory.statistics.enter("draining")
-            self._say("Let go of :443; waiting for what is under way")
+            self._say(_STOPPING if str(self._redirect) == "none" else _STOPPED_STEERING)
             yield self._linger_on()
             yield self.listener.stopService()
             if self._hurried:
@@ -312,7 +323,7 @@ class ProxyService(MultiService):
             yield self._drain()
             yield self.steering.release()
             self._close()
-            self._say("Stopped: all connections have ended")
+            self._say_end()
         self._starting = self._stopping = None
 
     @inlineCallbacks
@@ -322,19 +333,30 @@ class ProxyService(MultiService):
         live = self._factory.live
         reported = len(live)
         if live:
-            self._say("Draining {count} live connections", count=reported)
+            self._say(_WAITING, connections=_open(reported), count=reported)
 
         def report() -> None:
             nonlocal reported
             if reported != len(live):
                 reported = len(live)
-                self._log.debug("Draining {count} live connections", count=reported, is_status=True)
+                self._log.debug(
+                    _WAITING, connections=_open(reported), count=reported, is_status=True
+                )
 
         reports = LoopingCall(report)
         reports.clock = self._reactor
         reports.start(DRAIN_NEWS_INTERVAL, now=False)
         yield live.drained(self._reactor, self._drain_timeout)
         reports.stop()
+
+    def _say_end(self) -> None:
+        """Log that no connection is left, and how many the proxy has reset to achieve that."""
+        count = self._factory.live.aborted
+        if count:
+            reset = f"{counted(count, 'connection')} {'were' if count > 1 else 'was'} reset"
+            self._say("Stopped: {reset}, all others have ended", reset=reset, count=count)
+        else:
+            self._say("Stopped: all connections have ended")
 
     def _let_go(self, problem: VisitorsLost) -> None:
         self.on_loss(problem)
@@ -350,8 +372,8 @@ class ProxyService(MultiService):
         limits = highest_limits(self._max_connections)
         if not self._max_connections and limits.visitors < FEW_VISITORS:
             self._log.warn(
-                "The limit on open files allows {count} visitors at a time, and more wait; raise it"
-                " (ulimit -Hn, LimitNOFILE=)",
+                "The limit on open files allows only {count} visitors at a time, and others have to"
+                " wait; raise the limit (ulimit -Hn, or LimitNOFILE= of the systemd unit)",
                 count=limits.visitors,
             )
         self._network.open()
@@ -386,6 +408,10 @@ class ProxyService(MultiService):
                 handshakes &= _half_open(self.listener.port) or set()
                 if not handshakes:
                     return
+
+
+def _open(count: int) -> str:
+    return counted(count, "open connection")
 
 
 def _half_open(port: int) -> set[Handshake] | None:

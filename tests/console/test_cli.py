@@ -313,7 +313,8 @@ class MainTests(CommandCase):
         self.patch(sys, "stdout", FullDisk())
         self.assertEqual(cli.run_command_line(["--version"]), os.EX_OSERR)
         self.assertRegex(
-            self.stderr.getvalue(), r"^acme-alpn-proxy: the system refuses: .*No space.*; look.*\n$"
+            self.stderr.getvalue(),
+            r"^acme-alpn-proxy: the kernel refused an operation: .*No space.*; check.*\n$",
         )
 
     def test_stderr_full(self) -> None:

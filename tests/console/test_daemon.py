@@ -106,7 +106,9 @@ class DaemonTests(ReportCase):
         problem = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.assertEqual(self.daemon(problem), 1)
         error, status = self.told()["error"]
-        self.assertRegex(error, r"^the system refuses: .*Too many open files; look .*ulimit -a")
+        self.assertRegex(
+            error, r"^the kernel refused an operation: .*Too many open files; check .*ulimit -a"
+        )
         self.assertEqual(status, os.EX_OSERR)
         self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
 

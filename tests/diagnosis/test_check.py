@@ -335,7 +335,12 @@ class RedirectTests(CheckCase):
         self.found("iptables", Level.FAILED, pattern, *asked)
         self.commands.calls.clear()
         self.commands.failures[1] = (4, "no table")
-        self.found("iptables", Level.FAILED, "'iptables .* status 4: no table; .*see why", *asked)
+        self.found(
+            "iptables",
+            Level.FAILED,
+            "'iptables .* status 4: no table; .*, or run 'iptables -t nat -L' as root",
+            *asked,
+        )
         self.commands.calls.clear()
         self.commands.failures[1] = (4, "no lock")
         self.found("iptables", Level.WARNING, "status 4: no lock", "--redirect", "sk-lookup")
@@ -361,7 +366,7 @@ class RedirectTests(CheckCase):
         self.commands.calls.clear()
         self.commands.failures = {1: (4, "Permission denied")}
         self.patch(xtables, "may_administer_network", lambda: False)
-        pattern = ", or run this as root, with CAP_NET_ADMIN where"
+        pattern = ", or run this as root .in a container: with CAP_NET_ADMIN"
         self.found("iptables", Level.FAILED, pattern, *asked)
 
     def test_list(self) -> None:
@@ -411,7 +416,7 @@ class RedirectTests(CheckCase):
         """The rules of an instance without PID file are not leftovers; the instance is reported."""
         claim = self.successResultOf(claim_redirect(self.commands, 15))
         with claim:
-            pattern = "another instance redirects :443 here.*; stop it first$"
+            pattern = "another instance still steers port 443 .*; stop that instance"
             self.found("leftovers", Level.FAILED, pattern)
             self.found("leftovers", Level.WARNING, pattern, "--redirect", "sk-lookup")
 

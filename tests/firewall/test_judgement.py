@@ -173,8 +173,8 @@ class ToldApartTests(SynchronousTestCase):
         """The reason names the dropping rule as the command that would make it."""
         self.assertEqual(
             lost(WEB, "DROP"),
-            f"visitors by IPv4 would be redirected to port {PORT}, where the firewall drops them:"
-            " iptables -t filter -P INPUT DROP",
+            f"the firewall would drop the IPv4 visitors after the redirect to port {PORT}: iptables"
+            " -t filter -P INPUT DROP",
         )
         two_lines = f'-A INPUT -p tcp --dport {PORT} -m comment --comment "no\nmore" -j DROP\n'
         self.assertIn("'no more'", lost(two_lines))
@@ -277,7 +277,7 @@ class ToldApartTests(SynchronousTestCase):
         rules = f"{WEB}-A INPUT -i net0 -p tcp --dport {PORT} -j ACCEPT\n"
         self.assertEqual(lost(rules, "DROP"), "")
         reason = lost(rules, "DROP", ways_in=[*NET0[4], arrival("net1", "192.0.2.2")])
-        self.assertIn("visitors by IPv4 at net1 would", reason)
+        self.assertIn("would drop the IPv4 visitors that arrive at net1", reason)
 
     def test_other_tables(self) -> None:
         """INPUT of other tables is passed too; PREROUTING there comes before the redirect."""
@@ -356,7 +356,11 @@ class AnswerTests(SynchronousTestCase):
         """If OUTPUT accepts only port 443, answers are lost, but only with a redirect."""
         rules = "-A OUTPUT -p tcp --sport 443 -m conntrack --ctstate ESTABLISHED -j ACCEPT\n"
         reason = self.answers_lost(rules)
-        self.assertIn(f"would be answered from port {PORT}; the firewall drops that", reason)
+        self.assertIn(
+            "the firewall would drop the proxy's answers to the IPv4 visitors (their source port"
+            f" is {PORT})",
+            reason,
+        )
         self.assertIn("iptables -t filter -P OUTPUT DROP", reason)
         for way in (SK_LOOKUP, NFTABLES):
             self.assertEqual(self.answers_lost(rules, way=way), "")
@@ -394,7 +398,7 @@ class AnswerTests(SynchronousTestCase):
             "-A OUTPUT -p tcp --sport 443 -j MARK --set-xmark 0x1/0xffffffff\n-A OUTPUT -j ACCEPT"
         )
         self.assertEqual(self.answers_lost(rule), "")
-        self.assertIn("routes depend on marks", self.answers_lost(rule, by_mark=[4]))
+        self.assertIn("routing rules depend on marks", self.answers_lost(rule, by_mark=[4]))
 
     def test_another_route(self) -> None:
         """If replies from port 443 would leave by another route than those from the proxy, the
@@ -412,11 +416,15 @@ class AnswerTests(SynchronousTestCase):
             (
                 by_source,
                 REDIRECT,
-                "by eth0 instead of by tun0, since they come from 10.9.0.2, port",
+                "through eth0 instead of through tun0, because they come from 10.9.0.2 port",
             ),
             (by_source, DNAT, ""),
-            (by_port, REDIRECT, "nowhere instead of by eth0 via 192.0.2.1"),
-            (by_port, DNAT, "nowhere"),
+            (
+                by_port,
+                REDIRECT,
+                "have no route instead of leaving through eth0 (gateway 192.0.2.1)",
+            ),
+            (by_port, DNAT, "have no route"),
             (by_port, SK_LOOKUP, ""),
         ):
             reason = why_not(Firewall(), way, ways_in=ways_in, route=route)
@@ -681,8 +689,8 @@ class FirstTests(SynchronousTestCase):
             reason = why_not(Firewall(self.chain(priority)))
             self.assertEqual(bool(reason), expected, priority)
         self.assertIn(
-            "visitors by IPv4 are sent elsewhere, before this redirect: rule 0 (redirect) of the"
-            " nftables chain 'inet t c'",
+            "a rule sends the IPv4 visitors to another port or host, before the proxy's rule: the"
+            " rule with handle 0 (redirect) of the nftables chain 'inet t c'",
             why_not(Firewall(self.chain(-110))),
         )
 
@@ -722,7 +730,9 @@ class FirstTests(SynchronousTestCase):
     def test_sk_lookup(self) -> None:
         """A translation in any chain takes visitors away from sk-lookup."""
         for priority in (-110, -100, 50):
-            self.assertIn("sent elsewhere: ", why_not(Firewall(self.chain(priority)), SK_LOOKUP))
+            self.assertIn(
+                "to another port or host: ", why_not(Firewall(self.chain(priority)), SK_LOOKUP)
+            )
 
     def test_nftables(self) -> None:
         """A table of its own comes right before those of equal priority."""
@@ -747,7 +757,7 @@ class FirstTests(SynchronousTestCase):
         ours = [dport(443), {"redirect": {"port": PORT}}]
         takes = list(self.TAKES)
         self.assertEqual(self.not_first(Firewall(self.own(4, ours, takes))), "")
-        self.assertIn("rule 0", self.not_first(Firewall(self.own(4, takes, ours))))
+        self.assertIn("rule with handle 0", self.not_first(Firewall(self.own(4, takes, ours))))
         younger = Firewall([*self.own(4, ours), *self.chain(-100, 5)])
         self.assertIn("'inet t c'", self.not_first(younger))
         older = Firewall([*self.own(6, ours), *self.chain(-100, 5)])
@@ -825,7 +835,7 @@ class LookTests(HostCase):
 
     def test_ufw(self) -> None:
         """Under ufw with 443 allowed visitors would be dropped; with 21443 allowed too, not."""
-        self.assertIn("port 21443, where the firewall drops them: ", self.reason(recorded("ufw")))
+        self.assertIn("after the redirect to port 21443: ", self.reason(recorded("ufw")))
         self.assertEqual(self.reason(recorded("ufw-with-port")), "")
 
     def test_ufw_without_nft(self) -> None:
@@ -885,7 +895,7 @@ class LookTests(HostCase):
         self.legacy = ["raw"]
         listing = "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 443 -j NOTRACK\n"
         reason = self.reason(Recorded({"iptables-legacy -w 5 -t raw -S": listing}))
-        self.assertIn("exempt from connection tracking", reason)
+        self.assertIn("from connection tracking", reason)
 
     def test_both_families(self) -> None:
         """Each family is checked; a command that shows both families is run once."""
@@ -898,9 +908,9 @@ class LookTests(HostCase):
             }
         )
         self.assertEqual(self.reason(commands, 4), "")
-        self.assertIn("visitors by IPv6 would", self.reason(commands, 6))
+        self.assertIn("would drop the IPv6 visitors", self.reason(commands, 6))
         commands.asked.clear()
-        self.assertIn("visitors by IPv6 would", self.reason(commands, 4, 6))
+        self.assertIn("would drop the IPv6 visitors", self.reason(commands, 4, 6))
         self.assertEqual(commands.asked.count(NFT), 1)
 
     def test_set_of_both_families(self) -> None:
@@ -924,7 +934,7 @@ class LookTests(HostCase):
             }
         )
         self.assertEqual(self.reason(commands, 6, 4), "")
-        self.assertIn("visitors by IPv6 would", self.reason(commands, 6))
+        self.assertIn("would drop the IPv6 visitors", self.reason(commands, 6))
 
 
 class ReadingTests(HostCase):
@@ -948,7 +958,10 @@ class ReadingTests(HostCase):
         is refused, and other redirects are not."""
         self.chains = [self.AGENT]
         reason = self.look({})
-        self.assertIn("the chain 'inet agent input', whose rules cannot be read: ", reason)
+        self.assertIn(
+            "this is assumed, because the rules of the chain 'inet agent input' cannot be read: ",
+            reason,
+        )
         self.assertIn(
             "nft: not found on PATH", self.look({NFT: (NOT_FOUND, "nft: not found on PATH")})
         )
@@ -977,7 +990,7 @@ class ReadingTests(HostCase):
             (1, "unknown expression"),
         ):
             answers["nft -j -t list table inet agent"] = broken
-            self.assertIn("'inet agent input', whose rules cannot be read", self.look(answers))
+            self.assertIn("'inet agent input' cannot be read", self.look(answers))
         self.chains = []
         self.assertEqual(self.look({NFT: "surprise"}), "")
 
@@ -1019,7 +1032,9 @@ class ReadingTests(HostCase):
 
         self.patch(judgement, "arrivals", refuse)
         problem = self.failureResultOf(judgement.look(Recorded({}), (4,)), CannotLook).value
-        self.assertIn("addresses and routes: Address family not supported", str(problem))
+        self.assertIn(
+            "addresses and routes from the kernel: Address family not supported", str(problem)
+        )
 
     def test_comment_in_latin_1(self) -> None:
         """Bytes that are not UTF-8 break nothing, and are escaped in the output."""
@@ -1050,13 +1065,13 @@ class RefusalTests(HostCase):
         """A refused start names the rule that would drop visitors and the remedy, and changes
         nothing."""
         for may, remedy, status in (
-            (True, "steer all the same with --force$", os.EX_CONFIG),
-            (False, "run this as root, with CAP_NET_ADMIN", os.EX_NOPERM),
+            (True, "accept connections to port 21443, too \\(--force skips", os.EX_CONFIG),
+            (False, "run this as root \\(in a container: with CAP_NET_ADMIN", os.EX_NOPERM),
         ):
             self.patch(facts, "may_administer_network", lambda may=may: may)
             attempt = IptablesRedirect(PORT, ipv6=False).prepare(recorded("ufw"))
             problem: Any = self.failureResultOf(attempt, StartError).value
-            self.assertRegex(str(problem), f"'ip filter INPUT'; {remedy}")
+            self.assertRegex(str(problem), f"'ip filter INPUT'.*; {remedy}")
             self.assertEqual(problem.status, status)
 
     def test_either_family(self) -> None:
@@ -1074,7 +1089,7 @@ class RefusalTests(HostCase):
                 harmless = {each.format(other): "-P INPUT ACCEPT\n" for other in BINARIES.values()}
                 commands = Recorded({**harmless, each.format(binary): rules})
                 problem: Any = self.failureResultOf(redirect.prepare(commands), StartError).value
-                self.assertIn(f"visitors by IPv{family} ", str(problem))
+                self.assertIn(f"IPv{family} visitors ", str(problem))
 
     def test_forced(self) -> None:
         """With --force, nothing is read."""
@@ -1092,7 +1107,7 @@ class RefusalTests(HostCase):
         commands = Recorded({"iptables -V": "nf_tables", NAT: f"-P PREROUTING ACCEPT\n{rule}\n"})
         redirect = SkLookupRedirect(ipv6=False)
         text = str(self.failureResultOf(redirect.prepare(commands), StartError).value)
-        self.assertIn(f"sent elsewhere: iptables -t nat {rule}; steer all the same with", text)
+        self.assertIn(f"another port or host: iptables -t nat {rule}; remove that rule", text)
         forced = SkLookupRedirect(ipv6=False, force=True)
         self.assertEqual(self.successResultOf(forced.prepare(commands)), ("127.0.0.1:0",))
 

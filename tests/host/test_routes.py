@@ -39,7 +39,7 @@ class NetlinkTests(SynchronousTestCase):
         self.assertTrue(loopback.apart)
         here = ip_address("127.0.0.1")
         route = routes.route(here, 443, here)
-        self.assertEqual((str(route), route), ("by lo", routes.route(here, 21443, here)))
+        self.assertEqual((str(route), route), ("through lo", routes.route(here, 21443, here)))
         self.assertIn(routes.routes_by_mark(4), (False, True))
 
 

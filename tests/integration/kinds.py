@@ -218,8 +218,8 @@ def _site_in(road: Street, box: Node, directory: Path) -> Iterator[Host]:
         )
 
 
-DROPPED = "port 21443, where the firewall drops them: "
-ELSEWHERE = "are sent elsewhere: .* DOCKER"
+DROPPED = "the firewall would drop the IPv. visitors after the redirect to port 21443: "
+ELSEWHERE = "sends the IPv4 visitors to another port or host: .* DOCKER"
 
 KINDS: Mapping[str, Kind] = {
     "cold tracking": Kind(_on(street), "iptables"),
@@ -232,10 +232,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "a ban": Kind(_on(street, _ban), "nftables"),
     "NOTRACK": Kind(
-        _on(street, _untracked), "nftables", {"iptables": "exempt from connection tracking.* -j "}
+        _on(street, _untracked), "nftables", {"iptables": "from connection tracking.* -j "}
     ),
     "service address on lo": Kind(
-        _on(unnumbered_street), "nftables", {"iptables": "which has no IPv. address for REDIRECT"}
+        _on(unnumbered_street), "nftables", {"iptables": "where REDIRECT finds no IPv. address"}
     ),
     "no iptables": Kind(_without_iptables, "nftables", {"iptables": "not found on PATH"}),
     "bridge": Kind(_on(bridged_street, _bridge_nf(0)), "iptables"),

@@ -66,7 +66,7 @@ def test_order_and_renewal(road: Street, site: Website, proxy: Proxy, certbot: C
     assert first.names == second.names == [NAME, WWW]
     assert first.certificate.serial_number != second.certificate.serial_number
     assert second.challenges == ["tls-alpn-01"] * 4
-    assert proxy.log.count("Started: new connections to :443 are steered here") == 2
+    assert proxy.log.count("Started: the proxy receives new connections to port 443") == 2
     assert report.failed == 0, report
     assert report.steered > steered
 

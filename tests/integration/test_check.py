@@ -100,7 +100,7 @@ def test_probe(site: Website, proxy: Proxy, redirect: str) -> None:
     found = levels(done.stdout)
     assert set(found.values()) == {"ok"}, done.stdout
     assert [name for name in found if name.startswith("probe ")] == CALLS
-    assert ("Steering by sk-lookup" in done.stdout) == (redirect == "auto")
+    assert ("Steering with sk-lookup" in done.stdout) == (redirect == "auto")
     assert done.returncode == 0
     assert "aap" not in proxy.namespace.ip("-brief link"), "the link is gone at once"
     _nothing_is_left(proxy.namespace)

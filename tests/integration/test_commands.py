@@ -157,7 +157,7 @@ def test_stop_wait_returns_when_drained(road: Street, site: Website, proxy: Prox
             proxy.program, "stop", "--wait", log=proxy.log_file, env=proxy.env
         )
         with pidfd(stop.pid) as descriptor:
-            wait_until(lambda: "Draining 1 live" in proxy.log, "it drains")
+            wait_until(lambda: "Waiting for 1 open connection" in proxy.log, "it drains")
             assert not ended(descriptor, 0.2)
             assert visit.get().steered
     assert stop.wait(10) == 0
@@ -234,7 +234,7 @@ def test_foreground(host: Namespace, proxy: Proxy, tmp_path: Path, number: int) 
     process = host.popen(
         proxy.program, *proxy.start_words(*AT_ONCE, "-n"), log=stderr, env=proxy.env
     )
-    wait_until(lambda: "Started: new connections" in stderr.read_text(), "it has started")
+    wait_until(lambda: "Started: the proxy receives" in stderr.read_text(), "it has started")
     assert int(proxy.pid_file.read_text()) == process.pid
     assert len(host.rules()) == REDIRECTS_AND_KEEPERS
     process.send_signal(number)
@@ -265,7 +265,7 @@ def test_sigint_inherited_as_ignored(
 
 
 def _wait_until_it_runs(proxy: Proxy, stderr: Path) -> None:
-    wait_until(lambda: "Started: new" in proxy.log + stderr.read_text(), "it has started")
+    wait_until(lambda: "Started: " in proxy.log + stderr.read_text(), "it has started")
 
 
 # Signals
@@ -290,7 +290,7 @@ def test_log_file_moved_aside(proxy: Proxy) -> None:
     proxy.stop(wait=True)
     told = [json.loads(line) for line in proxy.log.splitlines()]
     assert "Stopped: all connections have ended" in [event["message"] for event in told]
-    assert "Started: new connections" in aside.read_text()
+    assert "Started: the proxy receives" in aside.read_text()
     assert "Stopped: " not in aside.read_text()
 
 
@@ -351,7 +351,10 @@ def test_killed_while_it_runs_iptables(proxy: Proxy, fake: FakeIptables) -> None
         for call in range(CALLS_BEFORE_THE_FIRST_RULE + 1, CALLS_UNTIL_THE_LAST_RULE + 1):
             fake.reset(failing=call)
             done = warm.run(*proxy.start_words(*AT_ONCE))
-            _said(done, "warning: The guard of the rules is gone; another one takes over")
+            _said(
+                done,
+                "warning: The guard, which removes the iptables rules, was killed; ",
+            )
             assert len(proxy.namespace.rules()) == 4
             _said(warm.run("stop", "--wait"))
             assert proxy.namespace.rules() == []
@@ -423,9 +426,13 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
 @pytest.mark.parametrize(
     ("missing", "words", "pattern"),
     [
-        ("net_admin", [], "cannot be seen: .*; run this as root, with CAP_NET_ADMIN"),
-        ("net_admin", ["--force"], "failed with status .*; run this as root, with CAP_NET_ADMIN"),
-        ("net_admin", ["--redirect", "sk-lookup"], "; run this as root, with CAP_NET_ADMIN"),
+        (
+            "net_admin",
+            [],
+            "cannot read the firewall rules: .*; run this as root .*CAP_NET_ADMIN",
+        ),
+        ("net_admin", ["--force"], "failed with status .*; run this as root .*CAP_NET_ADMIN"),
+        ("net_admin", ["--redirect", "sk-lookup"], "; run this as root .*CAP_NET_ADMIN"),
         ("setuid", ["--uid", "nobody"], "may not become another user or group; run this as root"),
         ("setgid", ["--gid", "nogroup"], "may not become another user or group; run this as root"),
     ],
@@ -490,7 +497,10 @@ def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
     without = ("env", "PATH=/nowhere", proxy.program)
     by_default = proxy.start_words(*AT_ONCE)
     done = host.run(*without, *by_default, env=proxy.env)
-    _said(done, "Steering by nftables: not iptables, since .*ip6tables: not found on PATH")
+    _said(
+        done,
+        "Steering with nftables: iptables cannot be used, because .*ip6tables: not found on PATH",
+    )
     proxy.stop(wait=True)
     words = proxy.start_words(*AT_ONCE, "--redirect", "iptables")
     done = host.run(*without, *words, check=False, env=proxy.env)
@@ -506,7 +516,7 @@ def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
         for call in range(2, CALLS_UNTIL_THE_LAST_RULE + 1):
             fake.reset(failing=call)
             done = warm.run(*proxy.start_words(*AT_ONCE))
-            why = "tables .*' failed with status 4: iptables: Resource .*; see why"
+            why = "tables .*' failed with status 4: iptables: Resource .*; run 'ip"
             _refused(done, why, os.EX_OSERR)
             _nothing_is_left(proxy)
         fake.reset(failing=CALLS_OF_A_START + 1)
@@ -515,7 +525,7 @@ def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:
         # The first attempt to let go fails; the next does not.
         _said(warm.run("stop", "--wait"))
         _nothing_is_left(proxy)
-    assert "Cannot let go of :443: 'ip6tables" in proxy.log
+    assert "the proxy still serves visitors and tries again: 'ip6tables" in proxy.log
 
 
 def test_ipv6_rule_fails(proxy: Proxy, fake: FakeIptables) -> None:
@@ -613,7 +623,9 @@ def test_small_connection_tracking_table(road: Street, proxy: Proxy, tmp_path: P
             stack.enter_context(listener.accept()[0])
         line = f"{mount} && {proxy.start_line(*AT_ONCE, '--redirect', 'iptables')}"
         done = proxy.namespace.run("sh", "-c", line, env=proxy.env)
-    _said(done, r"warning: Connection tracking was idle .* \(8\).*; raise .*nf_conntrack_max")
+    _said(
+        done, r"warning: The redirect has switched on .* \(8 entries\).*; raise .*nf_conntrack_max"
+    )
     proxy.stop(wait=True)
 
 

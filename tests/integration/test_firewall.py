@@ -114,7 +114,10 @@ def _refused(road: Street, site: Website, proxy: Proxy, *words: str) -> None:
 def _steered_in_another_way(road: Street, site: Website, proxy: Proxy) -> None:
     """By default another way is taken, and start gives the reason."""
     done = proxy.start(*QUICK)
-    assert "Steering by nftables: not iptables, since visitors by IPv" in done.stderr
+    assert (
+        "Steering with nftables: iptables cannot be used, because the firewall would drop the IPv"
+        in done.stderr
+    )
     assert _steered(road, site)
     proxy.stop(wait=True)
     assert not _steered(road, site)
@@ -191,7 +194,7 @@ def test_nftables_passing(
 def test_exempt_from_tracking(road: Street, site: Website, proxy: Proxy, tmp_path: Path) -> None:
     """If :443 is exempt from tracking, start refuses: if forced, it would steer no visitor."""
     _load_iptables(road.host.namespace, UNTRACKED, tmp_path)
-    _refused(road, site, proxy, "exempt from connection tracking")
+    _refused(road, site, proxy, "from connection tracking, so iptables cannot")
     proxy.start("--force", *IPTABLES, *QUICK)
     assert not _steered(road, site)
     proxy.stop(wait=True)

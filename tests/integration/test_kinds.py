@@ -76,7 +76,7 @@ def test_way(host: Host, kind: Kind, proxy: Proxy, way: str) -> None:
     assert done.returncode == 0, done.stderr
     if way == "auto":
         taken = next(each for each in AUTO if each not in kind.refusals)
-        assert f"Steering by {taken}: not sk-lookup, since" in done.stderr
+        assert f"Steering with {taken}: sk-lookup cannot be used, because" in done.stderr
     assert host.steered()
     proxy.stop(wait=True)
     assert not proxy.pid_file.exists()
@@ -88,7 +88,7 @@ def start_by_default(host: Host, kind: Kind, proxy: Proxy) -> None:
     if kind.default == WAYS[0]:
         assert done.stderr == ""
     else:
-        assert f"Steering by {kind.default}: not {WAYS[0]}, since" in done.stderr
+        assert f"Steering with {kind.default}: {WAYS[0]} cannot be used" in done.stderr
 
 
 @pytest.mark.parametrize(

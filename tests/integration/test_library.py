@@ -33,7 +33,7 @@ def test_own_redirect(road: Street, site: Website, tmp_path: Path) -> None:
     words = ("env", f"STEER={command}", TWISTD, "-ny", EXAMPLE, "--pidfile=")
     process = host.popen(*words, log=log)
     try:
-        started = "Started: new connections to :443 are steered here"
+        started = "Started: the proxy receives new connections to port 443"
         wait_until(lambda: started in log.read_text(), "the example has started")
         with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
             answer = visit.get()

@@ -338,7 +338,7 @@ def test_not_permitted(road: Street, site: Website, proxy: Proxy) -> None:
     proxy.wrapper = ("setpriv", "--bounding-set", "-net_admin")
     status, line = refusal(proxy)
     assert status == os.EX_NOPERM
-    assert re.search("nftables is not permitted; run this as root, with CAP_NET_ADMIN", line)
+    assert re.search("no permission to use nftables; run this as root .*CAP_NET_ADMIN", line)
 
 
 def test_bridge(tmp_path: Path) -> None:
@@ -354,8 +354,8 @@ def test_bridge(tmp_path: Path) -> None:
             status, line = refusal(proxy)
             assert status == os.EX_CONFIG
             assert re.search(
-                "come in by the bridge br0, .*tables=1.*; use --redirect iptables or"
-                " --redirect sk-lookup, or steer all the same",
+                "through the bridge br0, .*tables=1.*; use --redirect iptables or --redirect"
+                " sk-lookup, or set net.bridge.bridge",
                 line,
             )
             start(proxy, "--force")

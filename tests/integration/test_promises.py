@@ -280,7 +280,7 @@ def test_rules_wiped(road: Street, site: Website, proxy: Proxy, wipe: str) -> No
     road.host.namespace.run(*wipe.split())
     assert sorted(road.host.namespace.rules()) != before
     wait_until(lambda: sorted(road.host.namespace.rules()) == before, "the rules are back", 5)
-    wait_until(lambda: "they are back" in proxy.log, "it is logged")
+    wait_until(lambda: "has inserted them again" in proxy.log, "it is logged")
     assert [visit(site, road, family) for family in FAMILIES] == [True, True]
     proxy.stop(wait=True)
     nothing_is_left(proxy)

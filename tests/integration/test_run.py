@@ -183,7 +183,7 @@ def test_visitors_go_on(road: Street, site: Website, proxy: Proxy, wait: tuple[s
         with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
             assert visit.get().steered
             _go_on(process)
-            wait_until(lambda: "Draining 1 live" in proxy.log, "it drains")
+            wait_until(lambda: "Waiting for 1 open connection" in proxy.log, "it drains")
             assert ended(descriptor, 0.3 if wait else 20) is not bool(wait)
             assert visit.get().steered
         assert process.wait(20) == 7

@@ -140,7 +140,8 @@ def test_not_root(proxy: Proxy) -> None:
         env=proxy.env,
     )
     assert done.returncode == os.EX_NOPERM
-    assert done.stderr == f"acme-alpn-proxy: may not ask PID {proxy.pid}; run this as root\n"
+    why = f"no permission to read the status of PID {proxy.pid}; run this as root"
+    assert done.stderr == f"acme-alpn-proxy: {why}\n"
     proxy.stop(wait=True)
 
 

@@ -22,6 +22,7 @@ from .proxy import AT_ONCE, NET_RAW, NOBODY, Proxy, is_powerless
 from .website import NAME, Website, steers, website
 
 SERVICE = "acme-alpn-proxy.service"
+STARTED = "Started: the proxy receives new connections to port 443"
 UNIT = ROOT / "packaging" / "systemd" / SERVICE
 SETTINGS = "/etc/default/acme-alpn-proxy"
 DROP_IN = f"{SERVICE}.d/sk-lookup.conf"
@@ -84,7 +85,7 @@ def test_told(
     words = proxy.start_words("-n", "--linger", "0.5", "--drain-timeout", "60")
     process = proxy.namespace.popen(proxy.program, *words, log=tmp_path / "log", env=proxy.env)
     try:
-        started = {"STATUS": "Started: new connections to :443 are steered here"}
+        started = {"STATUS": STARTED}
         assert _told(manager) == (process.pid, started)
         assert _told(manager) == (process.pid, {"READY": "1", "MAINPID": str(process.pid)})
         assert len(proxy.namespace.rules()) == 4
@@ -96,9 +97,9 @@ def test_told(
                 process.send_signal(signal.SIGTERM)
                 stopping = {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "90500000"}
                 assert _told(manager) == (process.pid, stopping)
-                assert _told(manager)[1]["STATUS"].startswith("Let go of :443;")
-                assert _told(manager)[1] == {"STATUS": "Draining 2 live connections"}
-            assert _told(manager)[1] == {"STATUS": "Draining 1 live connections"}
+                assert _told(manager)[1]["STATUS"].startswith("Stopped steering: ")
+                assert _told(manager)[1] == {"STATUS": "Waiting for 2 open connections to end"}
+            assert _told(manager)[1] == {"STATUS": "Waiting for 1 open connection to end"}
         assert _told(manager)[1]["STATUS"].startswith("Stopped:")
         assert process.wait(10) == 0
     finally:
@@ -153,14 +154,14 @@ def test_service(road: Street, site: Website, debian: Machine, redirect: str) ->
     when the last visitor has left."""
     _settings(debian, f"--redirect {redirect} {' '.join(AT_ONCE)}")
     debian.run("systemctl", "start", SERVICE)
-    assert _shown(debian, "StatusText") == "Started: new connections to :443 are steered here"
+    assert _shown(debian, "StatusText") == STARTED
     pid = debian.run("cat", "/run/acme-alpn-proxy.pid").stdout.strip()
     assert _shown(debian, "MainPID") == pid
     assert bool(road.host.namespace.rules()) == (redirect == "iptables")
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
         assert visit.get().steered
         debian.run("systemctl", "stop", "--no-block", SERVICE)
-        status = "Draining 1 live connections"
+        status = "Waiting for 1 open connection to end"
         wait_until(lambda: _shown(debian, "StatusText") == status, "it drains")
         assert _shown(debian, "ActiveState") == "deactivating"
         assert visit.get().steered

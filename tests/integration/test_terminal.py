@@ -190,7 +190,7 @@ def test_one_log(road: Street, site: Website, proxy: Proxy) -> None:
         proxy.stop_and_start(*AT_ONCE)
     wait_until(lambda: proxy.log.count("Stopped: all connections have ended") == 1, "one ended")
     proxy.stop(wait=True)
-    assert proxy.log.count("Started: new connections to :443 are steered here") == 2
+    assert proxy.log.count("Started: the proxy receives new connections to port 443") == 2
     assert proxy.log.count("Stopped: all connections have ended") == 2
     assert [
         line for line in proxy.log.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT", line)

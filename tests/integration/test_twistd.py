@@ -20,7 +20,7 @@ from .website import PAGE, Website
 TWISTD = Path(sys.executable).parent / "twistd"
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "existing_application.tac"
 SUBCOMMAND = ("acme-alpn-proxy", "--linger", "0")
-STARTED = "Started: new connections to :443 are steered here"
+STARTED = "Started: the proxy receives new connections to port 443"
 
 SLOW_SECONDS = 1.0
 RUNNING_APPLICATION = """

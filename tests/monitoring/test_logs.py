@@ -166,7 +166,9 @@ def test_not_a_file(tmp_path: Path) -> None:
     """A FIFO does not block: it is refused, and so are a folder and a missing folder."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(StartError, match=r"^cannot write the log file .*; name another") as refused:
+    with pytest.raises(
+        StartError, match=r"^cannot write the log file .*; choose another"
+    ) as refused:
         make_log_file(str(fifo))
     assert refused.value.status == os.EX_CANTCREAT
     with pytest.raises(StartError, match="Is a directory"):
@@ -183,7 +185,7 @@ def test_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(
-        StartError, match=r"^may not write .*: Permission denied; run this as root"
+        StartError, match=r"^no permission to write the log file .*; run this as root"
     ) as no:
         make_log_file(str(tmp_path / "log"))
     assert no.value.status == os.EX_NOPERM

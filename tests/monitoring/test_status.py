@@ -209,7 +209,9 @@ def test_somebody_elses(pidfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{ask.__module__}.peer_of", lambda stream: another)
     with (
         answering(socket_path(pidfile, 20), b'{"pid": 20}\n'),
-        pytest.raises(StartError, match="may not ask PID 20; run this as root"),
+        pytest.raises(
+            StartError, match="no permission to read the status of PID 20; run this as root"
+        ),
     ):
         instances(pidfile, None)
     with answering(socket_path(pidfile, 21), b'{"pid": 21}\n'):

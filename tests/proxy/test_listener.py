@@ -104,8 +104,9 @@ class PortTests(ServiceCase):
         self.patch(tcpsockets, "tcp_sockets", lambda *states: sockets[states[0]])
         self.assertEqual(
             str(tcpsockets.port_taken(7)),
-            "port 7 is used by a connection with 192.0.2.9:443; wait until that has ended, and keep"
-            " the port free from now on: sysctl net.ipv4.ip_local_reserved_ports=7",
+            "port 7 is in use by a connection with 192.0.2.9:443; wait until it ends, and reserve"
+            " the port: sysctl -w net.ipv4.ip_local_reserved_ports=7 (if ports are reserved"
+            " already, name them, too)",
         )
 
     def test_port_becomes_free(self) -> None:

@@ -56,11 +56,13 @@ class LiveConnectionsTests(SynchronousTestCase):
         connection = self.enter()
         drained = self.live.drained(self.clock, 180)
         self.clock.advance(179)
-        self.assertEqual(connection.resets, 0)
+        self.assertEqual((connection.resets, self.live.aborted), (0, 0))
         self.clock.advance(1)
         self.assertEqual(connection.resets, 1)
         self.assertNoResult(drained)
+        self.live.abort_all()
         self.live.leave(connection)
+        self.assertEqual(self.live.aborted, 1, "counted once")
         self.successResultOf(drained)
 
     def test_several_wait(self) -> None:

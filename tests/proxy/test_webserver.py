@@ -112,7 +112,9 @@ def test_original_nowhere(own: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(errno.ENOBUFS, "No buffer space available")
 
     monkeypatch.setattr(webserver, "own_addresses", fails)
-    with pytest.raises(StartError, match=r"the system refuses: .*No buffer space") as caught:
+    with pytest.raises(
+        StartError, match=r"the kernel refused an operation: .*No buffer space"
+    ) as caught:
         require_web_server(ORIGINAL, 1)
     assert caught.value.status == os.EX_OSERR
 

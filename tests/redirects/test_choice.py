@@ -95,7 +95,7 @@ class ChosenRedirectTests(SynchronousTestCase):
     def test_first(self) -> None:
         """The first one is taken where it works, and no other one is used."""
         first, second = Candidate("first"), Candidate("second")
-        self.takes(ChosenRedirect([first, second]), first, "Steering by first: it works here")
+        self.takes(ChosenRedirect([first, second]), first, "Steering with first: it works here")
         self.assertEqual(second.asked, [])
 
     def test_by_default(self) -> None:
@@ -106,21 +106,25 @@ class ChosenRedirectTests(SynchronousTestCase):
         self.assertFalse(self.events.pop()["for_operator"])
         second = Candidate("second")
         redirect = ChosenRedirect([Candidate("first", "it is dropped"), second], by_default=True)
-        self.takes(redirect, second, "Steering by second: not first, since it is dropped")
+        expected = "Steering with second: first cannot be used, because it is dropped"
+        self.takes(redirect, second, expected)
 
     def test_reason(self) -> None:
         """The reason for taking the first one can be set."""
         only = Candidate("only")
         redirect = ChosenRedirect([only], "RULESPEC is set")
-        self.takes(redirect, only, "Steering by only: RULESPEC is set")
+        self.takes(redirect, only, "Steering with only: RULESPEC is set")
 
     def test_refused(self) -> None:
         """If the first redirects refuse, the next is taken, and the reason has their causes."""
         first = Candidate("first", "the firewall drops them; use another one")
         second = Candidate("second", "the kernel is too old")
         third = Candidate("third")
-        why = "not first, since the firewall drops them; not second, since the kernel is too old"
-        self.takes(ChosenRedirect([first, second, third]), third, f"Steering by third: {why}")
+        why = (
+            "first cannot be used, because the firewall drops them; second cannot be used, because"
+            " the kernel is too old"
+        )
+        self.takes(ChosenRedirect([first, second, third]), third, f"Steering with third: {why}")
 
     def test_all_refuse(self) -> None:
         """If all refuse, the error is the first one's refusal, with the causes of the others."""
@@ -130,9 +134,10 @@ class ChosenRedirectTests(SynchronousTestCase):
             Candidate("third", "not permitted; run this as root", 77),
         )
         expected = (
-            "it is dropped (nor by second: the kernel is too old; nor by third: not permitted)"
+            "none of these ways works here: first: it is dropped; second: the kernel is too old;"
+            " third: not permitted; for first: let it in"
         )
-        self.assertEqual(str(problem), f"{expected}; let it in")
+        self.assertEqual(str(problem), expected)
         self.assertEqual(problem.status, 78)
 
     def test_one_alone(self) -> None:
@@ -157,7 +162,8 @@ class ChosenRedirectTests(SynchronousTestCase):
         problem = self.refusal(dropped, old, others=[works])
         self.assertEqual(
             str(problem),
-            "it is dropped (nor by old: too old); use --redirect works, or let it in",
+            "none of these ways works here: dropped: it is dropped; old: too old; use --redirect"
+            " works, or for dropped: let it in",
         )
         self.assertEqual(works.asked + too.asked, [])
 

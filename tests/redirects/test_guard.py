@@ -187,7 +187,9 @@ class GuardTests(SynchronousTestCase):
         self.assertTrue(self.guard.gone)
         for _ in range(2):
             failure = self.failureResultOf(self.guard.ask(COMMANDS, "look"), StartError)
-            self.assertIn("the guard of the rules is gone", str(failure.value))
+            self.assertIn(
+                "the guard, which removes the iptables rules, has ended", str(failure.value)
+            )
 
     def test_killed_meanwhile(self) -> None:
         """If the guard is killed during a request, that request reports it."""
@@ -201,7 +203,7 @@ class GuardTests(SynchronousTestCase):
                 return succeed(None)
 
         failure = self.failureResultOf(self.guard.ask(Killing(), "look"), StartError)
-        self.assertIn("the guard of the rules is gone", str(failure.value))
+        self.assertIn("the guard, which removes the iptables rules, has ended", str(failure.value))
 
     def test_late_answer(self) -> None:
         """If it does not answer in time, that is reported, and its late answer is not taken for the
@@ -223,7 +225,7 @@ class GuardTests(SynchronousTestCase):
             raise PermissionError(13, "Permission denied")
 
         self.patch(subprocess, "Popen", refuse)
-        with self.assertRaisesRegex(StartError, "cannot start .* as the guard.*denied; look at"):
+        with self.assertRaisesRegex(StartError, "cannot start the guard, .*denied; check the"):
             self.new_guard()
         self.assertFalse(self.claimed())
 
@@ -278,7 +280,7 @@ class ClaimTests(SynchronousTestCase):
             impatient = Impatient()
             problem = self.failureResultOf(claim_redirect(impatient, 2), StartError).value
             self.assertRegex(
-                str(problem), "^another instance redirects :443 here.*; stop it first$"
+                str(problem), "^another instance still steers port 443 .*; stop that instance"
             )
             self.assertEqual(problem.status, os.EX_TEMPFAIL)
             self.assertGreaterEqual(impatient.waited, 2)

@@ -135,7 +135,7 @@ class RefusalTests(IptablesCase):
             (3, "-t nat -C PREROUTING -j X", 2, "unknown option", CUSTOM, os.EX_CONFIG),
             (7, "-t mangle -I PREROUTING -m", 3, "no match", CUSTOM, os.EX_CONFIG),
             (9, "-t nat -I PREROUTING -j X", 2, "no target", CUSTOM, os.EX_CONFIG),
-            (1, listing, 3, "no\nsuch table\n", "'ip6tables -t nat -L' does not", os.EX_OSERR),
+            (1, listing, 3, "no\nsuch table\n", "run 'ip6tables -t nat -L' as root", os.EX_OSERR),
         ):
             self.fail_calls(number, code=code, output=output)
             rulespec = ["-j", "X"] if remedy == CUSTOM else None
@@ -157,7 +157,7 @@ class RefusalTests(IptablesCase):
         problem: Any = self.failureResultOf(attempt, StartError).value
         self.assertRegex(
             str(problem),
-            "denied; run this as root, with CAP_NET_ADMIN where[^;,]*$",
+            r"denied; run this as root \(in a container: with CAP_NET_ADMIN\)$",
         )
         self.assertEqual(problem.status, os.EX_NOPERM)
 
@@ -174,7 +174,9 @@ class RefusalTests(IptablesCase):
     def test_interface_without_address(self) -> None:
         """If REDIRECT would lead nowhere, the refusal has the DNAT rule that works."""
         self.patch(facts, "unnumbered_interfaces", lambda f: ["wan0"] if f == 4 else [])
-        self.refused(self.apply(IptablesRedirect(PORT)), "wan0, which has no IPv4 address")
+        self.refused(
+            self.apply(IptablesRedirect(PORT)), "wan0, where REDIRECT finds no IPv4 address"
+        )
         self.assertEqual(self.iptables.calls, [])
         for flag in ("--to-port", "--to-ports"):
             rulespec = ["-p", "tcp", "-j", "REDIRECT", flag, str(PORT)]
@@ -238,7 +240,10 @@ class GuardedTests(IptablesCase):
         self.assertEqual(self.iptables.snapshot(), before)
         self.assertEqual(
             self.lines(LogLevel.warn),
-            ["Another program had removed rules of ip6tables, iptables; they are back"],
+            [
+                "Another program removed rules of the proxy (ip6tables, iptables); the proxy has"
+                " inserted them again"
+            ],
         )
 
     def test_wiped_by_a_firewall_that_drops(self) -> None:
@@ -258,7 +263,10 @@ class GuardedTests(IptablesCase):
         self.assertEqual(self.iptables.rules("nat")["iptables"], [STEERING, "-j DOCKER"])
         self.assertEqual(
             self.lines(LogLevel.warn),
-            ["Another program had put a rule of iptables before ours; ours is first again"],
+            [
+                "Another program inserted a rule before that of the proxy (iptables); the proxy's"
+                " rule is the first one again"
+            ],
         )
 
     def test_no_expiry(self) -> None:
@@ -276,7 +284,7 @@ class GuardedTests(IptablesCase):
         self.successResultOf(redirect.look_after(self.iptables))
         self.assertEqual(self.guards[1].wishes, ["take over", "look"])
         self.assertEqual(self.iptables.rules("nat"), {binary: [STEERING] for binary in BOTH})
-        self.assertIn("another one takes over", self.lines(LogLevel.warn)[0])
+        self.assertIn("the proxy starts a new one", self.lines(LogLevel.warn)[0])
         self.successResultOf(redirect.remove(self.iptables))
         self.successResultOf(redirect.release(self.iptables))
         self.assertEqual(self.iptables.snapshot(), {})
@@ -306,7 +314,7 @@ class ContainerTests(IptablesCase):
         for outside in (True, False):
             self.patch(iptables, "served_from_elsewhere", lambda port, outside=outside: outside)
             if outside:
-                self.refused(self.apply(IptablesRedirect(PORT)), "this is a container")
+                self.refused(self.apply(IptablesRedirect(PORT)), "outside this container")
                 self.assertEqual(self.iptables.calls, [])
             else:
                 self.applied()
@@ -326,7 +334,7 @@ class ConnectionTrackingTests(IptablesCase):
             tracked_connections=0, max_tracked_connections=1_000, tcp_connections=501
         )
         self.assertEqual(len(warned), 1)
-        self.assertIn("its 501 TCP connections", warned[0])
+        self.assertIn("whose 501 TCP connections", warned[0])
         self.assertIn("net.netfilter.nf_conntrack_max", warned[0])
 
     def test_no_warning(self) -> None:
@@ -383,7 +391,7 @@ class CautionTests(IptablesCase):
 
     def test_small_table(self) -> None:
         """Idle tracking with too small a table is a reason, even if it is not loaded yet."""
-        pattern = "^connection tracking is idle, .* over half .*; raise net.netfilter.nf_conn"
+        pattern = "switch on connection tracking .* more than half .*; raise net.netfilter.nf_conn"
         for limit, count in ((1_000, 501), (None, 32_769)):
             idle: Any = {"tracked_connections": 0, "max_tracked_connections": limit}
             self.prepare(**idle, tcp_connections=count)

@@ -57,7 +57,7 @@ class LeftoverTests(IptablesCase):
         self.assertEqual(self.iptables.rules("mangle"), {})
         self.assertEqual(
             self.lines(LogLevel.warn),
-            ["Removed 4 iptables rules that a killed instance had left"],
+            ["Removed 4 iptables rules that a killed instance left behind"],
         )
 
     def test_nothing_left(self) -> None:

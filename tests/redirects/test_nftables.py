@@ -172,7 +172,11 @@ class RedirectTests(NftablesCase):
         self.patch(facts, "has_ipv6", lambda: False)
         self.applied("127.0.0.1")
         self.assertEqual(
-            self.lines, ["This host has no IPv6 loopback address: steering IPv4 alone"]
+            self.lines,
+            [
+                "This host has no IPv6 loopback address: the proxy steers IPv4 only; IPv6"
+                " connections go to the web server"
+            ],
         )
 
     def test_gone(self) -> None:
@@ -181,7 +185,9 @@ class RedirectTests(NftablesCase):
         kernel.has_table = False
         self.successResultOf(self.redirect.look_after(COMMANDS))
         self.assertTrue(kernel.has_table)
-        self.assertEqual(self.lines, ["The nftables table was gone; it is back"])
+        self.assertEqual(
+            self.lines, ["The proxy's nftables table was removed; the proxy has created it again"]
+        )
 
     def test_gone_for_good(self) -> None:
         """If the table cannot be put back, the operator reads why."""
@@ -189,7 +195,9 @@ class RedirectTests(NftablesCase):
         kernel.has_table = False
         self.refused = lambda messages: OSError(errno.ENOMEM, "no memory")
         look = self.redirect.look_after(COMMANDS)
-        self.assertRegex(str(self.failureResultOf(look, StartError).value), "^cannot steer by nft")
+        self.assertRegex(
+            str(self.failureResultOf(look, StartError).value), "^cannot steer with nft"
+        )
 
     def test_cannot_look(self) -> None:
         """Without privileges the table cannot be seen, and nothing is asked; an error is noted."""
@@ -238,14 +246,17 @@ class RedirectTests(NftablesCase):
         self.firewall = translating(-150)
         self.refused = lambda messages: OSError(errno.EPERM, "not permitted")
         problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
-        self.assertRegex(str(problem), "^nftables is not permitted")
+        self.assertRegex(str(problem), "^no permission to use nftables")
 
     def test_translated_before(self) -> None:
         """If an earlier translation cannot be prevented, it refuses; with --force it steers."""
         self.firewall = translating(-150)
         attempt = self.redirect.prepare(COMMANDS)
         problem: Any = self.failureResultOf(attempt, StartError).value
-        self.assertRegex(str(problem), "sent elsewhere.*'ip t c'; steer all the same with --force$")
+        self.assertRegex(
+            str(problem),
+            "to another port or host.*'ip t c' .*; remove that rule.* \\(--force skips",
+        )
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 
     def test_firewall_not_seen(self) -> None:
@@ -257,7 +268,9 @@ class RedirectTests(NftablesCase):
         self.patch(judgement, "look", look)
         attempt = self.redirect.prepare(COMMANDS)
         problem: Any = self.failureResultOf(attempt, StartError).value
-        self.assertRegex(str(problem), "^it cannot be seen; steer all the same with --force$")
+        self.assertRegex(
+            str(problem), "^it cannot be seen; run that command .* \\(--force skips this check"
+        )
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 
     def test_length_of_the_name(self) -> None:
@@ -291,13 +304,15 @@ class RefusalTests(NftablesCase):
 
     def test_not_permitted(self) -> None:
         """Without the capability the remedy is root."""
-        pattern = "^nftables is not permitted; run this as root, with CAP_NET_ADMIN"
+        pattern = (
+            r"^no permission to use nftables; run this as root \(in a container: with CAP_NET_ADMIN"
+        )
         self.refuses(pattern, os.EX_NOPERM, errno.EPERM, nft.BATCH_BEGIN)
         self.refuses(pattern, os.EX_NOPERM, errno.EPERM)
 
     def test_another_owner(self) -> None:
         """A table of another owner is another instance."""
-        pattern = "^another instance steers by nftables here; stop it first"
+        pattern = "^another instance already steers with nftables; stop that"
         self.refuses(pattern, os.EX_TEMPFAIL, errno.EPERM, nft.NEW_TABLE)
 
     def test_foreign_table(self) -> None:
@@ -334,7 +349,7 @@ class RefusalTests(NftablesCase):
 
     def test_no_memory(self) -> None:
         """Any other error has the kernel's text."""
-        pattern = "^cannot steer by nftables: Cannot allocate memory; free some memory"
+        pattern = "^cannot steer with nftables: Cannot allocate memory; check the free memory"
         self.refuses(pattern, os.EX_OSERR, errno.ENOMEM, nft.NEW_TABLE)
 
     def test_bridge(self) -> None:
@@ -344,7 +359,9 @@ class RefusalTests(NftablesCase):
         for family, switch in ((4, "bridge-nf-call-iptables"), (6, "bridge-nf-call-ip6tables")):
             self.bridges = {4: set(), 6: set(), family: {"br0", "docker0"}}
             problem: Any = self.failureResultOf(self.redirect.prepare(COMMANDS), StartError).value
-            self.assertRegex(str(problem), f"by the bridge br0, .*{switch}=1.*; steer all the same")
+            self.assertRegex(
+                str(problem), f"through the bridge br0, .*{switch}=1.*; set net.bridge.{switch}"
+            )
             self.assertEqual(problem.status, os.EX_CONFIG)
         self.successResultOf(NftablesRedirect(force=True).prepare(COMMANDS))
 

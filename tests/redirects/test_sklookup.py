@@ -207,26 +207,32 @@ class RedirectTests(SynchronousTestCase):
         """If ::1 does not exist, only IPv4 is steered, and that is logged."""
         self.successResultOf(self.apply("127.0.0.1"))
         self.assertEqual(
-            self.lines, ["This host has no IPv6 loopback address: steering IPv4 alone"]
+            self.lines,
+            [
+                "This host has no IPv6 loopback address: the proxy steers IPv4 only; IPv6"
+                " connections go to the web server"
+            ],
         )
 
     def test_others(self) -> None:
         """If another program is attached, the log says which one wins."""
         self.kernel("count_sk_lookup", lambda: 1)
         self.successResultOf(self.apply())
-        self.assertRegex(self.lines[0], "^Another sk_lookup program .*the one attached last wins")
+        self.assertRegex(
+            self.lines[0], "^Another sk_lookup program .*The proxy's program was attached last"
+        )
 
     def test_refused_by_the_verifier(self) -> None:
         """A refused program's error has the verifier's own words."""
         problem = bpf.Refused(errno.EACCES, "R1 type=scalar expected=ctx")
         line = self.refusal(problem, os.EX_UNAVAILABLE)
-        self.assertRegex(line, r"refuses the BPF program: R1 type=scalar.*; report this$")
+        self.assertRegex(line, r"refuses the BPF program: R1 type=scalar.*; report this line")
         self.assertEqual(self.attached, [])
 
     def test_not_permitted(self) -> None:
         """Without the capability the remedy is root."""
         line = self.refusal(bpf.Refused(errno.EPERM, ""), os.EX_NOPERM)
-        self.assertRegex(line, "^BPF is not permitted; run this as root.*in a container$")
+        self.assertRegex(line, r"^no permission to use BPF; run this as root.*CAP_NET_ADMIN\)$")
 
     def test_too_old(self) -> None:
         """For a kernel without such programs, the error says that it is too old."""
@@ -238,7 +244,7 @@ class RedirectTests(SynchronousTestCase):
         """Any other error has the kernel's text."""
         problem = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         line = self.refusal(problem, os.EX_OSERR)
-        self.assertRegex(line, "^cannot steer by BPF sk_lookup: Cannot allocate memory; free some")
+        self.assertRegex(line, "^cannot steer with BPF sk_lookup: Cannot allocate memory; check")
 
 
 class VerifierTests(SynchronousTestCase):

@@ -33,7 +33,11 @@ class WatchTests(ServiceCase):
         self.reactor.pump([3, 3])
         self.told("look", "look")
         (event,) = events
-        self.assertEqual(formatEvent(event), "Cannot steer any more: not root any more")
+        self.assertEqual(
+            formatEvent(event),
+            "Cannot check or restore the redirect, so validations may fail; trying again: not root"
+            " any more",
+        )
         self.assertTrue(event["is_status"])
 
     def test_defect(self) -> None:

@@ -26,6 +26,7 @@ from .choices import PASSED, Choices
 from .nftrules import Json
 from .packets import Packet
 from .reading import (
+    ASSUMED,
     CannotLook,
     Firewall,
     Ruleset,
@@ -148,12 +149,14 @@ class Host:
         self._rulesets = {family: ruleset(each, family) for family, each in firewalls.items()}
 
     @inlineCallbacks
-    def why_not(self, way: Way, commands: ICommands) -> Generator[Deferred[Any], Any, str | None]:
+    def why_not(
+        self, way: Way, commands: ICommands
+    ) -> Generator[Deferred[Any], Any, Reason | None]:
         """Why this way would hurt visitors here, on one line; L{None}: it would not.
 
         @return: a Deferred, which never fails.
         """
-        useless: list[str | None] = []
+        useless: list[Reason | None] = []
         for family in self._firewalls:
             judge = self._judge(family, way)
             reason = judge.hurts()
@@ -161,11 +164,9 @@ class Host:
                 judge = self._judge(family, way)
                 reason = judge.hurts()
             if reason is not None:
-                return _printable(reason)
+                return reason
             useless.append(judge.useless)
-        for reason in useless[:1] if all(useless) else ():
-            return _printable(str(reason))
-        return None
+        return useless[0] if useless and all(useless) else None
 
     @inlineCallbacks
     def why_spared(
@@ -191,7 +192,7 @@ class Host:
             for arrival in self._around.arrivals[family]:
                 reason = judge.taken_away(arrival)
                 if reason is not None:
-                    return _printable(reason)
+                    return reason
         return None
 
     def _judge(self, family: int, way: Way, *, applied: bool = False) -> _Judge:
@@ -218,7 +219,7 @@ class _Judge:
         steering would be of no use; L{None} if visitors can get through.
     """
 
-    useless: str | None = None
+    useless: Reason | None = None
 
     def __init__(
         self, rules: Ruleset, family: int, way: Way, around: Surroundings, *, applied: bool
@@ -229,17 +230,17 @@ class _Judge:
         self._around = around
         self._applied = applied
         self._own_table = "legacy nat" if around.legacy else f"{'ip' if family == 4 else 'ip6'} nat"
-        self._who = f"visitors by IPv{family}"
+        self._who = f"IPv{family} visitors"
 
-    def hurts(self) -> str | None:
+    def hurts(self) -> Reason | None:
         """The first reason why steered visitors would be treated worse."""
         ways_in = self._around.arrivals[self._family]
         several = len({each.interface for each in ways_in}) > 1
-        caught: list[str | None] = []
+        caught: list[Reason | None] = []
         for arrival in ways_in:
-            self._who = f"visitors by IPv{self._family}"
+            self._who = f"IPv{self._family} visitors"
             if several:
-                self._who += f" at {arrival.interface}"
+                self._who += f" that arrive at {arrival.interface}"
             for why_not in (self.taken_away, self._untracked, self._answered_elsewhere):
                 reason = why_not(arrival)
                 if reason is not None:
@@ -264,7 +265,7 @@ class _Judge:
                 return reason
         return None
 
-    def taken_away(self, arrival: Arrival) -> str | None:
+    def taken_away(self, arrival: Arrival) -> Reason | None:
         """The rule that sends visitors elsewhere before this way sees them."""
         choices = Choices()
         outcome = Course(
@@ -272,8 +273,9 @@ class _Judge:
         ).through(self._translating())
         for end in choices.usual_ends(outcome):
             if end is not PASSED:
-                before = "" if self._way.priority is None else ", before this redirect"
-                return f"{self._who} are sent elsewhere{before}: {end.by}"
+                before = "" if self._way.priority is None else ", before the proxy's rule"
+                text = f"a rule sends the {self._who} to another port or host{before}: {end.by}"
+                return _reason(text, end.by, REMOVE)
         return None
 
     def _translating(self) -> list[Base]:
@@ -305,7 +307,7 @@ class _Judge:
             return not self._applied
         return base.age > own.age
 
-    def _untracked(self, arrival: Arrival) -> str | None:
+    def _untracked(self, arrival: Arrival) -> Reason | None:
         """The rule that exempts visitors, or the answers to them, from connection tracking."""
         if self._way.port is None:
             return None
@@ -316,14 +318,15 @@ class _Judge:
             outcome = Course(packet, choices, Action.NOTRACK).through(bases)
             for end in choices.usual_ends(outcome):
                 if end is not PASSED:
-                    what = " (the answers to them)" if packet.reply else ""
-                    return (
-                        f"{self._who}{what} are exempt from connection tracking, so that no"
-                        f" redirect reaches them: {end.by}"
+                    what = "answers to the " if packet.reply else ""
+                    text = (
+                        f"a rule exempts the {what}{self._who} from connection tracking, so"
+                        f" iptables cannot redirect them: {end.by}"
                     )
+                    return _reason(text, end.by, REMOVE)
         return None
 
-    def _answered_elsewhere(self, arrival: Arrival) -> str | None:
+    def _answered_elsewhere(self, arrival: Arrival) -> Reason | None:
         """Why replies would take another route: until the translation restores their source, they
         come from another address and port."""
         if self._way.port is None:
@@ -333,14 +336,18 @@ class _Judge:
             before = self._around.route(arrival.dialled, HTTPS, visitor)
             after = self._around.route(packet.local, packet.port, visitor)
             if before is not None and before != after:
-                return (
-                    f"answers to {self._who} who dial {arrival.dialled} would leave"
-                    f" {after or 'nowhere'} instead of {before}, since they come from"
-                    f" {packet.local}, port {packet.port}, until they are translated back"
+                leave = f"leave {after} instead of {before}"
+                if after is None:
+                    leave = f"have no route instead of leaving {before}"
+                return Reason(
+                    f"answers to the {self._who} of {arrival.dialled} would {leave}, because they"
+                    f" come from {packet.local} port {packet.port} until the kernel translates them"
+                    " back",
+                    "change the routing rules (see: ip rule)",
                 )
         return None
 
-    def _caught(self, arrival: Arrival) -> tuple[str | None, str | None]:
+    def _caught(self, arrival: Arrival) -> tuple[Reason | None, Reason | None]:
         """The rule that catches visitors only if they are steered, and the rule that catches them
         all, steered or not."""
         before, after = self._packet(arrival), self._steered(arrival)
@@ -352,6 +359,8 @@ class _Judge:
                     replace(after, first=first, reply=answers),
                     bases,
                 )
+                if isinstance(by, Reason):
+                    return by, None
                 if by is not None:
                     return self._told(by, answers), None
                 if by_all is not None:
@@ -367,19 +376,31 @@ class _Judge:
         if courses[0].marked != courses[1].marked:  # questions about marks then differ
             if after.reply and self._family in self._around.by_mark:
                 by, _ = min(courses[0].marked ^ courses[1].marked)
-                return f"{by}, and routes depend on marks", None
+                return Reason(
+                    f"a rule marks the answers to steered visitors differently, and routing rules"
+                    f" depend on marks: {by}",
+                    "change that rule, or the routing rules (see: ip rule)",
+                ), None
             after = replace(after, marks=" of another packet")
             outcomes[1] = Course(after, choices).through(bases)
         by_all = None if choices.may_pass(outcomes[1]) else choices.lost(PASSED, outcomes[1])
         return choices.lost(*outcomes), by_all
 
-    def _told(self, by: str, answers: bool) -> str:
+    def _told(self, by: str, answers: bool) -> Reason:
         port = self._way.port
         if answers:
-            what = "this program" if port is None else f"port {port}"
-            return f"{self._who} would be answered from {what}; the firewall drops that: {by}"
-        where = "given to this program" if port is None else f"redirected to port {port}"
-        return f"{self._who} would be {where}, where the firewall drops them: {by}"
+            what = f"the proxy's answers to the {self._who}"
+            what += "" if port is None else f" (their source port is {port})"
+            remedy = f"accept answers from port {port}, too"
+        else:
+            after = (
+                "that the proxy receives" if port is None else f"after the redirect to port {port}"
+            )
+            what = f"the {self._who} {after}"
+            remedy = f"accept connections to port {port}, too"
+        if port is None:
+            remedy = "change that rule"
+        return _reason(f"the firewall would drop {what}: {by}", by, remedy)
 
     def _packet(self, arrival: Arrival) -> Packet:
         return Packet(self._family, arrival.interface, arrival.dialled, HTTPS, arrival.dialled)
@@ -412,6 +433,29 @@ class _Judge:
         return [base for base in self._hook("output") + before if base.kind != "nat"]
 
 
+REMOVE: Final = "remove that rule, if the site does not need it"
+"""The remedy for a rule that takes visitors away from the proxy."""
+
+
+class Reason(str):
+    """Why a way would hurt visitors, on one line.
+
+    @ivar remedy: what the operator can change so that it would not.
+    """
+
+    remedy: str
+
+    def __new__(cls, text: str, remedy: str) -> Reason:
+        reason = super().__new__(cls, _printable(text))
+        reason.remedy = remedy
+        return reason
+
+
+def _reason(text: str, by: str, remedy: str) -> Reason:
+    """@param by: the rule; the remedy is another one if its chain cannot be read."""
+    return Reason(text, "make these rules readable" if by.startswith(ASSUMED) else remedy)
+
+
 def _printable(text: str) -> str:
     """Escape bytes that are not UTF-8: a comment of a rule may have some."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -433,7 +477,8 @@ def look(commands: ICommands, families: Iterable[int]) -> Generator[Deferred[Any
         )
     except OSError as problem:  # a sandbox may forbid netlink
         raise CannotLook(
-            f"the kernel does not tell this host's addresses and routes: {problem.strerror}"
+            f"cannot read this host's addresses and routes from the kernel: {problem.strerror}",
+            "allow netlink sockets (in a systemd unit: AF_NETLINK in RestrictAddressFamilies=)",
         ) from None
     return Host(firewalls, around)
 
@@ -450,18 +495,18 @@ def require(
     try:
         host: Host = yield look(commands, families)
     except CannotLook as problem:
-        raise _refusal(str(problem)) from None
-    reason: str | None = yield host.why_not(way, commands)
+        raise _refusal(str(problem), problem.remedy) from None
+    reason: Reason | None = yield host.why_not(way, commands)
     if reason is None:
         return host
     if variant is not None and (yield host.why_not(variant[0], commands)) is None:
-        raise _refusal(reason, variant[1])
-    raise _refusal(reason)
+        raise _refusal(reason, f"{variant[1]}, or {reason.remedy}")
+    raise _refusal(reason, reason.remedy)
 
 
-def _refusal(reason: str, remedy: str = "") -> StartError:
+def _refusal(reason: str, remedy: str) -> StartError:
     if not facts.may_administer_network():
         return not_permitted(reason)
-    if not remedy:
-        return StartError(f"{reason}; steer all the same with --force", os.EX_CONFIG)
-    return StartError(f"{reason}; {remedy}, or steer all the same with --force", os.EX_CONFIG)
+    return StartError(
+        f"{reason}; {remedy} (--force skips this check, but visitors may be lost)", os.EX_CONFIG
+    )

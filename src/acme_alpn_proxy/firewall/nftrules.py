@@ -103,12 +103,13 @@ class Table:
     def rules(self, rule: Mapping[str, Json]) -> list[Rule]:
         """A rule, split into one for each verdict that it may give."""
         where = f"{self._name} {rule['chain']}"
+        chain = f"the nftables chain '{where}' (see: nft -a list chain {where})"
         conditions: list[Condition] = []
         found: list[Rule] = []
         for statement in rule.get("expr", []):
             try:
                 name, content = only(statement)
-                text = f"rule {rule['handle']} ({name}) of the nftables chain '{where}'"
+                text = f"the rule with handle {rule['handle']} ({name}) of {chain}"
                 if name == "vmap":
                     found += self._verdicts(text, conditions, content)
                     continue
@@ -117,7 +118,10 @@ class Table:
                     found.append(Rule(text, tuple(conditions), action, target))
                 conditions += self._conditions(name, content)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                text = f"a rule of the nftables chain '{where}' that is not understood"
+                handle = rule.get("handle", "?")
+                text = (
+                    f"the rule with handle {handle} of {chain}, which this program cannot interpret"
+                )
                 conditions.append(_unknown(statement))
                 found.append(Rule(text, tuple(conditions), Action.DROP))
         return found

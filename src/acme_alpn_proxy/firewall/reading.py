@@ -40,8 +40,21 @@ _TERSE: Final = ("nft", "-j", "-t", "list")
 """Lists without the contents of named sets, which may have a million elements."""
 
 
+ASSUMED: Final = "this is assumed, because "
+"""Begins the text of a rule in a chain that cannot be read."""
+
+
 class CannotLook(Exception):
-    """The rules of the firewall cannot be read."""
+    """The rules of the firewall cannot be read.
+
+    @ivar remedy: what to do.
+    """
+
+    def __init__(
+        self, text: str, remedy: str = "run that command as root, and correct what it reports"
+    ) -> None:
+        super().__init__(text)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ def _iptables_chains(of: str, table: str) -> list[BaseChain]:
 def _unreadable(chain: BaseChain, reason: str) -> Base:
     """A chain that may do anything with the values that a redirect changes."""
     table = f"{chain.family} {chain.table}"
-    text = f"the chain '{table} {chain.name}', whose rules cannot be read: {reason}"
+    text = f"{ASSUMED}the rules of the chain '{table} {chain.name}' cannot be read: {reason}"
     anything = Condition(lambda packet: f"{text} {packet.peculiar}", usual=None)
     actions = (Action.NOTRACK, Action.TRANSLATE if chain.kind == "nat" else Action.DROP)
     chains = {chain.name: Chain(rules=[Rule(text, (anything,), each) for each in actions])}
@@ -213,7 +226,7 @@ def read_nftables(commands: ICommands) -> Generator[Deferred[Any], Any, Nftables
         if problem is not None:
             if shown.code == NOT_FOUND:  # perhaps it may not run nft: reported where nft is needed
                 return [], []
-            raise CannotLook(f"what the firewall does cannot be seen: {shown.failure}")
+            raise CannotLook(f"cannot read the firewall rules: {shown.failure}")
     objects: list[Mapping[str, Json]] = []
     unreadable = []
     for table in dict.fromkeys((each.family, each.table) for each in chains):

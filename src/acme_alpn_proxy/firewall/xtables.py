@@ -74,9 +74,12 @@ def failed(result: Result, *, custom_rule: bool = False) -> StartError:
         status = os.EX_CONFIG
         remedy = "see whether ACME_ALPN_PROXY_RULESPEC is right for this command"
     else:
-        status, remedy = os.EX_OSERR, f"see why '{binary} -t nat -L' does not work here"
+        status, remedy = (
+            os.EX_OSERR,
+            f"run '{binary} -t nat -L' as root, and correct what it reports",
+        )
     if binary.startswith(BINARIES[6]) and status != os.EX_NOPERM:
-        remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 alone"
+        remedy += ", or set ACME_ALPN_PROXY_DISABLEV6=y to steer IPv4 only"
     return StartError(f"{result.failure}; {remedy}", status)
 
 

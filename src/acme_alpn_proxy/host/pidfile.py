@@ -176,8 +176,8 @@ class PIDFile:
     def _refusal(self, what: str, problem: OSError) -> StartError:
         if isinstance(problem, PermissionError):
             return StartError(
-                f"may not {what} the PID file {self.path}: {problem.strerror}; run this as root, or"
-                " set ACME_ALPN_PROXY_PIDFILE to another one",
+                f"no permission to {what} the PID file {self.path}; run this as root, or set"
+                " ACME_ALPN_PROXY_PIDFILE to another path",
                 os.EX_NOPERM,
             )
         return StartError(

@@ -76,7 +76,7 @@ class Route:
     hops: tuple[bytes, ...] = field(repr=False)
 
     def __str__(self) -> str:
-        return f"by {self.interface}{self.gateway and f' via {self.gateway}'}"
+        return f"through {self.interface}{self.gateway and f' (gateway {self.gateway})'}"
 
 
 def interfaces(family: int) -> list[Interface]:

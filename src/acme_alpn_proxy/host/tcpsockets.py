@@ -112,8 +112,9 @@ def port_taken(port: int) -> StartError:
     """The error if the proxy cannot listen on its port; it names what uses the port."""
     if not listeners(port) and (peers := connections_from(port)):
         return StartError(
-            f"port {port} is used by a connection with {peers[0]}; wait until that has ended, and"
-            f" keep the port free from now on: sysctl net.ipv4.ip_local_reserved_ports={port}",
+            f"port {port} is in use by a connection with {peers[0]}; wait until it ends, and"
+            f" reserve the port: sysctl -w net.ipv4.ip_local_reserved_ports={port} (if ports are"
+            " reserved already, name them, too)",
             os.EX_UNAVAILABLE,
         )
     return StartError(

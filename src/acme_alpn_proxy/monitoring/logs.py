@@ -107,12 +107,12 @@ def _make(path: str) -> None:
 def _refusal(path: str, problem: OSError) -> StartError:
     if isinstance(problem, PermissionError):
         return StartError(
-            f"may not write the log file {path}: {problem.strerror}; run this as root, or name"
-            " another one with --logfile",
+            f"no permission to write the log file {path}; run this as root, or choose another file"
+            " with --logfile",
             os.EX_NOPERM,
         )
     return StartError(
-        f"cannot write the log file {path}: {problem.strerror}; name another one with --logfile",
+        f"cannot write the log file {path}: {problem.strerror}; choose another file with --logfile",
         os.EX_CANTCREAT,
     )
 
@@ -123,7 +123,7 @@ def reopen(file: LogFile) -> None:
         _make(file.path)
     except OSError as problem:
         _log.error(
-            "Cannot open the log file {path} anew: {problem}; still logging to the one so far",
+            "Cannot reopen the log file {path}: {problem}; still writing to the old file",
             path=file.path,
             problem=problem.strerror,
         )

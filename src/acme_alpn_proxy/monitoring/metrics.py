@@ -76,7 +76,7 @@ class Collector:
         yield from (live, total, failures, moved)
         reasons = CounterMetricFamily(
             "acme_alpn_proxy_fallback_reasons",
-            "Connections that took the fallback, by why.",
+            "Connections sent to the web server, by reason.",
             labels=["reason"],
         )
         for reason, count in fallback["reasons"].items():
@@ -84,7 +84,7 @@ class Collector:
         yield reasons
         seen = CounterMetricFamily(
             "acme_alpn_proxy_fallback_sources",
-            "Connections to the fallback, by whose address they came from.",
+            "Connections to the web server, by source address: the visitor's or this host's.",
             labels=["source"],
         )
         seen.add_metric(["visitor"], fallback["from_visitor_address"])

@@ -279,7 +279,9 @@ def instances(pidfile: str, owner: int | None) -> list[Answer]:
         try:
             answer = ask(path)
         except PermissionError:
-            raise StartError(f"may not ask PID {pid}; run this as root", os.EX_NOPERM) from None
+            raise StartError(
+                f"no permission to read the status of PID {pid}; run this as root", os.EX_NOPERM
+            ) from None
         except (OSError, ValueError):
             continue  # it has ended or is ending
         if answer:

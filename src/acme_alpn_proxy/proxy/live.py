@@ -31,14 +31,17 @@ class LiveConnections:
     """Connections that were accepted and have not ended.
 
     @ivar entered: how many have been accepted so far.
+    @ivar aborted: how many were reset by L{abort_all} since the last L{bound}.
     """
 
     def __init__(self) -> None:
         self.entered = 0
+        self.aborted = 0
         self._limit: float = math.inf
         self._full: Callable[[], None] = _no_limit
         self._room: Callable[[], None] = _no_limit
         self._live: set[Abortable] = set()
+        self._resetting: set[Abortable] = set()
         self._waiting: list[Deferred[None]] = []
 
     def __len__(self) -> int:
@@ -51,6 +54,7 @@ class LiveConnections:
         """Call C{full()} when the set reaches C{limit} connections, and C{room()} when it is
         smaller again."""
         self._limit, self._full, self._room = limit, full, room
+        self.aborted = 0
 
     def enter(self, connection: Abortable) -> None:
         """C{connection} was accepted."""
@@ -64,6 +68,7 @@ class LiveConnections:
         if connection not in self._live:
             return
         self._live.remove(connection)
+        self._resetting.discard(connection)
         if len(self._live) == self._limit - 1:
             self._room()
         if not self._live:
@@ -73,6 +78,9 @@ class LiveConnections:
 
     def abort_all(self) -> None:
         """Reset every connection."""
+        for connection in self._live - self._resetting:
+            self.aborted += 1
+            self._resetting.add(connection)
         for connection in list(self._live):
             connection.abort()
 

@@ -85,11 +85,13 @@ class ChosenRedirect:
 
     def _choose(self, way: IRedirect, refusals: Sequence[tuple[str, StartError]]) -> None:
         self._chosen = way
-        why = "; ".join(f"not {name}, since {problem.cause}" for name, problem in refusals)
+        why = "; ".join(
+            f"{name} cannot be used, because {problem.cause}" for name, problem in refusals
+        )
         if not why and not self._first:
             return
         self._log.info(
-            "Steering by {redirect}: {reason}",
+            "Steering with {redirect}: {reason}",
             redirect=way,
             reason=why or self._first,
             for_operator=bool(refusals) or not self._by_default,
@@ -126,9 +128,11 @@ def or_another_way(names: Sequence[str], remedy: str) -> str:
 
 
 def _all_refuse(refusals: Sequence[tuple[str, StartError]]) -> StartError:
-    """The first refusal with the causes of the others."""
-    (_, first), *others = refusals
+    """All causes, and the remedy of the first refusal."""
+    (name, first), *others = refusals
     if not others:
         return first
-    nor = "; nor by ".join(f"{name}: {problem.cause}" for name, problem in others)
-    return StartError(f"{first.cause} (nor by {nor}); {first.remedy}", first.status)
+    causes = "; ".join(f"{each}: {problem.cause}" for each, problem in refusals)
+    return StartError(
+        f"none of these ways works here: {causes}; for {name}: {first.remedy}", first.status
+    )

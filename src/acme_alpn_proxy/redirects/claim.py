@@ -59,7 +59,8 @@ def claim_redirect(
             ) from None
         if waited >= seconds:
             raise StartError(
-                "another instance redirects :443 here, or is about to end that; stop it first",
+                "another instance still steers port 443 of this host; stop that instance first (to"
+                " find it: ss -xap | grep 'acme-alpn-proxy redirect'), or try again in a minute",
                 os.EX_TEMPFAIL,
             )
         # Two processes that see each other both close their claims. Their pauses differ, so one of
@@ -67,7 +68,8 @@ def claim_redirect(
         pause = _STEP + secrets.randbelow(_JITTER_MILLISECONDS) / 1000
         if waited < _NEWS_AFTER <= waited + pause:
             _log.info(
-                "Waiting for another instance to let go of :443; {seconds:g} s at most",
+                "Waiting until another instance has stopped steering port 443, at most {seconds:g}"
+                " s",
                 seconds=seconds,
                 is_waiting=True,
             )

@@ -47,7 +47,8 @@ class GuardGone(StartError):
 
     def __init__(self, problem: OSError) -> None:
         super().__init__(
-            f"the guard of the rules is gone: {problem.strerror}; another one takes over"
+            f"the guard, which removes the iptables rules, has ended: {problem.strerror}; no action"
+            " is needed, because the proxy starts a new one"
         )
 
 
@@ -71,8 +72,8 @@ class Guard:
             except OSError as problem:
                 self._line.close()
                 raise StartError(
-                    f"cannot start {sys.executable} as the guard of the rules: {problem.strerror};"
-                    " look at the limits (ulimit -a)",
+                    f"cannot start the guard, which removes the iptables rules ({sys.executable}):"
+                    f" {problem.strerror}; check the limits (ulimit -a)",
                     os.EX_OSERR,
                 ) from None
         self._line.setblocking(False)
@@ -96,7 +97,11 @@ class Guard:
             waited = 0.0
             while (answer := self._answer()) is None:
                 if waited >= ANSWER_DEADLINE:
-                    raise StartError("the guard of the rules does not answer; it is asked again")
+                    raise StartError(
+                        "the guard, which removes the iptables rules, does not answer, and the"
+                        " proxy asks it again; see which program holds the lock of iptables: fuser"
+                        " /run/xtables.lock"
+                    )
                 step = _SHORT_STEP if waited < _SOON else _STEP
                 yield commands.pause(step)
                 waited += step

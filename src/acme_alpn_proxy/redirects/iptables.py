@@ -30,6 +30,7 @@ from ..firewall.xtables import LOCK_WAIT, failed, pinned
 from ..host import facts, routes
 from ..host.tcpsockets import port_taken, served_from_elsewhere, taken_by_another_user
 from ..interfaces import ICommands, IRedirect, Result
+from ..wording import counted
 from .claim import claim_redirect
 from .guard import Guard, GuardGone
 from .guardprocess import LIFETIME, Answer, Order
@@ -63,6 +64,12 @@ def _as_dnat(rulespec: Sequence[str]) -> list[str]:
             words[at : at + 2] = ["--to-destination", f":{words[at + 1]}"]
     return words
 
+
+NO_EXPIRY: Final = (
+    "has no match 'time', so the rules cannot expire: if the proxy and its guard are both killed,"
+    " visitors are lost until you run 'acme-alpn-proxy stop'"
+)
+"""What is wrong if iptables does not have that match."""
 
 _numbers = itertools.count(1)
 
@@ -109,7 +116,7 @@ class IptablesRedirect:
         if not self._ipv6:
             self._families = [4]
         elif not facts.has_ipv6():
-            self._log.info("This host has no IPv6: steering IPv4 alone")
+            self._log.info("This host has no IPv6: the proxy steers IPv4 only")
             self._families = [4]
         else:  # IPv6 first: if it fails, no visitor is steered yet
             self._families = [6, 4]
@@ -142,8 +149,8 @@ class IptablesRedirect:
             raise
         if self._custom is None and not answer["expires"]:
             self._log.warn(
-                "iptables has no match 'time' here: if the proxy and its guard are killed"
-                " together, 'acme-alpn-proxy stop' must remove the rules"
+                f"iptables {NO_EXPIRY}; before the next start, load the kernel's module: modprobe"
+                " xt_time"
             )
         if idle:
             self._warn_of_small_table()
@@ -157,9 +164,14 @@ class IptablesRedirect:
             yield self._judge_again(commands)
         yield self._ask(commands, "restore")
         for what, programs in (
-            ("Another program had removed rules of {programs}; they are back", answer["missing"]),
             (
-                "Another program had put a rule of {programs} before ours; ours is first again",
+                "Another program removed rules of the proxy ({programs}); the proxy has inserted"
+                " them again",
+                answer["missing"],
+            ),
+            (
+                "Another program inserted a rule before that of the proxy ({programs}); the proxy's"
+                " rule is the first one again",
                 answer["behind"],
             ),
         ):
@@ -199,7 +211,10 @@ class IptablesRedirect:
     def _ask_once(self, commands: ICommands, wish: str) -> Generator[Deferred[Any], Any, Answer]:
         assert self._guard is not None
         if self._guard.gone:
-            self._log.warn("The guard of the rules is gone; another one takes over")
+            self._log.warn(
+                "The guard, which removes the iptables rules, was killed; the proxy starts a new"
+                " one"
+            )
             self._guard = self._new_guard((yield claim_redirect(commands, GUARD_PATIENCE)))
             yield self._guard.ask(commands, "take over")
         answer: Answer = yield self._guard.ask(commands, wish)
@@ -233,10 +248,9 @@ class IptablesRedirect:
             names = facts.unnumbered_interfaces(family)
             if names and not routes.only_go_out(family, facts.visitor_interfaces(family)):
                 raise StartError(
-                    f"visitors come in by {', '.join(names)}, which has no IPv{family} address for "
-                    "REDIRECT to map them to, so they would all be dropped; set "
-                    f"ACME_ALPN_PROXY_RULESPEC='{shlex.join(_as_dnat(self._rulespec))}', "
-                    "which keeps the address they dialled",
+                    f"visitors arrive through {', '.join(names)}, where REDIRECT finds no"
+                    f" IPv{family} address and would drop them all; set ACME_ALPN_PROXY_RULESPEC="
+                    f"'{shlex.join(_as_dnat(self._rulespec))}' (DNAT changes only the port)",
                     os.EX_CONFIG,
                 )
 
@@ -244,9 +258,9 @@ class IptablesRedirect:
         """All processes of a container may be killed at once, including the guard."""
         if not facts.in_first_pid_namespace() and served_from_elsewhere(HTTPS):
             raise StartError(
-                "this is a container, and the web server is outside: if the container is"
-                " killed, no process is left to remove the rules; run this where the web"
-                " server runs",
+                "the web server runs outside this container: if the container is killed, no process"
+                " is left to remove the rules, and visitors are lost; run the proxy on the host or"
+                " in the container where the web server runs",
                 os.EX_CONFIG,
             )
 
@@ -256,7 +270,7 @@ class IptablesRedirect:
         way, variant = keeping, None
         if "REDIRECT" in self._rulespec:
             rule = shlex.join(_as_dnat(self._rulespec))
-            advice = f"set ACME_ALPN_PROXY_RULESPEC='{rule}', which keeps the address they dialled"
+            advice = f"set ACME_ALPN_PROXY_RULESPEC='{rule}' (DNAT changes only the port)"
             way, variant = judgement.iptables(self._port), (keeping, advice)
         host: judgement.Host = yield judgement.require(way, commands, self._families, variant)
         if self._cautious:
@@ -270,8 +284,8 @@ class IptablesRedirect:
         rule = yield host.why_spared(way, commands)
         if rule is not None:
             raise StartError(
-                "the firewall keeps some visitors out of port 443, and would let them in to port"
-                f" {self._port}: {rule}; have it keep them out of port {self._port}, too",
+                "a firewall rule blocks some visitors on port 443, but would let them in on port"
+                f" {self._port}: {rule}; block them on port {self._port}, too",
                 os.EX_CONFIG,
             )
 
@@ -286,9 +300,9 @@ class IptablesRedirect:
         count = facts.tcp_connections()
         if facts.tracked_connections() == 0 and count > limit / 2:
             raise StartError(
-                "connection tracking is idle, and a redirect would switch it on for the whole host,"
-                f" whose {count} TCP connections are over half of what the table takes ({limit});"
-                " raise net.netfilter.nf_conntrack_max",
+                "iptables would switch on connection tracking for the whole host, whose"
+                f" {counted(count, 'TCP connection')} would fill more than half of the table"
+                f" ({limit:,} entries); raise net.netfilter.nf_conntrack_max",
                 os.EX_CONFIG,
             )
 
@@ -297,9 +311,10 @@ class IptablesRedirect:
         count = facts.tcp_connections()
         if limit is not None and count > limit / 2:
             self._log.warn(
-                "Connection tracking was idle and is now on for the whole host: its {count} TCP "
-                "connections are over half of what the table takes ({limit}), and a full table "
-                "drops packets; raise net.netfilter.nf_conntrack_max",
+                "The redirect has switched on connection tracking for the whole host, whose"
+                " {connections} fill more than half of the table ({limit:,} entries). If it is"
+                " full, the kernel drops packets; raise net.netfilter.nf_conntrack_max",
+                connections=counted(count, "TCP connection"),
                 count=count,
                 limit=limit,
             )

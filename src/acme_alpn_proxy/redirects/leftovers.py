@@ -25,6 +25,7 @@ from ..firewall.xtables import (
 from ..host import facts
 from ..host.processes import BlockingCommands
 from ..interfaces import NOT_FOUND, ICommands, Result
+from ..wording import counted
 from .claim import claim_redirect
 from .rules import COMMENT, KEEPER, is_redirect, word_after
 
@@ -133,7 +134,8 @@ class Leftovers:
                 count += 1
         if count:
             self._log.warn(
-                "Removed {count} {binary} rules that a killed instance had left",
+                "Removed {rules} that a killed instance left behind",
+                rules=counted(count, f"{BINARIES[family]} rule"),
                 count=count,
                 binary=BINARIES[family],
             )

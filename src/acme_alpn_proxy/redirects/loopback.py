@@ -37,7 +37,10 @@ class LoopbackRedirect:
     def _note_families(self, listeners: Sequence[socket.socket]) -> None:
         """Note which families have a listener; log it if IPv6 has none."""
         if len(listeners) < len(self._families):
-            self._log.info("This host has no IPv6 loopback address: steering IPv4 alone")
+            self._log.info(
+                "This host has no IPv6 loopback address: the proxy steers IPv4 only; IPv6"
+                " connections go to the web server"
+            )
 
     def release(self, commands: ICommands) -> Deferred[None]:
         """Nothing to remove: established connections do not depend on this redirect."""

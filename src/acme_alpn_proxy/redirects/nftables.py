@@ -164,7 +164,7 @@ class NftablesRedirect(LoopbackRedirect):
                 self._send(self._messages)
             except OSError as problem:
                 return fail(_refusal(problem))
-            self._log.warn("The nftables table was gone; it is back")
+            self._log.warn("The proxy's nftables table was removed; the proxy has created it again")
         except OSError as problem:
             self._log.debug("Cannot see the nftables table: {problem}", problem=problem)
         return succeed(None)
@@ -223,9 +223,10 @@ class NftablesRedirect(LoopbackRedirect):
                 continue
             if names:
                 raise StartError(
-                    f"visitors come in by the bridge {', '.join(sorted(names))}, whose packets pass"
-                    f" the firewall before they are this host's ({SWITCHES[family]}=1), so that"
-                    " nftables would not steer them; steer all the same with --force",
+                    f"visitors arrive through the bridge {', '.join(sorted(names))}, whose packets"
+                    f" pass the firewall too early ({SWITCHES[family]}=1), so nftables cannot steer"
+                    f" them; set net.bridge.{SWITCHES[family]} and the bridge's own switch to 0"
+                    " (with --force the proxy starts, but does not steer these visitors)",
                     os.EX_CONFIG,
                 )
 
@@ -236,8 +237,8 @@ def _refusal(problem: OSError) -> StartError:
     if message is not None and message.kind == nft.NEW_TABLE:
         if problem.errno == errno.EPERM:
             return StartError(
-                "another instance steers by nftables here; stop it first"
-                f" (see: nft list table inet {TABLE})",
+                "another instance already steers with nftables; stop that instance first (its"
+                f" table: nft list table inet {TABLE})",
                 os.EX_TEMPFAIL,
             )
         if problem.errno == errno.EEXIST:
@@ -247,7 +248,7 @@ def _refusal(problem: OSError) -> StartError:
                 os.EX_CONFIG,
             )
     if problem.errno == errno.EPERM:
-        return not_permitted("nftables is not permitted")
+        return not_permitted("no permission to use nftables")
     if problem.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT, errno.EPROTONOSUPPORT):
         if message is None or message.kind in (nft.BATCH_BEGIN, nft.NEW_TABLE):
             return StartError(
@@ -261,8 +262,8 @@ def _refusal(problem: OSError) -> StartError:
             os.EX_UNAVAILABLE,
         )
     return StartError(
-        f"cannot steer by nftables: {problem.strerror}; free some memory and look at the limits"
-        " (ulimit -a)",
+        f"cannot steer with nftables: {problem.strerror}; check the free memory (free -m) and the"
+        " limits (ulimit -a)",
         os.EX_OSERR,
     )
 

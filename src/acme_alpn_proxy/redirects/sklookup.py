@@ -207,9 +207,9 @@ class SkLookupRedirect(LoopbackRedirect):
             link = bpf.attach_sk_lookup(program)
         if others:
             self._log.warn(
-                "Another sk_lookup program is attached to this network namespace; the one attached"
-                " last wins, so new connections to :443 come here until this one lets go"
-                " (see: bpftool link)"
+                "Another sk_lookup program is attached to this network namespace. The proxy's"
+                " program was attached last, so the proxy receives the new connections to port 443"
+                " until it stops (see: bpftool link)"
             )
         return link
 
@@ -275,13 +275,14 @@ def _refusal(problem: OSError) -> StartError:
     kernel = f"{platform.release()} on {platform.machine()}"
     if isinstance(problem, bpf.Refused) and problem.reason:
         return StartError(
-            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this",
+            f"the kernel ({kernel}) refuses the BPF program: {problem.reason}; report this line, as"
+            " a defect of acme-alpn-proxy",
             os.EX_UNAVAILABLE,
         )
     if problem.errno == errno.EPERM:
         return StartError(
-            "BPF is not permitted; run this as root, with CAP_BPF and CAP_NET_ADMIN where it runs"
-            " in a container",
+            "no permission to use BPF; run this as root (in a container: with CAP_BPF and"
+            " CAP_NET_ADMIN)",
             os.EX_NOPERM,
         )
     if problem.errno in (errno.ENOSYS, errno.EINVAL):
@@ -291,7 +292,7 @@ def _refusal(problem: OSError) -> StartError:
             os.EX_UNAVAILABLE,
         )
     return StartError(
-        f"cannot steer by BPF sk_lookup: {problem.strerror}; free some memory and look at the"
-        " limits (ulimit -a)",
+        f"cannot steer with BPF sk_lookup: {problem.strerror}; check the free memory (free -m) and"
+        " the limits (ulimit -a)",
         os.EX_OSERR,
     )

@@ -73,7 +73,11 @@ class RedirectService(Service):
             self._watch_visitors()
         self._unwatched = self._looking.start(LOOK_INTERVAL, now=False)
         self._unwatched.addErrback(
-            lambda failure: self._log.failure("The redirect is not watched any more", failure)
+            lambda failure: self._log.failure(
+                "Internal error: the proxy no longer checks that its redirect exists; restart the"
+                " proxy",
+                failure,
+            )
         )
 
     def _watch_visitors(self) -> None:
@@ -86,7 +90,11 @@ class RedirectService(Service):
             )
             return
         self._watching.start(WATCH_INTERVAL, now=False).addErrback(
-            lambda failure: self._log.failure("Lost visitors are not noticed any more", failure)
+            lambda failure: self._log.failure(
+                "Internal error: the proxy no longer notices when visitors are lost; restart the"
+                " proxy",
+                failure,
+            )
         )
 
     @inlineCallbacks
@@ -96,21 +104,31 @@ class RedirectService(Service):
         except VisitorsLost as problem:
             self._lose(problem)
         except StartError as problem:
-            self._log.critical("Cannot steer any more: {problem}", problem=problem, is_status=True)
+            self._log.critical(
+                "Cannot check or restore the redirect, so validations may fail; trying again:"
+                " {problem}",
+                problem=problem,
+                is_status=True,
+            )
 
     def _look_for_loss(self) -> None:
         if self._visitors.look():
             self._lose(
                 VisitorsLost(
-                    "visitors are being lost: they dial port 443 again and again, and none arrives"
-                    " here; to see what drops them: acme-alpn-proxy check --probe",
+                    "visitors are lost: they try again and again to connect to port 443, and no"
+                    " connection reaches the proxy; find the cause with: acme-alpn-proxy check"
+                    " --probe",
                     os.EX_CONFIG,
                 )
             )
 
     def _lose(self, problem: VisitorsLost) -> None:
         if self.running and self.on_loss is not None:
-            self._log.critical("Letting go: {problem}", problem=problem, is_status=True)
+            self._log.critical(
+                "Stopping, so that new connections reach the web server again: {problem}",
+                problem=problem,
+                is_status=True,
+            )
             self.on_loss(problem)
 
     @inlineCallbacks
@@ -130,8 +148,12 @@ class RedirectService(Service):
                 yield self._redirect.remove(commands)
                 return
             except StartError as problem:
+                then = "gives up" if self._give_up else "still serves visitors and tries again"
                 self._log.critical(
-                    "Cannot let go of :443: {problem}", problem=problem, is_status=True
+                    "Cannot stop steering; the proxy {then}: {problem}",
+                    then=then,
+                    problem=problem,
+                    is_status=True,
                 )
             if self._give_up:
                 return
