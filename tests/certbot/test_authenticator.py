@@ -286,5 +286,5 @@ def test_no_hint(path: Path) -> None:
     """If the daemon cannot be asked, the hint says so."""
     hint = plugin().auth_hint([achall("site.example")])
     assert hint.endswith(
-        f"is not known: no daemon listens at {path}; start it: acme-alpn-proxy start"
+        f"is not known: no instance listens at {path}; start one: acme-alpn-proxy start"
     )

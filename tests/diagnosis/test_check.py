@@ -139,12 +139,12 @@ class CheckCase(SynchronousTestCase):
 class VisitorAddressTests(CheckCase):
     def test_seen(self) -> None:
         """If the web server is on loopback, it will see the visitors' own addresses."""
-        self.found("visitor address", Level.OK, "the web server sees the visitors' own$")
+        self.found("visitor address", Level.OK, "the web server sees the visitors' own addresses$")
 
     def test_off(self) -> None:
         """If the web server would see 127.0.0.1, the check gives a warning."""
         options = ("--visitor-address", "off")
-        pattern = "off: the web server sees all visitors as 127.0.0.1; give 127.0.0.1 no privilege"
+        pattern = "off: the web server sees all visitors as 127.0.0.1; give 127.0.0.1 no priv"
         self.found("visitor address", Level.WARNING, pattern, *options)
 
     def test_not_possible(self) -> None:
@@ -156,7 +156,7 @@ class VisitorAddressTests(CheckCase):
             raise problem
 
         self.patch(check, "may_have_way_back", refuse)
-        pattern = "as 127.0.0.1: there is no /dev/net/tun; load the module tun"
+        pattern = "as 127.0.0.1: /dev/net/tun does not exist; load .* to it$"
         self.found("visitor address", Level.WARNING, pattern)
         options = ("--visitor-address", "require")
         self.found("visitor address", Level.FAILED, "there is no /dev/net/tun; load", *options)
@@ -166,7 +166,12 @@ class VisitorAddressTests(CheckCase):
         fails with C{--visitor-address require}."""
         self.handshakes["192.0.2.1:443"] = None
         options = ["--fallback", "192.0.2.1:443"]
-        self.found("visitor address", Level.OK, "the web server sees this host's$", *options)
+        self.found(
+            "visitor address",
+            Level.OK,
+            "sees an address of this host instead of the visitors' addresses$",
+            *options,
+        )
         options += ["--visitor-address", "require"]
         self.found("visitor address", Level.FAILED, "no numeric loopback address", *options)
 
@@ -206,7 +211,7 @@ class CheckTests(CheckCase):
     def test_no_probe_after_a_failure(self) -> None:
         """If a check failed, the probe is not done, so no visitor is steered."""
         self.handshakes.clear()
-        self.found("probe", Level.WARNING, "not done: .*see above", "--probe")
+        self.found("probe", Level.WARNING, "not done: .*correct what has failed", "--probe")
         self.assertEqual(self.probed, [])
 
     def test_instance_runs(self) -> None:
@@ -260,11 +265,11 @@ class TargetTests(CheckCase):
         self.handshakes["127.0.0.1:443"] = TimeoutError(errno.ETIMEDOUT, "no answer within 10 s")
         self.found("fallback", Level.FAILED, "not answer TLS: no answer within 10 s; start")
         self.handshakes["127.0.0.1:443"] = OnlyAlert("TLSV1_UNRECOGNIZED_NAME")
-        self.found("fallback", Level.OK, "answers TLS, by refusing: TLSV1_UNRECOGNIZED_NAME")
+        self.found("fallback", Level.OK, "refused the test handshake: TLSV1_UNRECOGNIZED_NAME")
 
     def test_acme_target(self) -> None:
         """Nothing there yet, or an ACME client, is fine. Anything else is a warning."""
-        self.found("ACME target", Level.OK, "nobody listens there yet")
+        self.found("ACME target", Level.OK, "no program listens there now")
         self.handshakes["127.0.0.1:31443"] = "acme-tls/1"
         self.found("ACME target", Level.OK, "answers validations")
         for other in (None, "http/1.1", ConnectError(), ValueError()):
@@ -276,7 +281,7 @@ class TargetTests(CheckCase):
         self.handshakes["127.0.0.1:31444"] = "acme-tls/1"
         words = ("--alpn-for", "b.example=127.0.0.1:31444")
         self.found("ACME target for b.example", Level.OK, "answers validations", *words)
-        self.found("ACME target", Level.OK, "nobody listens there yet", *words)
+        self.found("ACME target", Level.OK, "no program listens there now", *words)
 
     def test_headers(self) -> None:
         """A target that expects a header gets one without addresses."""
@@ -295,12 +300,14 @@ class TargetTests(CheckCase):
         self.patch(check, "deferToThread", lambda look: succeed(look()))
         words = ("--fallback", "original")
         self.handshakes |= {"192.0.2.1:443": None, "[2001:db8::1]:443": None}
-        self.found("fallback", Level.OK, "port 443 is not served at 192.0.2.3", *words)
+        self.found("fallback", Level.OK, "no web server answers on port 443 of 192.0.2.3", *words)
         self.handshakes["[2001:db8::1]:443"] = ConnectError()
         pattern = r"\[2001:db8::1\]:443 does not answer TLS: .+; start"
         self.found("fallback", Level.FAILED, pattern, *words)
         served = ([], ["192.0.2.3"])
-        self.found("fallback", Level.FAILED, "nobody answers on port 443 at any address", *words)
+        self.found(
+            "fallback", Level.FAILED, "no web server answers on port 443 at any address", *words
+        )
 
 
 class RedirectTests(CheckCase):
@@ -325,7 +332,7 @@ class RedirectTests(CheckCase):
         self.refusals["nftables"] = StartError("another one; stop it first", os.EX_TEMPFAIL)
         self.found("nftables", Level.FAILED, "another one; stop", "--redirect", "nftables")
         self.pidfile = OwnerFile(7)
-        self.found("nftables", Level.OK, "the instance that runs has it", "--redirect", "nftables")
+        self.found("nftables", Level.OK, "in use by the running instance", "--redirect", "nftables")
 
     def test_iptables(self) -> None:
         """If iptables refuses, that is a failure if iptables was asked for, otherwise a warning."""
@@ -348,7 +355,7 @@ class RedirectTests(CheckCase):
     def test_rules_cannot_expire(self) -> None:
         """If iptables or the kernel lacks the match C{time}, the check gives a warning."""
         self.commands.failures = {3: (2, "Couldn't load match `time'")}
-        self.found("iptables", Level.WARNING, "no match 'time': .*; load the kernel's module")
+        self.found("iptables", Level.WARNING, "no match 'time', .*; load the kernel's module")
 
     def test_iptables_would_not_reach(self) -> None:
         """If iptables would lose visitors, that is a failure if it was asked for, otherwise a
@@ -404,13 +411,13 @@ class RedirectTests(CheckCase):
     def test_redirect(self) -> None:
         """A redirect to a dead port is a failure: visitors are being lost."""
         self.commands.chains["iptables", "nat", "PREROUTING"].append(LEFTOVER.split())
-        pattern = "1 rules of a killed instance are left, which send .*; remove them with: .* stop$"
+        pattern = "a killed instance has left 1 rule: .* site is down; remove them with: .* stop$"
         self.found("leftovers", Level.FAILED, pattern)
 
     def test_keeper(self) -> None:
         """A keeper alone is harmless."""
         self.commands.chains["ip6tables", "mangle", "PREROUTING"].append(DEAD_KEEPER)
-        self.found("leftovers", Level.WARNING, "1 rules of a killed instance are left; remove them")
+        self.found("leftovers", Level.WARNING, "a killed instance has left 1 rule; remove them")
 
     def test_instance_of_twistd(self) -> None:
         """The rules of an instance without PID file are not leftovers; the instance is reported."""

@@ -39,32 +39,35 @@ def told(*seen: Seen, names: Sequence[str] = (NAME,), look_up: object = nobody) 
 def test_nobody_came() -> None:
     """If no CA came, it says so, and shows the records of the name."""
     assert told() == [
-        f"failed  {NAME}: no CA has asked; see whether the name leads here, and whether port 443 is"
-        " open from everywhere",
-        f"failed  {NAME}: it has no address: Name or service not known; make an A or AAAA record"
-        " that leads here",
+        f"failed  {NAME}: no validation for this name arrived; check that the DNS records of the"
+        " name point to this host, and that port 443 is reachable from the whole Internet",
+        f"failed  {NAME}: it has no address: Name or service not known; create an A or AAAA record"
+        " with the address of this host",
     ]
     lines = told(look_up=lambda name: ["127.0.0.1", "192.0.2.1", "2001:db8::1"])
     assert "its A record 192.0.2.1 is no address of this host" in lines[1]
     assert "its AAAA record 2001:db8::1 is no address of this host, and a CA tries" in lines[2]
     assert len(lines) == 3
-    assert told(names=())[0].startswith("failed  validations: no CA has asked")
+    assert told(names=())[0].startswith("failed  validations: no validation reached this host")
 
 
 def test_another_name() -> None:
     """If a CA came for another name, it says so, with that name."""
     lines = told(Seen("192.0.2.7:1", "other.example", "answered"))
-    assert f"failed  {NAME}: nobody has asked for it, but for other.example" in lines[0]
+    assert f"failed  {NAME}: no validation for this name arrived, but for other.example" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        (REFUSED, "nothing was pending for this name and nobody answers at 127.0.0.1:31443"),
+        (REFUSED, "registered this name with the proxy, and no program listens at 127.0.0.1:31443"),
         ("unreachable: refused", "127.0.0.1:31443 cannot be reached (refused); start the ACME"),
-        (NOT_ANSWERED, "closed them without an answer; see its log"),
-        ("under way", "under way: 2 validations; ask again"),
-        ("the handshake failed: tlsv1 alert", "the handshake failed: tlsv1 alert; ask the CA why"),
+        (NOT_ANSWERED, "closed them without an answer; see the log of the ACME client"),
+        ("under way", "under way: 2 validations; run this again"),
+        (
+            "the handshake failed: tlsv1 alert",
+            "the handshake failed: tlsv1 alert; see the error of the CA",
+        ),
     ],
 )
 def test_result(result: str, words: str) -> None:
@@ -81,7 +84,9 @@ def test_some_perspectives() -> None:
     validations from other addresses may have been kept away."""
     seen = [Seen(f"192.0.2.{last}:1", NAME, "answered") for last in range(3)]
     (line,) = told(*seen, Seen("[2001:db8::1]:9", NAME, "answered"))
-    assert "4 addresses have asked (192.0.2.0, 192.0.2.1, 192.0.2.2, 2001:db8::1)" in line
+    assert (
+        "validations came from 4 addresses (192.0.2.0, 192.0.2.1, 192.0.2.2, 2001:db8::1)" in line
+    )
     assert (
         told(*seen, *seen, *(Seen(f"198.51.100.{last}:1", NAME, "answered") for last in (1, 2)))
         == []

@@ -125,26 +125,30 @@ class VerdictTests(SynchronousTestCase):
         call = Dial(problem="no answer within 3 s")
         pattern = "no answer within 3 s; .* port 21443, .*another --redirect$"
         self.fails(pattern, VISITOR, call, steered=False)
-        pattern = "firewall lets in port 443$"
+        pattern = "firewall accepts connections to port 443$"
         self.fails(pattern, VALIDATOR, call, steered=False, redirect="sk-lookup")
 
     def test_not_through(self) -> None:
         """If it was steered but reached no target, the finding says what came instead."""
-        self.fails("through to the web server: an end of file; ", VISITOR, Dial(SOURCE))
-        self.fails("server: another answer than TLS; ", VISITOR, Dial(SOURCE, b"HTTP/1.1 400"))
-        self.fails("to the responder: reset; ", VALIDATOR, Dial(SOURCE, problem="reset"))
+        self.fails("through to the web server: the connection was closed; ", VISITOR, Dial(SOURCE))
+        self.fails("server: the answer is not TLS; ", VISITOR, Dial(SOURCE, b"HTTP/1.1 400"))
+        self.fails(
+            "to the probe's own ACME client: reset; ", VALIDATOR, Dial(SOURCE, problem="reset")
+        )
 
     def test_answer_lost(self) -> None:
         """If the answer to a validator does not come back, that is a failure."""
         for call in (Dial(SOURCE, problem="no answer within 3 s"), Dial(SOURCE, SERVER_HELLO)):
-            self.fails("answer did not come back: ", VALIDATOR, call, seen=True)
+            self.fails("the answer did not arrive: ", VALIDATOR, call, seen=True)
 
     def test_softened(self) -> None:
         """If the firewall names interfaces, it is a warning, with the same cause."""
         finding = probe.softened(Finding("probe", Level.FAILED, "dropped", "let it in"))
         self.assertIs(finding.level, Level.WARNING)
-        self.assertRegex(finding.cause, "^dropped .*another one")
-        self.assertRegex(finding.remedy, "^dial port 443 from outside; let it in$")
+        self.assertRegex(finding.cause, "^dropped .*uses another one")
+        self.assertRegex(
+            finding.remedy, "^test from another host: .*; if that fails, too: let it in$"
+        )
 
 
 class ProbeTests(SynchronousTestCase):

@@ -127,7 +127,9 @@ def test_proxy_does_not_start(road: Street, site: Website, proxy: Proxy, certbot
     """If no proxy can be started, certbot shows the proxy's error."""
     before = road.host.namespace.pids()
     said = certbot.fails(*ORDER, "-d", NAME, options(proxy, "--fallback", "127.0.0.1:444"))
-    assert "acme-alpn-proxy: nobody answers at 127.0.0.1:444, where visitors would be sent" in said
+    assert (
+        "acme-alpn-proxy: no web server answers at 127.0.0.1:444, the address of --fallback" in said
+    )
     nothing_is_left(road.host.namespace, before)
 
 

@@ -633,15 +633,17 @@ def test_web_server_down(road: Street, proxy: Proxy) -> None:
     """Without a web server, C{start} refuses. If the web server goes down later, visitors are
     reset, as from a closed port, and one line says why."""
     start = proxy.start(*AT_ONCE, "--fallback", "127.0.0.1:444", check=False)
-    _refused(start, "nobody answers at 127.0.0.1:444, .*; start the web server", os.EX_CONFIG)
+    _refused(
+        start, "no web server answers at 127.0.0.1:444, .*; start the web server", os.EX_CONFIG
+    )
     with road.host.namespace.listen("127.0.0.1", 444):
         proxy.start(*AT_ONCE, "--fallback", "127.0.0.1:444")
     with road.visitor.namespace.connect(road.host.ipv4, 443) as visitor:
         visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
         with pytest.raises(ConnectionResetError):
             visitor.recv(1)
-    lines = [line for line in proxy.log.splitlines() if "Cannot reach" in line]
+    lines = [line for line in proxy.log.splitlines() if "Cannot connect to" in line]
     assert len(lines) == 1, proxy.log
-    assert re.search(r"Cannot reach fallback target 127\.0\.0\.1:444: .*refused", lines[0])
+    assert re.search(r"Cannot connect to the web server \(127\.0\.0\.1:444\): .*refused", lines[0])
     proxy.stop(wait=True)
     _nothing_is_left(proxy)

@@ -81,7 +81,7 @@ def test_own_connections_come_back(road: Street, site: Website, proxy: Proxy, fa
             visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
             with pytest.raises(ConnectionResetError):
                 visitor.recv(1)
-    assert proxy.log.count("A connection to a target came back to the proxy") == 1
+    assert proxy.log.count("The proxy connected to itself") == 1
     assert len(os.listdir(f"/proc/{proxy.pid}/fd")) < 40
     proxy.stop(wait=True)
 

@@ -193,7 +193,10 @@ def test_refusals(road: Street, on_demand: OnDemand) -> None:
     assert [each["name"] for each in report["asked"]] == ["other.example", NAME]
     told = on_demand.proxy.run("explain", "other.example", NAME, check=False)
     assert told.returncode == 1
-    assert "nothing was pending for this name and nobody answers at 127.0.0.1:31443" in told.stdout
+    assert (
+        "registered this name with the proxy, and no program listens at 127.0.0.1:31443"
+        in told.stdout
+    )
     with road.host.namespace.listen("127.0.0.1", 31443) as client:
         plain = road.visitor.namespace.connect(road.host.ipv4, 443)
         plain.sendall(acme_hello("other.example"))

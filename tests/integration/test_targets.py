@@ -213,7 +213,7 @@ def test_headers_of_a_load_balancer(road: Street, site: Website, proxy: Proxy) -
             connection.sendall(first)
             with pytest.raises(ConnectionResetError):
                 connection.recv(1)
-    assert proxy.log.count("did not begin with a header of the PROXY protocol") == 1
+    assert proxy.log.count("it did not begin with a header of the PROXY protocol") == 1
     with site.visit(namespace, road.host.ipv6) as visit:
         assert visit.get().steered
     proxy.stop()
@@ -256,7 +256,7 @@ def test_original(road: Street, tmp_path: Path, redirect: str) -> None:
         with pytest.raises(ConnectionResetError), sites[0].visit(visitor, "10.88.0.4"):
             pass
         proxy.stop()
-    assert "Port 443 is not served at 10.88.0.4: " in proxy.log
+    assert "No web server answers on port 443 of 10.88.0.4: " in proxy.log
     assert "came back" not in proxy.log
 
 
@@ -298,7 +298,7 @@ def test_original_without_a_web_server(road: Street, tmp_path: Path) -> None:
     proxy = Proxy(road.host.namespace, tmp_path)
     done = proxy.start("--fallback", "original", check=False)
     assert done.returncode == 78
-    assert "nobody answers on port 443 at any address of this host" in done.stderr
+    assert "no web server answers on port 443 at any address of this host" in done.stderr
     assert road.host.namespace.rules() == []
 
 

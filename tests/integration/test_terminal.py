@@ -137,7 +137,7 @@ def test_check_prints_as_it_goes(site: Website, proxy: Proxy) -> None:
         screen.wait_for("letting go of port 443")
         assert "\x1b[32mok     \x1b[m probe validator IPv6\r\n" in screen.shown
         assert screen.wait() == 0
-    assert "dialling port 443 from outside" in screen.waits()
+    assert "connecting to port 443 from a network namespace" in screen.waits()
     assert screen.lines()[-2] == "It would work here: 17 checks, all ok."
 
 

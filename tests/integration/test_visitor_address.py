@@ -151,7 +151,7 @@ def test_masqueraded_network(road: Street, site: Website, proxy: Proxy) -> None:
         assert seconds[0] >= 0.3 > seconds[1], seconds
         assert is_seen(site, road, "IPv4")
         assert counted(proxy) == (1, 2)
-        assert "The web server's answer to 172.17.0.2 does not come back" in proxy.log
+        assert "The web server's answer to 172.17.0.2 does not reach the proxy" in proxy.log
         proxy.stop(wait=True)
         no_way_back_is_left(host)
 
@@ -207,7 +207,7 @@ def test_rule_of_a_killed_instance(road: Street, site: Website, proxy: Proxy, co
         assert "removed 1 rules of a killed instance" in proxy.run("stop").stderr
     else:
         told = proxy.run("check", "--logfile", str(proxy.log_file)).stdout
-        assert "1 rules of a killed instance are left" in told
+        assert "a killed instance has left 1 rule" in told
         proxy.run("stop")
     no_way_back_is_left(host)
     assert "198.51.100.9" in host.ip("rule show")
@@ -233,7 +233,13 @@ WITHOUT_ADMIN = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"
         (None, (), ["--fallback", "10.88.0.1:443"], os.EX_CONFIG, "no numeric loopback address"),
         (None, (), ["--fallback", "localhost:443"], os.EX_CONFIG, "no numeric loopback address"),
         (_translated_to_loopback, (), [], os.EX_CONFIG, "net.ipv4.conf.net0.route_localnet=1"),
-        (_dropped, (), [], os.EX_CONFIG, "its answer to 192.0.2.1 does not come back"),
+        (
+            _dropped,
+            (),
+            [],
+            os.EX_CONFIG,
+            "its answer to the test address 192.0.2.1 does not reach the proxy",
+        ),
         (None, WITHOUT_TUN, [], os.EX_UNAVAILABLE, "there is no /dev/net/tun"),
         (None, WITHOUT_ADMIN, ["--redirect", "none"], os.EX_NOPERM, "not permitted"),
     ],

@@ -143,7 +143,7 @@ class BalancedTests(ProxyCase):
             self.assertEqual(front.story, ["reset"])
             server.connectionLost()
         (line,) = self.told()
-        self.assertIn("A connection from 10.0.0.9:40000 did not begin with a header", line)
+        self.assertIn("reset a connection from 10.0.0.9:40000, because it did not begin with", line)
         self.assertIn("other bytes came first", line)
         self.assertIn("send-proxy-v2", line)
         self.assertEqual(self.dialled, [])

@@ -156,7 +156,9 @@ class RoomTests(MemoryCase):
         self.assertEqual(len(self.target.transports), 2)
         self.assertEqual(list(self.factory.waiting), [three, four, five])
         (event,) = self.events
-        self.assertTrue(formatEvent(event).startswith("2 visitors are here, and more wait"))
+        self.assertTrue(
+            formatEvent(event).startswith("The limit of 2 visitors at a time is reached")
+        )
         self.leave(four)  # who has lost patience
         self.leave(one)
         self.assertEqual(len(self.target.transports), 3)
@@ -188,7 +190,7 @@ class RoomTests(MemoryCase):
         self.assertEqual(len(self.acme.transports), MAX_VALIDATIONS + 1)
         self.assertEqual(len(self.factory.validations), MAX_VALIDATIONS)
         self.assertEqual([server.transport.disconnecting for server in servers[:2]], [True, False])
-        self.assertIn("Does the ACME client answer", formatEvent(self.events[-1]))
+        self.assertIn("check that the ACME client answers", formatEvent(self.events[-1]))
         self.clock.advance(VALIDATION_DEADLINE)
         self.assertTrue(all(server.transport.disconnecting for server in servers))
         for server in servers:

@@ -339,7 +339,8 @@ class UnreachableTests(ProxyCase):
         """The visitor is reset, and one line names the target and why."""
         self.assertEqual(self.front.story, ["reset"])
         self.assertEqual(
-            self.lines, [(LogLevel.error, f"Cannot reach fallback target 127.0.0.1:443: {why}")]
+            self.lines,
+            [(LogLevel.error, f"Cannot connect to the web server (127.0.0.1:443): {why}")],
         )
         self.server.connectionLost(Failure(CONNECTION_LOST))
         self.assertEqual(len(self.factory.live), 0)

@@ -24,9 +24,9 @@ from ..monitoring.descriptions import DOUBTS, ROUTING, statistics
         (OTHER, "no_acme_alpn"),
         (ClientHello((b"h2",)), "no_acme_alpn"),
         (NotClientHello("not a handshake record"), "not_tls"),
-        (NotClientHello("no whole ClientHello within 5 s", "deadline"), "deadline"),
-        (NotClientHello("end of file before a whole ClientHello", "end_of_file"), "end_of_file"),
-        (NotClientHello("too many half hellos", "crowded"), "crowded"),
+        (NotClientHello("no complete ClientHello within 5 s", "deadline"), "deadline"),
+        (NotClientHello("closed before a complete ClientHello", "end_of_file"), "end_of_file"),
+        (NotClientHello("too many incomplete ClientHellos", "crowded"), "crowded"),
     ],
 )
 def test_visitor(verdict: Verdict, reason: str) -> None:

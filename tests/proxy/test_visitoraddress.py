@@ -67,7 +67,9 @@ def test_translation(tmp_path: Path, interface: str, value: int, refused: bool) 
     (folder / "route_localnet").write_text(f"{value}\n")
     refuse_translation([WebServer("::1", 443)], tmp_path)
     if refused:
-        with pytest.raises(StartError, match=rf"net\.ipv4\.conf\.{interface}\.route_localnet=1"):
+        with pytest.raises(
+            StartError, match=rf"net\.ipv4\.conf\.{interface}\.route_localnet is on"
+        ):
             refuse_translation([SERVER], tmp_path)
     else:
         refuse_translation([SERVER], tmp_path)
@@ -76,10 +78,10 @@ def test_translation(tmp_path: Path, interface: str, value: int, refused: bool) 
 @pytest.mark.parametrize(
     ("number", "status", "words"),
     [
-        (errno.ENOENT, os.EX_UNAVAILABLE, "no /dev/net/tun; load the module tun"),
-        (errno.ENODEV, os.EX_UNAVAILABLE, "no /dev/net/tun; load the module tun"),
-        (errno.EPERM, os.EX_NOPERM, "not permitted; run this as root"),
-        (errno.EBUSY, os.EX_OSERR, "busy; see whether ip rule"),
+        (errno.ENOENT, os.EX_UNAVAILABLE, "/dev/net/tun does not exist; load the kernel's module"),
+        (errno.ENODEV, os.EX_UNAVAILABLE, "/dev/net/tun does not exist; load the kernel's module"),
+        (errno.EPERM, os.EX_NOPERM, "no permission to use a TUN device; run this as root"),
+        (errno.EBUSY, os.EX_OSERR, "busy; look for conflicting entries"),
     ],
 )
 def test_no_way_back(number: int, status: int, words: str) -> None:
@@ -130,8 +132,8 @@ def test_transports_that_cannot() -> None:
         how.open(called)
     assert how.target is plain
     assert [formatEvent(event) for event in events] == [
-        "The web server sees all visitors under an address of this host: this reactor's transports"
-        " do not allow it"
+        "The web server sees an address of this host instead of the visitors' addresses: this"
+        " reactor's transports do not allow it"
     ]
     with pytest.raises(StartError, match="or start without --visitor-address require"):
         VisitorAddress(network, plain, address, required=True).open(called)

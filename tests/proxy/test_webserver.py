@@ -58,8 +58,8 @@ def test_answers(at: list[str], tmp_path: Path) -> None:
 def test_silence(at: list[str], closed: str, tmp_path: Path) -> None:
     """If nothing answers, it is refused, with a remedy."""
     assert refusal(closed) == (
-        f"nobody answers at {closed}, where visitors would be sent: Connection refused; start the"
-        " web server, or name its address with --fallback"
+        f"no web server answers at {closed}, the address of --fallback: Connection refused; start"
+        " the web server, or give its address with --fallback"
     )
     assert "No such file" in refusal(f"unix:{tmp_path}/no.sock")
 
@@ -67,9 +67,11 @@ def test_silence(at: list[str], closed: str, tmp_path: Path) -> None:
 def test_elsewhere(at: list[str], closed: str) -> None:
     """If port 443 is served at another address, the remedy names that."""
     at += ["198.51.100.2:443", "[2001:db8::1]:443"]
-    assert refusal(closed).endswith("name one with --fallback 198.51.100.2:443")
+    assert refusal(closed).endswith(
+        "use --fallback 198.51.100.2:443 (servers listen there and at [2001:db8::1]:443)"
+    )
     at[:] = ["0.0.0.0:443", "[::]:443"]
-    assert refusal(closed).endswith("name its address with --fallback")
+    assert refusal(closed).endswith("give its address with --fallback")
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_original(own: list[str]) -> None:
     with capturedLogs() as events:
         require_web_server(ORIGINAL, 1)
     (line,) = map(formatEvent, events)
-    assert line.startswith("Port 443 is not served at 127.0.0.3, 127.0.0.4: ")
+    assert line.startswith("No web server answers on port 443 of 127.0.0.3, 127.0.0.4: ")
 
 
 def test_original_everywhere(own: list[str]) -> None:
@@ -134,6 +136,6 @@ def test_several_sites(at: list[str], served: list[str], several: bool) -> None:
     at += served
     with capturedLogs() as events, socket.create_server(("127.0.0.1", 0)) as listener:
         require_web_server(parse_address(f"127.0.0.1:{listener.getsockname()[1]}"), 1)
-    assert [formatEvent(event).startswith("Port 443 is served at") for event in events] == (
-        [True] if several else []
-    )
+    assert [
+        formatEvent(event).startswith("Web servers listen on port 443 of") for event in events
+    ] == ([True] if several else [])

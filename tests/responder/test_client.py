@@ -48,7 +48,7 @@ def test_refused(path: Path) -> None:
 
 def test_nobody_listens(path: Path) -> None:
     """Without a daemon, also with the socket of a killed one, the remedy is to start one."""
-    told = rf"^no daemon listens at {path}; start it: acme-alpn-proxy start$"
+    told = rf"^no instance listens at {path}; start one: acme-alpn-proxy start$"
     with pytest.raises(NotListening, match=told):
         ask(str(path), "unauth site.example")
     with socket.socket(socket.AF_UNIX) as dead:
@@ -79,7 +79,9 @@ def test_not_permitted() -> None:
             done = subprocess.run(
                 [sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, check=False
             )
-    assert done.stdout == f"may not use the control socket {path}; run this as root\n", done.stderr
+    assert done.stdout == f"no permission to use the control socket {path}; run this as root\n", (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("said", [b"", b"OK", b"\n", b"YES\n", b"x" * 70_000 + b"\n"])
@@ -88,7 +90,7 @@ def test_no_answer(path: Path, said: bytes) -> None:
     first = iter([said])
     with (
         control_daemon(path, lambda line: next(first)),
-        pytest.raises(ControlError, match=f"^the daemon at {path} gave no answer; its log says"),
+        pytest.raises(ControlError, match=f"^the instance at {path} gave no answer; see its log"),
     ):
         ask(str(path), "unauth site.example", 2)
 
@@ -98,13 +100,15 @@ def test_too_late(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(ControlError, match=rf"^no answer at {path} within 0.05 s; the log"):
+        with pytest.raises(ControlError, match=rf"^no answer at {path} within 0.05 s; see the log"):
             ask(str(path), "unauth site.example", 0.05)
 
 
 def test_path_that_cannot_be(tmp_path: Path) -> None:
     """For a path that no socket can have, the error has the system's text."""
-    with pytest.raises(ControlError, match=r"^cannot ask at .*; see: acme-alpn-proxy status$"):
+    with pytest.raises(
+        ControlError, match=r"^cannot send a request to .*; see: acme-alpn-proxy status$"
+    ):
         ask(os.fspath(tmp_path / ("x" * 200)), "unauth site.example")
 
 

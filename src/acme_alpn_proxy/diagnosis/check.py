@@ -36,17 +36,19 @@ from ..proxy.header import UNKNOWN
 from ..proxy.routing import ACME_TLS_1
 from ..proxy.visitoraddress import (
     bare_cause,
+    bare_remedy,
     may_have_way_back,
     refuse_translation,
     web_server,
 )
-from ..proxy.webserver import sites
+from ..proxy.webserver import START_WEB_SERVER, sites
 from ..redirects.choice import or_another_way
 from ..redirects.claim import claim_redirect
-from ..redirects.iptables import default_rulespec
+from ..redirects.iptables import NO_EXPIRY, default_rulespec
 from ..redirects.leftovers import LIFE_SIGN, Leftovers
 from ..redirects.rules import EXPIRY
 from ..tap import make_way
+from ..wording import counted
 from .finding import Finding, FindingObject, Level, worst
 from .handshake import OnlyAlert, handshake
 from .probe import Doing, Probe, Tell, probe
@@ -178,22 +180,30 @@ class Check:
             if target.is_original:
                 served, others = yield deferToThread(sites)
                 if not served:
-                    raise ConnectionError("nobody answers on port 443 at any address of this host")
+                    return Finding(
+                        "fallback",
+                        Level.FAILED,
+                        "no web server answers on port 443 at any address of this host",
+                        START_WEB_SERVER,
+                    )
                 if others:
-                    seen = f"port 443 is not served at {', '.join(others)}"
+                    seen = f"no web server answers on port 443 of {', '.join(others)}"
                 for host in served:
                     target = Address(shown((host, HTTPS)), host, HTTPS)
                     yield handshake(self._reactor, target, patience, header=header)
             else:
                 yield handshake(self._reactor, target, patience, header=header)
         except OnlyAlert as problem:
-            return Finding("fallback", Level.OK, f"answers TLS, by refusing: {problem}")
+            refuses = f"speaks TLS, but refused the test handshake: {problem}"
+            return Finding(
+                "fallback", Level.OK, f"{refuses} (normal if it requires a known server name)"
+            )
         except Exception as problem:  # each kind of endpoint fails in its own way
             return Finding(
                 "fallback",
                 Level.FAILED,
                 f"{target} does not answer TLS: {_why(problem)}",
-                "start the web server, or name its address with --fallback",
+                START_WEB_SERVER,
             )
         return Finding("fallback", Level.OK, seen)
 
@@ -209,8 +219,11 @@ class Check:
         except StartError as problem:
             if self._options["visitor-address"] == "require":
                 return Finding.refused("visitor address", problem)
-            return Finding("visitor address", Level.OK, "the web server sees this host's")
-        remedy = "give 127.0.0.1 no privilege in the web server"
+            seen = "the web server sees an address of this host instead of the visitors' addresses"
+            return Finding("visitor address", Level.OK, seen)
+        remedy = (
+            f"give {server.host} no privileges in the web server, such as access without a password"
+        )
         if self._options["visitor-address"] == "off":
             cause = f"--visitor-address off: the web server sees all visitors as {server.host}"
             return Finding("visitor address", Level.WARNING, cause, remedy)
@@ -221,8 +234,10 @@ class Check:
             if self._options["visitor-address"] == "require":
                 return Finding.refused("visitor address", problem)
             cause = f"the web server sees all visitors as {server.host}: {bare_cause(problem)}"
-            return Finding("visitor address", Level.WARNING, cause, problem.remedy)
-        return Finding("visitor address", Level.OK, "the web server sees the visitors' own")
+            return Finding("visitor address", Level.WARNING, cause, bare_remedy(problem))
+        return Finding(
+            "visitor address", Level.OK, "the web server sees the visitors' own addresses"
+        )
 
     @inlineCallbacks
     def _look_at_acme_target(
@@ -233,14 +248,21 @@ class Check:
             patience = self._options["connect-timeout"]
             agreed = yield handshake(self._reactor, target, patience, acme, header=header)
         except NobodyListens:
-            return Finding(name, Level.OK, "nobody listens there yet")
+            return Finding(
+                name,
+                Level.OK,
+                "no program listens there now (normal: the ACME client starts later)",
+            )
         except Exception as problem:
             seen = f"{target} does not answer validations at the moment: {_why(problem)}"
         else:
             if agreed == acme:
                 return Finding(name, Level.OK, "answers validations")
             seen = f"what listens at {target} does not know {acme}"
-        remedy = "see that the ACME client can have that address, or name another one with --alpn"
+        option = "--alpn" if target == self._options["alpn"] else "--alpn-for"
+        remedy = (
+            f"stop the program that uses the address (ss -ltnp), or choose another with {option}"
+        )
         return Finding(name, Level.WARNING, seen, remedy)
 
     @inlineCallbacks
@@ -278,7 +300,7 @@ class Check:
             if problem.status == os.EX_TEMPFAIL:
                 self._another_instance = True
                 if self._running is not None:
-                    return Finding(way, Level.OK, "the instance that runs has it")
+                    return Finding(way, Level.OK, "in use by the running instance")
             return Finding.refused(way, problem)
         return Finding(way, Level.OK)
 
@@ -297,8 +319,7 @@ class Check:
             return Finding(
                 name,
                 Level.WARNING,
-                f"{name} has no match 'time': if the proxy and its guard are killed together,"
-                " 'acme-alpn-proxy stop' must remove the rules",
+                f"{name} {NO_EXPIRY}",
                 "load the kernel's module xt_time: modprobe xt_time",
             )
         return finding
@@ -329,10 +350,10 @@ class Check:
         count = len(found) + count_left()
         if not count:
             return Finding("leftovers", Level.OK)
-        cause = f"{count} rules of a killed instance are left"
+        cause = f"a killed instance has left {counted(count, 'rule')}"
         redirects = any(each.steers for each in found)
         if redirects:
-            cause += ", which send visitors to a port where nobody listens"
+            cause += ": visitors are sent to a port where no program listens, so the site is down"
         level = Level.FAILED if redirects else Level.WARNING
         return Finding("leftovers", level, cause, "remove them with: acme-alpn-proxy stop")
 
@@ -342,8 +363,8 @@ class Check:
             cause = f"not done: an instance runs as PID {self._running}"
             self._tell(Finding("probe", Level.WARNING, cause, "stop it first"))
         elif worst(self.findings) is Level.FAILED:
-            cause = "not done: visitors would be steered, and something failed"
-            self._tell(Finding("probe", Level.WARNING, cause, "see above"))
+            cause = "not done: a check has failed, and the probe would steer visitors"
+            self._tell(Finding("probe", Level.WARNING, cause, "correct what has failed"))
         else:
             yield self._probe(self._reactor, self._options, self._tell, doing=self._doing)
 

@@ -28,6 +28,7 @@ from ..proxy.identifiers import (
 from ..proxy.routing import ACME_TLS_1, Route, Routing
 from ..proxy.statistics import ANSWERED, NO_NAME, NOT_ANSWERED, UNDER_WAY, VALIDATION_ENDED
 from ..responder.server import REFUSED
+from ..wording import counted
 from .finding import Finding, Level
 
 PERSPECTIVES: Final = 5
@@ -87,8 +88,8 @@ def explain(
         yield Finding(
             "validations",
             Level.FAILED,
-            "no CA has asked",
-            "see what is known of a name: acme-alpn-proxy explain NAME",
+            "no validation reached this host",
+            "for more about a name: acme-alpn-proxy explain NAME",
         )
     for name in names:
         own = [each for each, asked in zip(seen, asked_for, strict=True) if asked == name]
@@ -104,42 +105,48 @@ def _explain(name: str, seen: Sequence[Seen], target: str) -> Iterator[Finding]:
         yield Finding(
             name,
             Level.WARNING,
-            f"{len(hosts)} addresses have asked ({', '.join(sorted(hosts))}); a CA may ask from"
-            f" {PERSPECTIVES} or more",
-            "see whether a firewall in front of this host keeps some countries or networks out",
+            f"validations came from {counted(len(hosts), 'address', 'addresses')}"
+            f" ({', '.join(sorted(hosts))}), but a CA may use {PERSPECTIVES} or more",
+            "check whether a firewall between this host and the Internet blocks some countries or"
+            " networks",
         )
 
 
 def _of_result(name: str, result: str, count: int, target: str) -> Finding:
-    times = f"{count} validation{'s' * (count > 1)}"
+    times = counted(count, "validation")
     if result == ANSWERED:
         return Finding(name, Level.OK, f"answered: {times}")
     if result == REFUSED:
         return Finding(
             name,
             Level.FAILED,
-            f"{times}, but nothing was pending for this name and nobody answers at {target}",
-            "let the ACME client answer there, or tell the proxy what to answer (acme-alpn-proxy"
-            " hook)",
+            f"{times}, but no ACME client had registered this name with the proxy, and no program"
+            f" listens at {target}",
+            "start the ACME client so that it listens there, or let the proxy answer (see:"
+            " acme-alpn-proxy help hook)",
         )
     if result.startswith("unreachable"):
         return Finding(
             name,
             Level.FAILED,
             f"{times}, but {target} cannot be reached ({result.partition(': ')[2]})",
-            "start the ACME client, or name with -alpn where it answers",
+            "start the ACME client, or give its address with --alpn",
         )
     if result == NOT_ANSWERED:
         return Finding(
             name,
             Level.FAILED,
             f"{times}, but the ACME client at {target} closed them without an answer",
-            "see its log: it may answer other names only, or have ended already",
+            "see the log of the ACME client: perhaps it answers only for other names, or has ended",
         )
     if result == UNDER_WAY:
-        return Finding(name, Level.WARNING, f"under way: {times}", "ask again in a minute")
+        return Finding(name, Level.WARNING, f"under way: {times}", "run this again in a minute")
     return Finding(
-        name, Level.FAILED, f"{times}: {result}", "ask the CA why (it may be no CA that came)"
+        name,
+        Level.FAILED,
+        f"{times}: {result}",
+        "see the error of the CA in the output of the ACME client (perhaps the connection came from"
+        " a scanner, not from a CA)",
     )
 
 
@@ -149,15 +156,16 @@ def _not_asked(name: str, seen: Sequence[Seen], look_up: Lookup) -> Iterator[Fin
         yield Finding(
             name,
             Level.FAILED,
-            f"nobody has asked for it, but for {', '.join(others)}",
-            "see whether the order has this name, and whether it leads here",
+            f"no validation for this name arrived, but for {', '.join(others)} validations arrived",
+            "check that the order contains this name, and that its DNS records point to this host",
         )
     else:
         yield Finding(
             name,
             Level.FAILED,
-            "no CA has asked",
-            "see whether the name leads here, and whether port 443 is open from everywhere",
+            "no validation for this name arrived",
+            "check that the DNS records of the name point to this host, and that port 443 is"
+            " reachable from the whole Internet",
         )
     yield from _records(name, look_up)
 
@@ -172,14 +180,14 @@ def _records(name: str, look_up: Lookup) -> Iterator[Finding]:
                 name,
                 Level.WARNING,
                 f"its addresses are not known here: {why}",
-                "see whether the resolver of this host works (/etc/resolv.conf)",
+                "check whether the resolver of this host works (/etc/resolv.conf)",
             )
         else:
             yield Finding(
                 name,
                 Level.FAILED,
                 f"it has no address: {why}",
-                "make an A or AAAA record that leads here",
+                "create an A or AAAA record with the address of this host",
             )
         return
     own = {str(address) for address in own_addresses()}
@@ -198,7 +206,7 @@ def _records(name: str, look_up: Lookup) -> Iterator[Finding]:
                 name,
                 Level.WARNING,
                 f"its A record {address} is no address of this host",
-                "see whether a router forwards its port 443 to here",
+                "check that a router forwards port 443 of that address to this host",
             )
 
 
@@ -227,8 +235,8 @@ def answer_of(target: Address, identifier: str) -> Iterator[Finding]:
         yield Finding(
             identifier,
             Level.WARNING,
-            f"{target} does not shake hands now: {problem}",
-            "see its log",
+            f"the TLS handshake with {target} fails: {problem}",
+            "see the log of the ACME client",
         )
         return
     assert der is not None
@@ -238,8 +246,9 @@ def answer_of(target: Address, identifier: str) -> Iterator[Finding]:
         yield Finding(
             identifier,
             Level.FAILED,
-            f"what {target} answers is refused by a CA: {fault}",
-            "name with -alpn where the ACME client answers, or let the proxy answer",
+            f"a CA would refuse the answer of {target}: {fault}",
+            "give the ACME client's address with --alpn, or let the proxy answer (see:"
+            " acme-alpn-proxy help hook)",
         )
 
 

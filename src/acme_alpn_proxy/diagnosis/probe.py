@@ -46,6 +46,8 @@ DIAL_DEADLINE: Final = 3.0
 """Seconds for each step of a connection: enough for a second SYN, which follows after one second.
 Not more, since visitors are steered in the meantime."""
 
+FROM_OUTSIDE: Final = "test from another host: openssl s_client -connect SITE:443"
+
 PAUSE: Final = 0.05
 """Seconds between the two segments of the validator's hello, so that the proxy reads the first one
 alone."""
@@ -191,8 +193,8 @@ def judge(
         return Finding(
             caller.name,
             Level.FAILED,
-            f"the responder's answer did not come back: {call.problem or 'another one did'}",
-            "see whether a firewall drops what goes out from port 443",
+            f"the answer did not arrive: {call.problem or 'another answer arrived'}",
+            "check whether a firewall drops packets that leave from port 443",
         )
     if caller.role == "visitor" and steered and call.answer.startswith(TLS_ANSWERS):
         if seen_as is None:
@@ -201,13 +203,18 @@ def judge(
         return Finding(caller.name, Level.OK, f"the web server saw it as {seen_as}, {whose}")
     if not steered:
         return Finding(caller.name, Level.FAILED, *_not_steered(call, redirect))
-    where = "the web server" if caller.role == "visitor" else "the responder"
-    what = call.problem or ("another answer than TLS" if call.answer else "an end of file")
+    where = "the web server"
+    remedy = "check that --fallback is the address of the web server, and that it speaks TLS there"
+    if caller.role == "validator":
+        where = "the probe's own ACME client"
+        remedy = "check whether a firewall blocks connections of this host to 127.0.0.1"
+    closed = "the answer is not TLS" if call.answer else "the connection was closed"
     return Finding(
         caller.name,
         Level.FAILED,
-        f"it was steered here, but did not get through to {where}: {what}",
-        "see whether --fallback names the web server, and whether that speaks TLS there",
+        f"the proxy received the connection, but did not get through to {where}:"
+        f" {call.problem or closed}",
+        remedy,
     )
 
 
@@ -215,19 +222,19 @@ def _not_steered(call: Dial, redirect: str) -> tuple[str, str]:
     """The cause and the remedy."""
     if not call.source[1]:
         port = PORT if redirect == "iptables" else 443
-        remedy = f"see whether the firewall lets in port {port}"
+        remedy = f"check that the firewall accepts connections to port {port}"
         if redirect == "iptables":
-            remedy += ", which is the one it sees here, or use another --redirect"
+            remedy += ", which it sees instead of 443, or use another --redirect"
         return f"it cannot connect: {call.problem}", remedy
     cause = "it connected to port 443, but not through the proxy"
     if redirect == "iptables":
         return cause, (
-            "see whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"
+            "check whether port 443 is exempt from connection tracking (iptables -t raw -S), or use"
             " another --redirect"
         )
     return cause, (
-        "see whether a rule sends port 443 elsewhere (iptables -t nat -S PREROUTING), as container"
-        " engines do, and then use another --redirect"
+        "look for a rule that sends port 443 elsewhere, for example from Docker (iptables -t nat -S"
+        " PREROUTING); if there is one, use another --redirect"
     )
 
 
@@ -237,9 +244,9 @@ def softened(finding: Finding) -> Finding:
     return Finding(
         finding.name,
         Level.WARNING,
-        f"{finding.cause} (but the firewall has rules for certain interfaces, and this came in by"
-        " another one)",
-        f"dial port 443 from outside; {finding.remedy}",
+        f"{finding.cause} (this may be wrong for visitors: the firewall has rules for certain"
+        " interfaces, and the probe uses another one)",
+        f"{FROM_OUTSIDE}; if that fails, too: {finding.remedy}",
     )
 
 
@@ -281,8 +288,8 @@ def probe(
         if new_interfaces_have_ipv6():
             families = [4, 6]
         else:
-            cause = "IPv6 is not dialled: new interfaces have none here"
-            remedy = "set net.ipv6.conf.default.disable_ipv6=0, or dial port 443 from outside"
+            cause = "IPv6 is not tested: new interfaces have no IPv6 on this host"
+            remedy = f"set net.ipv6.conf.default.disable_ipv6=0, or {FROM_OUTSIDE}"
             tell(Finding("probe", Level.WARNING, cause, remedy))
     try:
         namespace = Namespace(f"aap{os.getpid()}", families)
@@ -340,7 +347,7 @@ def _steer_and_dial(
         doing("steering")
         program.privilegedStartService()
         yield proxy.when_started()
-        doing("dialling port 443 from outside")
+        doing("connecting to port 443 from a network namespace")
         try:
             calls = yield _dial_all(namespace, who)
         except BaseException:
@@ -358,7 +365,7 @@ def _steer_and_dial(
                 if not program.ending:
                     tell(finding)
         finally:
-            doing("letting go of port 443; visitors who came meanwhile are served to their end")
+            doing("stopping: waiting for the open connections of visitors")
             yield let_go
     finally:
         yield maybeDeferred(port.stopListening)

@@ -52,9 +52,10 @@ class Balancers:
         if not self._reported:
             self._reported = True
             self._log.warn(
-                "A connection from {balancer} did not begin with a header of the PROXY protocol,"
-                " and is reset: {why}. Have the load balancer send one (HAProxy: send-proxy-v2), or"
-                " leave its address out of --proxy-protocol-from. Further ones are not logged",
+                "The proxy has reset a connection from {balancer}, because it did not begin with a"
+                " header of the PROXY protocol: {why} (logged only once); configure the load"
+                " balancer to send it (HAProxy: send-proxy-v2), or remove its address from"
+                " --proxy-protocol-from",
                 balancer=shown(balancer),
                 why=why,
             )

@@ -206,7 +206,7 @@ class ProxyServer(Protocol):
         if self._parser is None:
             self.relay.finished(self.transport)
         else:
-            self._decide(NotClientHello("end of file before a whole ClientHello", END_OF_FILE))
+            self._decide(NotClientHello("closed before a complete ClientHello", END_OF_FILE))
 
     def writeConnectionLost(self) -> None:
         """Our own FIN went out: nothing to do."""
@@ -454,8 +454,9 @@ class ProxyServerFactory(ServerFactory):
         if not self._loop_reported:
             self._loop_reported = True
             self._log.error(
-                "A connection to a target came back to the proxy, and is closed: name with"
-                " --fallback and --alpn addresses to which nothing steers this host's connections"
+                "The proxy connected to itself, and closed the connection: a rule redirects the"
+                " proxy's own connections; change that rule, or give addresses with --fallback and"
+                " --alpn that no rule redirects"
             )
 
     def connect(self, route: Route, server: ProxyServer, first: bytes) -> Any:
@@ -477,8 +478,9 @@ class ProxyServerFactory(ServerFactory):
         if not self._full_reported:
             self._full_reported = True
             self._log.warn(
-                "{count} visitors are here, and more wait until one of them leaves; validations do"
-                " not wait. Raise the limit on open files (ulimit -Hn, LimitNOFILE=)",
+                "The limit of {count} visitors at a time is reached, and more visitors wait"
+                " (validations do not wait); raise the limit on open files (ulimit -Hn,"
+                " LimitNOFILE=), or --max-connections if you have set it",
                 count=self._most_visitors,
             )
 
@@ -502,7 +504,7 @@ class ProxyServerFactory(ServerFactory):
         """Count C{size} more bytes of half hellos as held."""
         self.held += size
         while self.held > MAX_HELD:
-            self.hellos.oldest().give_up("too many half hellos", TOO_MANY_HELLOS)
+            self.hellos.oldest().give_up("too many incomplete ClientHellos", TOO_MANY_HELLOS)
 
     def look_for_idle(self) -> None:
         """To be called L{IDLE_LOOKS} times within the idle timeout."""
@@ -520,7 +522,7 @@ class ProxyServerFactory(ServerFactory):
         self.hangups = NoHangupWatch()
 
     def _expire(self, server: ProxyServer) -> None:
-        reason = f"no whole ClientHello within {self.hellos.seconds:g} s"
+        reason = f"no complete ClientHello within {self.hellos.seconds:g} s"
         server.give_up(reason, NO_HELLO_IN_TIME)
 
     def decided(self, server: ProxyServer, route: Route, verdict: Verdict) -> ConnectionRecord:
@@ -563,7 +565,8 @@ class ProxyServerFactory(ServerFactory):
         why = failure.getErrorMessage()
         self.statistics.unreachable(record, why)
         self._log.error(
-            "Cannot reach {route} target {target}: {why}",
+            "Cannot connect to {what} ({target}): {why}",
+            what="the web server" if route is self.routing.fallback else "the ACME client",
             route=route.name,
             target=route.target,
             why=why,

@@ -90,8 +90,8 @@ class Validations:
 
     def _expire(self, connection: Validation) -> None:
         self._log.warn(
-            "A validation has not ended within {seconds:g} s, and is reset. Does the ACME client"
-            " answer at {target}?",
+            "The proxy has reset a validation that took longer than {seconds:g} s; check that the"
+            " ACME client answers at {target}",
             seconds=VALIDATION_DEADLINE,
             target=connection.target,
         )
@@ -103,8 +103,8 @@ class Validations:
         if not self._reported:
             self._reported = True
             self._log.warn(
-                "{count} validations are under way: for each new one an old one is reset. Does the"
-                " ACME client answer at {target}?",
+                "{count} validations are open, and for each new one the proxy resets an old one;"
+                " check that the ACME client answers at {target}",
                 count=MAX_VALIDATIONS,
                 target=expendable.target,
             )

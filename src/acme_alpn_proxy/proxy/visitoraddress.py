@@ -121,7 +121,8 @@ class VisitorAddress:
             if self._required:
                 raise
             self._log.info(
-                "The web server sees all visitors under an address of this host: {cause}",
+                "The web server sees an address of this host instead of the visitors' addresses:"
+                " {cause}",
                 cause=bare_cause(problem),
             )
 
@@ -148,9 +149,9 @@ class VisitorAddress:
             raise no_way_back(problem) from None
         if (why := _no_answer(own)) is not None:
             raise StartError(
-                f"{_CANNOT}: its answer to {NOBODY[own.family]} does not come back from"
-                f" {shown(own)}: {why}; see which firewall rule is about addresses on lo,"
-                f" {_INSTEAD}",
+                f"{_CANNOT}: its answer to the test address {NOBODY[own.family]} does not reach the"
+                f" proxy from {shown(own)}: {why}; check the firewall rules for the interface lo"
+                f" (iptables -S, nft list ruleset), {_INSTEAD}",
                 os.EX_CONFIG,
             )
         answering = [own, *filter(self._answers, servers[1:])]
@@ -177,13 +178,15 @@ class VisitorAddress:
     def _answers(self, server: WebServer) -> bool:
         why = _no_answer(server)
         if why is not None:
-            self._tell_of(server, f"its answer does not come back from {shown(server)}: {why}")
+            self._tell_of(
+                server, f"its answer does not reach the proxy from {shown(server)}: {why}"
+            )
         return why is None
 
     def _tell_of(self, server: WebServer, why: str) -> None:
         """Log that the web server does not see the visitors of this family."""
         self._log.info(
-            "The web server sees visitors by {family} under an address of this host: {why}",
+            "For {family} visitors, the web server sees an address of this host: {why}",
             family="IPv6" if server.family == socket.AF_INET6 else "IPv4",
             why=why,
         )
@@ -192,6 +195,11 @@ class VisitorAddress:
 def bare_cause(problem: StartError) -> str:
     """The cause of the problem, without the words with which all these errors begin."""
     return problem.cause.removeprefix(f"{_CANNOT}: ")
+
+
+def bare_remedy(problem: StartError) -> str:
+    """The remedy of the problem if C{--visitor-address require} was not given."""
+    return problem.remedy.removesuffix(f", {_INSTEAD}")
 
 
 def web_server(fallback: Address) -> WebServer:
@@ -220,9 +228,9 @@ def refuse_translation(servers: Sequence[WebServer], proc: Path = PROC) -> None:
             value = setting.read_text().strip()
         if name not in ("default", "lo") and value != "0":
             raise StartError(
-                f"{_CANNOT}: with net.ipv4.conf.{name}.route_localnet=1 a rule may translate (DNAT)"
-                " visitors to the loopback address, and their connections would break; set it to"
-                f" 0, {_INSTEAD}",
+                f"{_CANNOT}: net.ipv4.conf.{name}.route_localnet is on, so DNAT rules can send"
+                " visitors to the loopback address, and the proxy would break these connections;"
+                f" set it to 0, {_INSTEAD}",
                 os.EX_CONFIG,
             )
 
@@ -239,18 +247,18 @@ def no_way_back(problem: OSError) -> StartError:
     """The error if no L{ReturnPath} can be made."""
     if problem.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return StartError(
-            f"{_CANNOT}: there is no {TUN}; load the module tun, where it runs in a container give"
-            f" it that device, {_INSTEAD}",
+            f"{_CANNOT}: {TUN} does not exist; load the kernel's module (modprobe tun), in a"
+            f" container pass the device to it, {_INSTEAD}",
             os.EX_UNAVAILABLE,
         )
     if problem.errno in (errno.EPERM, errno.EACCES):
         return StartError(
-            f"{_CANNOT}: a TUN device is not permitted; {AS_ADMINISTRATOR}, {_INSTEAD}",
+            f"{_CANNOT}: no permission to use a TUN device; {AS_ADMINISTRATOR}, {_INSTEAD}",
             os.EX_NOPERM,
         )
     return StartError(
-        f"{_CANNOT}: the system refuses a TUN device with its routes: {problem.strerror}; see"
-        f" whether ip rule and ip route show what is in the way, {_INSTEAD}",
+        f"{_CANNOT}: the kernel refused the TUN device or its routes: {problem.strerror}; look for"
+        f" conflicting entries (ip rule, ip route show table all), {_INSTEAD}",
         os.EX_OSERR,
     )
 

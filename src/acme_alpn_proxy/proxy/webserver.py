@@ -18,6 +18,8 @@ OWN_ANSWER: Final = 1.0
 """Seconds for each of this host's own addresses to answer; normally less than a millisecond, but
 the firewall may drop the SYN."""
 
+START_WEB_SERVER: Final = "start the web server, or give its address with --fallback"
+
 _log = Logger()
 
 
@@ -33,14 +35,16 @@ def require_web_server(fallback: Address, seconds: float) -> None:
         _connect(fallback, seconds)
     except OSError as problem:
         there = [each for each in listeners(HTTPS) if not _is_any(each)]
-        remedy = "start the web server, or name its address with --fallback"
+        remedy = START_WEB_SERVER
         if there:
-            remedy = (
-                f"port 443 is served at {', '.join(there)}: name one with --fallback {there[0]}"
+            remedy = f"start the web server there, or use --fallback {there[0]}"
+            others = ", ".join(there[1:])
+            remedy += (
+                f" (servers listen there and at {others})" if others else ", where one listens"
             )
         why = problem.strerror or str(problem)
         raise StartError(
-            f"nobody answers at {fallback.text}, where visitors would be sent: {why}; {remedy}",
+            f"no web server answers at {fallback.text}, the address of --fallback: {why}; {remedy}",
             os.EX_CONFIG,
         ) from None
     _warn_of_several_sites(fallback)
@@ -50,14 +54,13 @@ def _require_a_site() -> None:
     served, others = sites()
     if not served:
         raise StartError(
-            "nobody answers on port 443 at any address of this host, where visitors would be sent;"
-            " start the web server, or name its address with --fallback",
+            f"no web server answers on port 443 at any address of this host; {START_WEB_SERVER}",
             os.EX_CONFIG,
         )
     if others:
         _log.info(
-            "Port 443 is not served at {hosts}: while new connections are steered, who dials it"
-            " there is reset",
+            "No web server answers on port 443 of {hosts}: while the proxy steers, it resets the"
+            " connections to port 443 there",
             hosts=", ".join(others),
         )
 
@@ -106,9 +109,9 @@ def _warn_of_several_sites(fallback: Address) -> None:
         found = [str(each) for each in hosts if each.version == version and not each.is_loopback]
         if len(found) > 1:
             _log.warn(
-                "Port 443 is served at several addresses ({hosts}): while new connections are"
-                " steered, the visitors of all of them get what answers at {fallback}. With"
-                " --fallback original each site gets its own",
+                "Web servers listen on port 443 of several addresses ({hosts}): while the proxy"
+                " steers, the visitors of all of them reach {fallback}; to keep the sites separate,"
+                " use --fallback original",
                 hosts=", ".join(found),
                 fallback=fallback.text,
             )

@@ -144,7 +144,7 @@ def faults(certificate: x509.Certificate, identifier: str, digest: bytes | None)
     if certificate.issuer.public_bytes() != certificate.subject.public_bytes():
         yield "issuer and subject differ: it is not self-signed"
     elif not _is_signed_by_itself(certificate):
-        yield "its signature is not by its own key"
+        yield "its signature is not made with its own key"
     try:
         extensions = certificate.extensions
     except x509.DuplicateExtension as problem:

@@ -51,23 +51,25 @@ def ask(path: str, line: str, seconds: float = 60.0) -> str:
         answer = _exchange(path, line.encode() + b"\n", time.monotonic() + seconds)
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotListening(
-            f"no daemon listens at {path}; start it: acme-alpn-proxy start"
+            f"no instance listens at {path}; start one: acme-alpn-proxy start"
         ) from None
     except PermissionError:
-        raise ControlError(f"may not use the control socket {path}; run this as root") from None
+        raise ControlError(
+            f"no permission to use the control socket {path}; run this as root"
+        ) from None
     except TimeoutError:
         raise ControlError(
-            f"no answer at {path} within {seconds:g} s; the log of the daemon says why"
+            f"no answer at {path} within {seconds:g} s; see the log of the instance"
         ) from None
     except OSError as problem:
         raise ControlError(
-            f"cannot ask at {path}: {problem}; see: acme-alpn-proxy status"
+            f"cannot send a request to {path}: {problem}; see: acme-alpn-proxy status"
         ) from None
     word, _, rest = answer.decode(errors="replace").removesuffix("\n").partition(" ")
     if word == "ERR":
         raise Refused(rest)
     if word != "OK" or not answer.endswith(b"\n"):
-        raise ControlError(f"the daemon at {path} gave no answer; its log says why")
+        raise ControlError(f"the instance at {path} gave no answer; see its log")
     return rest
 
 

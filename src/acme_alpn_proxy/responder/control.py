@@ -161,7 +161,8 @@ class Control:
         yield self._load()
         self._pending.add(identifier, checked, asked_by, lifetime)
         self._log.info(
-            "Answering validations of {identifier} for {seconds:g} s, asked by {asked_by}",
+            "The proxy answers validations of {identifier}, for at most {seconds:g} s, as requested"
+            " by {asked_by}",
             identifier=identifier,
             seconds=lifetime,
             asked_by=asked_by,
@@ -178,7 +179,8 @@ class Control:
         authorization = self._pending.get(checked)
         if authorization is not None:
             self._log.info(
-                "Not answering validations of {identifier} any more: answered {count} times",
+                "The proxy no longer answers validations of {identifier}; validations answered:"
+                " {count}",
                 identifier=checked,
                 count=authorization.answered,
             )
@@ -255,7 +257,7 @@ class ControlProtocol(LineOnlyReceiver, TimeoutMixin):
         except (BadRequest, BadIdentifier, StartError) as problem:
             answer = f"ERR {problem}"
         except Exception:
-            self._log.failure("A client of the control socket could not be answered")
+            self._log.failure("Internal error: a client of the control socket got no answer")
             answer = "ERR internal error; see the log"
         else:
             answer = f"OK {text}".rstrip()

@@ -86,7 +86,10 @@ class Pending:
         if earlier is not None:
             earlier._expiry.cancel()
         elif len(self._by_identifier) >= MOST_PENDING:
-            raise BadRequest(f"{MOST_PENDING} identifiers are pending, which is the most; end some")
+            raise BadRequest(
+                f"the limit of {MOST_PENDING} pending identifiers is reached; remove some with:"
+                " unauth IDENT"
+            )
         new = Authorization(identifier, digest, asked_by, self._clock.seconds() + lifetime)
         new._expiry = self._clock.callLater(lifetime, self._drop, identifier)
         self._by_identifier[identifier] = new

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 UNRECOGNIZED_NAME: Final = bytes((21, 3, 3, 0, 2, 2, 112))
 """A record with an alert (RFC 8446 section 6): fatal, unrecognized_name (RFC 6066 section 3)."""
 
-REFUSED: Final = "refused: nothing is pending for this name"
+REFUSED: Final = "refused: no ACME client has registered this name"
 
 
 class _Refusal(Protocol):

@@ -84,8 +84,8 @@ class VisitorSource:
         """Remember that the target does not answer this address."""
         if not self._unanswered:
             self._log.info(
-                "The web server's answer to {visitor} does not come back: this visitor, and others"
-                " for which it is so, come from this host's own address",
+                "The web server's answer to {visitor} does not reach the proxy: for this visitor,"
+                " and others with the same problem, the web server sees an address of this host",
                 visitor=visitor,
             )
         if len(self._unanswered) == MOST_UNANSWERED:
@@ -95,8 +95,8 @@ class VisitorSource:
     def not_permitted(self) -> None:
         """Note that this process has lost the privilege."""
         self._log.warn(
-            "Not permitted any more to come from a visitor's address (it takes CAP_NET_RAW): the"
-            " web server sees all visitors under this host's own address from now on"
+            "The proxy can no longer connect from visitors' addresses (this needs CAP_NET_RAW):"
+            " from now on, the web server sees an address of this host"
         )
         self.use_none()
 
