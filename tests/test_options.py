@@ -27,7 +27,7 @@ ONE_COMMAND = (
     "one command is needed, start, stop, run, status, check, explain, hook, help, completion or"
     " manual"
 )
-RUN_NEEDS = "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+RUN_NEEDS = "run needs a command after --, for example: acme-alpn-proxy run -- lego run"
 
 
 def console(*words: str, environment: Mapping[str, str] | None = None) -> ConsoleOptions:
@@ -108,7 +108,7 @@ def test_wait() -> None:
     """C{--wait} is accepted with stop and run only."""
     assert console("stop", "--wait")["wait"]
     assert console("run", "--wait", "--", "true")["wait"]
-    assert refusal("start", "--wait") == "--wait goes with stop or run"
+    assert refusal("start", "--wait") == "--wait works only with stop or run"
 
 
 def test_each_command_can_be_run() -> None:
@@ -121,10 +121,12 @@ def test_check() -> None:
     """C{check} is also called C{doctor}; its flags are accepted with no other command."""
     options = console("doctor", "--probe", "--json")
     assert (options["command"], options["probe"], options["json"]) == ("check", 1, 1)
-    assert refusal("start", "--probe") == "--probe goes with check"
-    assert refusal("stop", "-json") == "--json goes with status or check or explain"
+    assert refusal("start", "--probe") == "--probe works only with check"
+    assert refusal("stop", "-json") == "--json works only with status, check or explain"
     words = ("check", "--probe", "--redirect", "none")
-    assert refusal(*words) == "--probe steers: choose one by --redirect, not none"
+    assert refusal(*words) == (
+        "--probe cannot be used with --redirect none, because it steers: choose another one"
+    )
     assert console("check", "--redirect", "none")["probe"] == 0
 
 
@@ -164,7 +166,7 @@ def test_commands(words: tuple[str, ...], why: str) -> None:
 )
 def test_foreground_with_start_alone(words: tuple[str, ...]) -> None:
     """C{-n} is accepted with start only."""
-    assert refusal(*words) == "--nodaemon goes with start"
+    assert refusal(*words) == "--nodaemon works only with start"
 
 
 def test_run() -> None:
@@ -177,10 +179,10 @@ def test_run() -> None:
 def test_shared() -> None:
     """C{--shared} is accepted with run only, C{--json} and C{--watch} with status."""
     assert console("status", "--json", "--watch")["watch"]
-    assert refusal("stop", "--json") == "--json goes with status or check or explain"
-    assert refusal("stop", "--watch") == "--watch goes with status"
+    assert refusal("stop", "--json") == "--json works only with status, check or explain"
+    assert refusal("stop", "--watch") == "--watch works only with status"
     assert console("run", "--shared", "--", "true")["shared"]
-    assert refusal("start", "--shared") == "--shared goes with run"
+    assert refusal("start", "--shared") == "--shared works only with run"
 
 
 @pytest.mark.parametrize(
@@ -221,8 +223,8 @@ def test_bad_addresses(option: str, address: str, why: str) -> None:
 def test_own_listener(option: str, address: str) -> None:
     """A target that is the proxy itself would make connections go round: refused."""
     assert refusal(f"--{option}", address, "start") == (
-        f"--{option} {address} is the proxy's own listener, so connections would go round for ever:"
-        " name the port of the program that is to answer"
+        f"--{option} {address} is the proxy's own port, so the proxy would connect to itself; give"
+        f" the address of the {'ACME client' if option == 'alpn' else 'web server'}"
     )
 
 
@@ -262,7 +264,8 @@ def test_no_name(route: str) -> None:
     with other letters than ASCII begins."""
     assert refusal(f"--alpn-for={route}", "start") == (
         f"--alpn-for {route!r}: a name and an address are needed, such as"
-        " site.example=127.0.0.1:31444; a name in other letters begins with xn--"
+        " site.example=127.0.0.1:31444; an internationalized name is needed in its ASCII"
+        " form, which begins with xn--"
     )
 
 
@@ -276,7 +279,7 @@ def test_bad_named_routes() -> None:
         "--alpn-for '[::1]': a host and a port are needed"
     )
     assert refusal("--alpn-for", "a.example=[::1]:21443", "start").startswith(
-        "--alpn-for [::1]:21443 is the proxy's own listener"
+        "--alpn-for [::1]:21443 is the proxy's own port"
     )
 
 
@@ -498,3 +501,17 @@ def test_topics() -> None:
     described += [each[2] for each in all_options("optFlags")]
     assert [about for about in described if not isinstance(about, About)] == []
     assert {about.topic for about in described} <= set(TOPICS)
+
+
+def test_bracket_that_is_not_closed() -> None:
+    """An IPv6 address as a name has both brackets, or none."""
+    assert refusal("--alpn-for=[::1=127.0.0.1:5001", "start").startswith("--alpn-for '[::1=")
+    assert refusal("--alpn-for=::1]=127.0.0.1:5001", "start").startswith("--alpn-for '::1]=")
+
+
+def test_help_of_the_hook() -> None:
+    """C{hook --help} explains the hook; a client's own words may be the same."""
+    for word in ("--help", "-h"):
+        options = console("hook", word)
+        assert (options["command"], options["about"]) == ("help", "hook")
+    assert console("hook", "uacme", "--help")["argv"] == ["uacme", "--help"]

@@ -42,14 +42,14 @@ RULESPEC_VARIABLE: Final = "ACME_ALPN_PROXY_RULESPEC"
 DISABLE_IPV6_VARIABLE: Final = "ACME_ALPN_PROXY_DISABLEV6"
 
 COMMANDS: Final = {
-    "start": "steer, in the background; returns once connections are steered",
-    "stop": "steer no more; connections under way go on",
-    "run": "steer while COMMAND runs; exit as COMMAND did",
-    "status": "show what runs, and what it has done so far",
-    "check": "look whether it would work on this host",
-    "explain": "after an order that failed: say what was seen here",
-    "hook": "do what an ACME client asks its hook for",
-    "help": "explain a command, as in: acme-alpn-proxy help start",
+    "start": "steer in the background; return when this has begun",
+    "stop": "stop steering; open connections continue",
+    "run": "steer while COMMAND runs; exit with the status of COMMAND",
+    "status": "show the running instances and their connections",
+    "check": "check whether the proxy would work on this host",
+    "explain": "show which validations of the last order reached this host",
+    "hook": "act as the hook of an ACME client (uacme or dehydrated)",
+    "help": "explain a command, for example: acme-alpn-proxy help start",
     "completion": "print the completions for a shell: bash, zsh or fish",
     "manual": "show the man page",
 }
@@ -103,7 +103,7 @@ RESPONDER: Final = Topic("Answering validations itself", (*_STARTS, "hook"))
 LIMITS: Final = Topic("Timeouts and limits", _STARTS)
 ENDING: Final = Topic("How it ends", (*_STARTS, "stop"))
 PROCESS: Final = Topic("The process, its log and its metrics", ("start", "run"))
-COMMAND_FLAGS: Final = Topic("What belongs to one command", ())
+COMMAND_FLAGS: Final = Topic("Options of single commands", ())
 OTHERS: Final = Topic("Other options", tuple(COMMANDS))
 """For an option without a topic."""
 
@@ -157,7 +157,8 @@ def _name(text: str) -> str:
     """A name as the server name of validations: in lower case, without the last dot; for an IP
     address, its reverse name (RFC 8738 section 6). Raises C{ValueError}."""
     try:
-        return ipaddress.ip_address(text.removeprefix("[").removesuffix("]")).reverse_pointer
+        bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return ipaddress.ip_address(bare).reverse_pointer
     except ValueError:
         name = text.removesuffix(".").lower()
     labels = name.removeprefix("*.").split(".")
@@ -265,7 +266,8 @@ def _user(value: str) -> int:
         return pwd.getpwuid(uidFromString(value)).pw_uid
     except KeyError:  # nor a number without a user: the user's groups are needed
         raise Unusable(
-            f"--uid {value!r}: there is no such user; name one of: getent passwd", os.EX_NOUSER
+            f"--uid {value!r}: there is no such user; list the users with: getent passwd",
+            os.EX_NOUSER,
         ) from None
 
 
@@ -274,7 +276,8 @@ def _group(value: str) -> int:
         return grp.getgrgid(gidFromString(value)).gr_gid
     except (KeyError, OverflowError):
         raise Unusable(
-            f"--gid {value!r}: there is no such group; name one of: getent group", os.EX_NOUSER
+            f"--gid {value!r}: there is no such group; list the groups with: getent group",
+            os.EX_NOUSER,
         ) from None
 
 
@@ -289,12 +292,20 @@ class ProxyOptions(usage.Options):
 
     synopsis = "Usage: twistd [options] acme-alpn-proxy [options]"
     longdesc = (
-        "Steers new connections to :443 here, sends those of an ACME validation "
-        "(TLS-ALPN-01, RFC 8737) to the ACME client and all others to the web server."
+        "Receives the new connections to port 443 of this host. Sends those of an ACME validation "
+        "(TLS-ALPN-01, RFC 8737) to the ACME client, and all others to the web server."
     )
 
     optFlags = [  # noqa: RUF012
-        ["force", None, About("Steer although the firewall seems to be in the way", STEERING)],
+        [
+            "force",
+            None,
+            About(
+                "Steer even if the checks of the firewall and the routes say that visitors"
+                " would be lost",
+                STEERING,
+            ),
+        ],
     ]
     optParameters = [  # noqa: RUF012
         [
@@ -314,8 +325,8 @@ class ProxyOptions(usage.Options):
             None,
             parse_address("127.0.0.1:443"),
             About(
-                "Where the web server answers everything else; original: at the address that the"
-                " visitor dialled",
+                "Address of the web server, for all other connections; or the word original: the"
+                " address to which the visitor connected",
                 TARGETS,
                 "ADDRESS",
             ),
@@ -337,8 +348,8 @@ class ProxyOptions(usage.Options):
             None,
             "none",
             About(
-                "Tell the ACME client who the visitor is, by a header of the PROXY protocol: none,"
-                " v1 or v2",
+                "Send the ACME client the visitor's address in a header of the PROXY protocol:"
+                " none, v1 or v2. The ACME client must expect this header",
                 TARGETS,
                 "VERSION",
             ),
@@ -349,8 +360,8 @@ class ProxyOptions(usage.Options):
             None,
             "none",
             About(
-                "Tell the web server who the visitor is, by a header of the PROXY protocol, which"
-                " it must expect: none, v1 or v2",
+                "Send the web server the visitor's address in a header of the PROXY protocol:"
+                " none, v1 or v2. The web server must be configured to read this header",
                 TARGETS,
                 "VERSION",
             ),
@@ -361,8 +372,9 @@ class ProxyOptions(usage.Options):
             None,
             None,
             About(
-                "Load balancers whose connections begin with a header of the PROXY protocol:"
-                " addresses and networks, with commas between them",
+                "Addresses and networks, with commas between them, of load balancers that send a"
+                " header of the PROXY protocol. The proxy reads the visitor's address from it, and"
+                " resets their connections that do not begin with it",
                 TARGETS,
                 "NETWORKS",
             ),
@@ -373,9 +385,10 @@ class ProxyOptions(usage.Options):
             None,
             ",".join(WAYS),
             About(
-                "One of iptables, nftables (Linux 5.12), sk-lookup (BPF, Linux 5.9), or a list of"
-                " them, of which the first that works here is taken; auto is the list"
-                f" {','.join(AUTO)}; none: you steer connections to port {PORT} yourself",
+                "How to steer: iptables, nftables (Linux 5.12 or newer) or sk-lookup (BPF, Linux"
+                " 5.9 or newer). Of several, with commas between them, the proxy uses the first"
+                f" that works. auto: {','.join(AUTO)}. none: the proxy changes nothing, and you"
+                f" send the connections to port {PORT} yourself",
                 STEERING,
                 "WAYS",
             ),
@@ -386,10 +399,11 @@ class ProxyOptions(usage.Options):
             None,
             "auto",
             About(
-                "Whether the web server sees the visitors' own addresses: auto (where that works),"
-                " off (it sees an address of this host), or require (otherwise refuse to start)",
+                "Which addresses the web server sees: auto (the visitors' own, if that works on"
+                " this host), off (an address of this host), or require (the visitors' own; if"
+                " that does not work, the proxy does not start)",
                 TARGETS,
-                "WHETHER",
+                "MODE",
             ),
             _choice("visitor-address", VISITOR_ADDRESS),
         ],
@@ -398,8 +412,8 @@ class ProxyOptions(usage.Options):
             None,
             5.0,
             About(
-                "Time for a visitor to send a whole ClientHello; after that, the connection goes to"
-                " the fallback",
+                "Time for a visitor to send a complete ClientHello; after that, the connection goes"
+                " to the web server",
                 LIMITS,
                 "SECONDS",
             ),
@@ -410,7 +424,8 @@ class ProxyOptions(usage.Options):
             None,
             10.0,
             About(
-                "Time for a target to accept a connection; after that, the visitor is reset",
+                "Time for the web server or the ACME client to accept a connection; after that, the"
+                " proxy resets the visitor's connection",
                 LIMITS,
                 "SECONDS",
             ),
@@ -432,8 +447,8 @@ class ProxyOptions(usage.Options):
             None,
             0,
             About(
-                "How many visitors at a time, others wait; 0: as many as the limit on open files"
-                " allows",
+                "How many visitors the proxy serves at a time; others wait. 0: as many as the limit"
+                " on open files allows",
                 LIMITS,
                 "NUMBER",
             ),
@@ -444,7 +459,8 @@ class ProxyOptions(usage.Options):
             None,
             15.0,
             About(
-                "Time to go on accepting at a stop, at most, while handshakes are under way",
+                "After a stop, accept connections for at most this time, so that TCP handshakes in"
+                " progress can end",
                 ENDING,
                 "SECONDS",
             ),
@@ -455,7 +471,8 @@ class ProxyOptions(usage.Options):
             None,
             180.0,
             About(
-                "Time to wait at a stop for live connections; after that, they are reset",
+                "After a stop, wait for at most this time for open connections to end; then reset"
+                " them",
                 ENDING,
                 "SECONDS",
             ),
@@ -466,8 +483,9 @@ class ProxyOptions(usage.Options):
             None,
             None,
             About(
-                "Unix socket at which root's ACME clients tell what to answer validations with; by"
-                " default beside the PID file, /var/run/acme-alpn-proxy.control",
+                "Unix socket at which ACME clients of root register the validations that the proxy"
+                " answers; by default in the folder of the PID file,"
+                " /var/run/acme-alpn-proxy.control",
                 RESPONDER,
                 "PATH",
             ),
@@ -522,7 +540,8 @@ class ProxyOptions(usage.Options):
         if not equals:
             raise UsageError(
                 f"--alpn-for {route!r}: a name and an address are needed, such as"
-                " site.example=127.0.0.1:31444; a name in other letters begins with xn--"
+                " site.example=127.0.0.1:31444; an internationalized name is needed in its ASCII"
+                " form, which begins with xn--"
             )
         self["alpn-for"] = named = self["alpn-for"] or {}
         if name in named:
@@ -539,9 +558,10 @@ class ProxyOptions(usage.Options):
         targets += [("alpn-for", target) for target in self["alpn-for"].values()]
         for option, target in targets:
             if target.is_local_port(PORT):
+                client = "web server" if option == "fallback" else "ACME client"
                 raise UsageError(
-                    f"--{option} {target.text} is the proxy's own listener, so connections would"
-                    " go round for ever: name the port of the program that is to answer"
+                    f"--{option} {target.text} is the proxy's own port, so the proxy would connect"
+                    f" to itself; give the address of the {client}"
                 )
         for name in ("control", "alpn-certs"):
             if self[name] is not None:
@@ -575,16 +595,30 @@ class ConsoleOptions(ProxyOptions):
         [
             "on-demand",
             None,
-            About("Steer only while an identifier is pending or run needs it", STEERING),
+            About(
+                "Steer only while an ACME client has a validation pending, or while the command"
+                " run uses the proxy",
+                STEERING,
+            ),
         ],
         ["wait", None, About("Wait until the last connection has ended", ENDING)],
-        ["probe", None, About("Steer for a moment, and dial port 443 from outside", COMMAND_FLAGS)],
+        [
+            "probe",
+            None,
+            About(
+                "Steer for a moment, and connect to port 443 from a network namespace of this host",
+                COMMAND_FLAGS,
+            ),
+        ],
         ["json", None, About("Print one JSON document", COMMAND_FLAGS)],
         ["watch", None, About("Show it again every second", COMMAND_FLAGS)],
         [
             "shared",
             None,
-            About("If an instance runs already, run COMMAND with that one", COMMAND_FLAGS),
+            About(
+                "Use the instance that runs already; without this option, run then exits with 75",
+                COMMAND_FLAGS,
+            ),
         ],
     ]
     optParameters = [  # noqa: RUF012
@@ -606,13 +640,19 @@ class ConsoleOptions(ProxyOptions):
             None,
             "info",
             About(
-                "The least that is logged: debug (each visitor), info, warn or error",
+                "Lowest level to log: debug (one line for each visitor), info, warn or error",
                 PROCESS,
                 "LEVEL",
             ),
             _choice("log-level", ("debug", "info", "warn", "error")),
         ],
-        ["uid", None, None, About("The user to run as once it steers", PROCESS, "USER"), _user],
+        [
+            "uid",
+            None,
+            None,
+            About("The user to run as, when it has begun to steer", PROCESS, "USER"),
+            _user,
+        ],
         [
             "gid",
             None,
@@ -629,6 +669,8 @@ class ConsoleOptions(ProxyOptions):
         self["argv"] = given[end + 1 :]
         if "hook" in given[:end]:  # words of the client follow, which may begin with a dash
             end = given.index("hook") + 1
+            if given[end : end + 1] in (["--help"], ["-help"], ["-h"]):  # before the client's words
+                end += 1
             self["argv"] = given[end:]
         words = [self._with_two_dashes(word) for word in given[:end]]
         try:
@@ -658,7 +700,7 @@ class ConsoleOptions(ProxyOptions):
             words, self["about"] = words[:1], self._about(*words)
         if words[:1] == ("run",) and (len(words) > 1 or not argv):
             raise UsageError(
-                "run needs a command behind --, as in: acme-alpn-proxy run -- lego run"
+                "run needs a command after --, for example: acme-alpn-proxy run -- lego run"
             )
         if words[:1] == ("explain",):
             words, self["argv"] = words[:1], list(words[1:])
@@ -685,16 +727,18 @@ class ConsoleOptions(ProxyOptions):
         super().postOptions()
         for flag, commands in GO_WITH.items():
             if self[flag] and self["command"] not in commands:
-                raise UsageError(f"--{flag} goes with {' or '.join(commands)}")
+                raise UsageError(f"--{flag} works only with {_one_of(commands)}")
         if self["probe"] and self["redirect"] == "none":
-            raise UsageError("--probe steers: choose one by --redirect, not none")
+            raise UsageError(
+                "--probe cannot be used with --redirect none, because it steers: choose another one"
+            )
         self["pidfile"] = self.environment.get(PIDFILE_VARIABLE) or DEFAULT_PIDFILE
         if self["on-demand"]:
             self.check_responder("--on-demand")
             if self["uid"] and self["redirect"] == "iptables":
                 raise UsageError(
-                    "--on-demand with --uid cannot steer by iptables, which only root can run: name"
-                    " another way with --redirect, or leave --uid away"
+                    "--on-demand with --uid cannot use iptables, because only root can run it;"
+                    " choose nftables or sk-lookup with --redirect, or leave out --uid"
                 )
         for name in ("pidfile", "logfile"):  # the daemon leaves this folder
             self[name] = os.path.abspath(self[name])
@@ -702,7 +746,7 @@ class ConsoleOptions(ProxyOptions):
 
 def _one_of(names: Iterable[str]) -> str:
     *but_last, last = names
-    return f"{', '.join(but_last)} or {last}"
+    return f"{', '.join(but_last)} or {last}" if but_last else last
 
 
 def of_the_proxy(options: Mapping[str, Any]) -> dict[str, str]:

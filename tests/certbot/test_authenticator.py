@@ -161,8 +161,8 @@ def test_unknown_certbot() -> None:
         [sys.executable, "-c", UNKNOWN], capture_output=True, text=True, check=True
     )
     assert "certbot.interfaces" not in done.stdout
-    assert done.stderr.startswith("acme-alpn-proxy does not fit this certbot: ")
-    assert done.stderr.endswith("; install a newer one\n")
+    assert done.stderr.startswith("the plugin alpn-proxy does not work with this certbot: ")
+    assert done.stderr.endswith("; install a newer acme-alpn-proxy\n")
     assert done.stderr.count("\n") == 1
 
 
@@ -197,7 +197,7 @@ def test_running_without_control_socket(path: Path, tmp_path: Path) -> None:
     """If the running instance has another control socket, the error asks for its path."""
     OwnProxy.path = tmp_path / "another"
     one = plugin()
-    with pytest.raises(errors.PluginError, match=f"no control socket {path}; stop it, or give its"):
+    with pytest.raises(errors.PluginError, match=f"no control socket at {path}; stop it"):
         one.perform([achall("site.example")])
     one.cleanup([achall("site.example")])
     assert not OwnProxy.path.exists()
@@ -274,11 +274,11 @@ def test_hint(path: Path) -> None:
         hint = plugin().auth_hint([achall(name) for name in NAMES])
     assert hint.splitlines()[1:] == [
         "  site.example: validations answered: 2",
-        "  www.site.example: nobody has asked for it. See whether its A and AAAA records lead to"
-        " this host, and whether a firewall in front lets port 443 in.",
-        "  192.0.2.7 asked for site.example: answered (2 times)",
-        "  [2001:db8::8] asked for no name: not answered",
-        "  What to do about it: acme-alpn-proxy explain site.example www.site.example",
+        "  www.site.example: no validation arrived. Check that its A and AAAA records point to"
+        " this host, and that no firewall blocks port 443.",
+        "  192.0.2.7 connected for site.example: answered (2 times)",
+        "  [2001:db8::8] connected for no name: not answered",
+        "  To see what to do: acme-alpn-proxy explain site.example www.site.example",
     ]
 
 
@@ -286,5 +286,6 @@ def test_no_hint(path: Path) -> None:
     """If the daemon cannot be asked, the hint says so."""
     hint = plugin().auth_hint([achall("site.example")])
     assert hint.endswith(
-        f"is not known: no instance listens at {path}; start one: acme-alpn-proxy start"
+        f"which validations arrived: no instance listens at {path}; start one: acme-alpn-proxy"
+        " start"
     )

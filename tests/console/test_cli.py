@@ -80,7 +80,9 @@ class StopTests(CommandCase):
         """If an instance keeps :443 past the deadline, the error says so and where to look."""
         self.patch(cli, "STOP_DEADLINE", 0.1)
         pid = stubborn_process(self).pid
-        with self.assertRaisesRegex(StartError, f"PID {pid} has not let go .* its log says why"):
+        with self.assertRaisesRegex(
+            StartError, f"PID {pid} has not stopped steering .*; see its log"
+        ):
             self.stop(OwnerFile(pid))
 
     def test_does_not_end(self) -> None:
@@ -88,7 +90,7 @@ class StopTests(CommandCase):
         self.patch(cli, "STOP_DEADLINE", 0.1)
         pid = stubborn_process(self).pid
         with self.assertRaisesRegex(
-            StartError, f"PID {pid} still has live connections .*; wait on, .*: kill {pid}$"
+            StartError, f"PID {pid} still has open connections .*; wait longer, .*: kill {pid}$"
         ) as refusal:
             self.stop(OwnerFile(pid, pid, None), "--wait", "--drain-timeout", "0")
         self.assertEqual(refusal.exception.status, os.EX_TEMPFAIL)
@@ -125,7 +127,7 @@ class StartTests(CommandCase):
         self.patch(os, "fork", lambda: process.pid)
         options = self.options("--logfile", os.devnull, "start")
         with self.assertRaisesRegex(
-            StartError, f"^it died before it had started; see {os.devnull}$"
+            StartError, f"^the proxy process ended during its start; see {os.devnull}$"
         ) as refusal:
             cli.start(options, OwnerFile(None))  # type: ignore[arg-type]
         self.assertEqual((refusal.exception.status, cleaned), (1, [None]))
@@ -148,14 +150,14 @@ class RunTests(CommandCase):
         """If the proxy was stopped while C{run} waited, C{run} says so and removes what was
         left."""
         self.assertEqual(self.run_true(7, None), 0)
-        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertRegex(self.stderr.getvalue(), "the proxy ended before the command, .*; see ")
         self.assertEqual(self.cleaned, [None])
         self.assertEqual(self.theirs.recv(1), b"")
 
     def test_another_instance(self) -> None:
         """If another instance was started in the meantime, it is not touched."""
         self.assertEqual(self.run_true(7, 8), 0)
-        self.assertRegex(self.stderr.getvalue(), "the proxy has ended before the command did; see ")
+        self.assertRegex(self.stderr.getvalue(), "the proxy ended before the command, .*; see ")
         self.assertEqual(self.cleaned, [])
 
     def test_does_not_let_go(self) -> None:
@@ -163,7 +165,7 @@ class RunTests(CommandCase):
         self.patch(cli, "STOP_DEADLINE", 0.1)
         pid = stubborn_process(self).pid
         self.assertEqual(self.run_true(pid), cli.FAILED)
-        self.assertRegex(self.stderr.getvalue(), "has not let go")
+        self.assertRegex(self.stderr.getvalue(), "has not stopped steering")
         self.assertEqual(self.run_true(pid, words=("--", "sh", "-c", "exit 7")), 7)
 
 
@@ -213,7 +215,7 @@ class WatchTests(CommandCase):
         self.addCleanup(signal.signal, signal.SIGPIPE, signal.getsignal(signal.SIGPIPE))
         with self.assertRaises(Interrupted):
             cli.status(self.options("status", "--watch"), OwnerFile(None))  # type: ignore[arg-type]
-        self.assertEqual(drawn, ["not running\n"] * 2)
+        self.assertEqual(drawn, ["no instance runs\n"] * 2)
 
 
 class OtherOptionsTests(CommandCase):
@@ -248,9 +250,9 @@ class OtherOptionsTests(CommandCase):
         said = self.start(self.answer("--force"), "-alpn", "127.0.0.1:5001")
         self.assertEqual(
             said,
-            "already running as PID 7 (/nowhere/pid) with other options: --alpn is 127.0.0.1:31443,"
-            " not 127.0.0.1:5001, --force is on, not off; stop that one first, or start with its"
-            " options",
+            "already running as PID 7 (/nowhere/pid) with other options (running / requested):"
+            " --alpn 127.0.0.1:31443 / 127.0.0.1:5001, --force on / off; stop that instance first,"
+            " or use its options",
         )
         self.assertEqual((self.refusal.status, self.kept), (os.EX_TEMPFAIL, []))
 

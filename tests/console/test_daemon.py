@@ -129,7 +129,9 @@ class OtherUserTests(SynchronousTestCase):
         """All others are refused."""
         self.patch(daemon, "has_capabilities", lambda *numbers: False)
         for wanted in ((65_534, None), (None, 65_534)):
-            with self.assertRaisesRegex(StartError, "^may not become .*; run this as root") as no:
+            with self.assertRaisesRegex(
+                StartError, "^no permission to change .*; run this as root"
+            ) as no:
                 daemon._refuse_other_user(*wanted)
             self.assertEqual(no.exception.status, os.EX_NOPERM)
 
@@ -169,7 +171,9 @@ class BecomesOtherUserTests(SynchronousTestCase):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
         self.patch(daemon, "drop_privileges", refuse)
-        with self.assertRaisesRegex(StartError, "^may not become another user or group; run this"):
+        with self.assertRaisesRegex(
+            StartError, "^no permission to change to another user or group; run this"
+        ):
             daemon._OtherUser(PROGRAM, 1, None).privilegedStartService()
 
 

@@ -35,9 +35,9 @@ def test_table() -> None:
         "  route     target           open  all  not reached  received  sent\n"
         "  acme      127.0.0.1:31443     1    1            0       0 B   0 B\n"
         "  fallback  127.0.0.1:443       0    1            0      10 B  20 B\n"
-        "  to the fallback: 1 by TLS\n"
-        "  the web server saw: 1 from the visitor's address, 0 from one of this host\n"
-        "  2 connections without a whole hello yet\n"
+        "  sent to the web server: 1 TLS\n"
+        "  source address at the web server: the visitor's in 1 connection, this host's in 0\n"
+        "  2 connections without a complete ClientHello yet\n"
         "  last validation: 1970-01-01 01:16:40 CET from 192.0.2.7:50000 for site.example:"
         " under way\n"
     )
@@ -56,11 +56,9 @@ def test_named() -> None:
 
 def test_little() -> None:
     """Missing parts are shown as missing: no instance, no answer, no validation, no name."""
-    assert table([], now=0) == "not running\n"
+    assert table([], now=0) == "no instance runs\n"
     silent: SilentInstance = {"version": 1, "pid": 7, "state": SILENT}
-    assert table([silent], now=0) == (
-        "PID 7  silent: it runs but does not answer; its log may say why\n"
-    )
+    assert table([silent], now=0) == ("PID 7  silent: it runs but does not answer; see its log\n")
     answer = answer_of(statistics().status("none", 0))
     text = table([answer], now=0)
     assert text.endswith("0 B   0 B\n  no validation yet\n")
@@ -117,7 +115,8 @@ def test_account_of_nothing() -> None:
     """It says if no validation came: that matters after a failed order."""
     assert account(answer_of(statistics().status("none", 0)), now=1_001) == [
         "steered for 1 s: 0 visitors, no failure",
-        "no validation came: the CA has not dialled port 443 of this host",
+        "no validation arrived: the CA did not connect to port 443 of this host; see:"
+        " acme-alpn-proxy explain NAME",
     ]
 
 
@@ -130,7 +129,9 @@ def test_drain() -> None:
     answer["options"] = {}
     assert drain(answer, 7, now=1_010) == "waiting for 3 open connections of PID 7"
     assert drain(None, 7, now=1_010) == "waiting for PID 7"
-    assert display.draining(answer) == "PID 7 was stopped before, and still has 3 open connections"
+    assert display.draining(answer) == (
+        "PID 7 was stopped earlier and still has 3 open connections (see: acme-alpn-proxy status)"
+    )
 
 
 @pytest.mark.parametrize(

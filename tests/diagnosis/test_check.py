@@ -159,7 +159,7 @@ class VisitorAddressTests(CheckCase):
         pattern = "as 127.0.0.1: /dev/net/tun does not exist; load .* to it$"
         self.found("visitor address", Level.WARNING, pattern)
         options = ("--visitor-address", "require")
-        self.found("visitor address", Level.FAILED, "there is no /dev/net/tun; load", *options)
+        self.found("visitor address", Level.FAILED, "/dev/net/tun does not exist; load", *options)
 
     def test_elsewhere(self) -> None:
         """A web server that is not on loopback sees an address of this host: the check is ok, but

@@ -118,7 +118,7 @@ def test_failing_order(road: Street, site: Website, proxy: Proxy, certbot: Certb
         said = certbot.fails(*ORDER, "-d", NAME, options(proxy, "--redirect", "none"))
         report = crowd.leave()
     assert "The Certificate Authority reported these problems" in said
-    assert f"{NAME}: nobody has asked for it." in said
+    assert f"{NAME}: no validation arrived." in said
     nothing_is_left(road.host.namespace, before)
     assert report.failed == 0, report
 

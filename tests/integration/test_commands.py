@@ -133,8 +133,8 @@ def test_two_starts_at_once(proxy: Proxy) -> None:
 
 def test_stop_when_not_running(proxy: Proxy) -> None:
     """C{stop} where nothing runs says so and exits 0."""
-    _said(proxy.run("stop"), "not running")
-    _said(proxy.run("stop", "--wait"), "not running")
+    _said(proxy.run("stop"), "no instance runs")
+    _said(proxy.run("stop", "--wait"), "no instance runs")
 
 
 def test_stop_returns_when_it_has_let_go(road: Street, site: Website, proxy: Proxy) -> None:
@@ -174,7 +174,7 @@ def test_pid_file_that_means_nothing(
     other = host.popen("sleep", "60", log=tmp_path / "other.log")
     try:
         proxy.pid_file.write_text(content.format(other=other.pid))
-        _said(warm.run("stop"), "not running")
+        _said(warm.run("stop"), "no instance runs")
         _said(warm.run(*proxy.start_words(*AT_ONCE)))
         assert len(host.rules()) == REDIRECTS_AND_KEEPERS
         assert int(proxy.pid_file.read_text()) in host.pids()
@@ -190,7 +190,7 @@ def test_stop_after_a_kill(proxy: Proxy) -> None:
     file."""
     proxy.start(*AT_ONCE)
     proxy.kill_with_guard()
-    _said(proxy.run("stop"), "not running; removed 4 rules of a killed instance")
+    _said(proxy.run("stop"), "no instance runs; removed 4 rules of a killed instance")
     assert proxy.namespace.rules() == []
     _said(proxy.start(*AT_ONCE))
     proxy.stop(wait=True)
@@ -332,7 +332,7 @@ def test_signal_at_any_moment_of_the_start(
         done = warm.run(*start, hit=hit, number=number, moment=moment)
         when = f"at call {moment}, the last of {moments[-1]}: {done}"
         if hit == "daemon" and done.returncode == 1:
-            assert re.fullmatch(r"acme-alpn-proxy: it died .*\n", done.stderr), when
+            assert re.fullmatch(r"acme-alpn-proxy: the proxy process ended .*\n", done.stderr), when
             assert host.rules() == [], when
         elif hit == "daemon":
             assert (done.returncode, done.stderr) == (0, ""), when
@@ -373,7 +373,7 @@ def test_port_taken(host: Namespace, proxy: Proxy) -> None:
         _refused(proxy.start(*AT_ONCE, "-n", check=False), why, os.EX_UNAVAILABLE)
         assert host.rules() == []
         assert not proxy.pid_file.exists()
-        _said(proxy.run("stop"), "not running")
+        _said(proxy.run("stop"), "no instance runs")
         assert other.getsockname()[1] == PORT
     assert host.pids() == []
 
@@ -419,7 +419,7 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
     _refused(stop, "run this as root", os.EX_NOPERM)
     proxy.start(*AT_ONCE)
     stop = host.run(*command, "stop", check=False, env=proxy.env)
-    _refused(stop, f"may not signal PID {proxy.pid}; run this as root", os.EX_NOPERM)
+    _refused(stop, f"no permission to signal PID {proxy.pid}; run this as root", os.EX_NOPERM)
     proxy.stop(wait=True)
 
 
@@ -433,8 +433,16 @@ def test_not_root(host: Namespace, proxy: Proxy) -> None:
         ),
         ("net_admin", ["--force"], "failed with status .*; run this as root .*CAP_NET_ADMIN"),
         ("net_admin", ["--redirect", "sk-lookup"], "; run this as root .*CAP_NET_ADMIN"),
-        ("setuid", ["--uid", "nobody"], "may not become another user or group; run this as root"),
-        ("setgid", ["--gid", "nogroup"], "may not become another user or group; run this as root"),
+        (
+            "setuid",
+            ["--uid", "nobody"],
+            "no permission to change to another user or group; run this as root",
+        ),
+        (
+            "setgid",
+            ["--gid", "nogroup"],
+            "no permission to change to another user or group; run this as root",
+        ),
     ],
 )
 @pytest.mark.parametrize("foreground", [[], ["-n"]])
@@ -463,8 +471,8 @@ def test_user_of_another_namespace(proxy: Proxy, foreground: list[str]) -> None:
     """In a user namespace where the user does not exist, C{start} fails, and the proxy ends."""
     proxy.wrapper = ("unshare", "--user", "--map-root-user")
     options = ("--redirect", "none", "--uid", "nobody", *foreground)
-    _refused(proxy.start(*AT_ONCE, *options, check=False), "may not become", os.EX_NOPERM)
-    assert proxy.run("status", check=False).stdout == "not running\n"
+    _refused(proxy.start(*AT_ONCE, *options, check=False), "no permission to change", os.EX_NOPERM)
+    assert proxy.run("status", check=False).stdout == "no instance runs\n"
     wait_until(lambda: proxy.namespace.pids() == [], "it has ended")
 
 
@@ -507,7 +515,7 @@ def test_iptables_missing(host: Namespace, proxy: Proxy) -> None:
     why = "ip6tables: not found on PATH; use .*install ip6tables, .*on PATH"
     _refused(done, why, os.EX_UNAVAILABLE)
     _nothing_is_left(proxy)
-    _said(host.run(*without, "stop", env=proxy.env), "not running")
+    _said(host.run(*without, "stop", env=proxy.env), "no instance runs")
 
 
 def test_any_iptables_command_fails(proxy: Proxy, fake: FakeIptables) -> None:

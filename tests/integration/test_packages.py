@@ -229,7 +229,7 @@ def test_certbot(road: Street, site: Website, debian: Machine, certbot: Certbot)
     assert first.certificate.serial_number != second.certificate.serial_number
     assert second.challenges == ["tls-alpn-01"] * 4
     assert "The Certificate Authority reported these problems" in said
-    assert f"{www}: nobody has asked for it." in said
+    assert f"{www}: no validation arrived." in said
     assert report.failed == 0, report
     assert report.steered > 0
     assert road.host.namespace.rules() == []

@@ -400,7 +400,7 @@ def test_run_with_other_options(on_demand: OnDemand) -> None:
 def test_killed(proxy: Proxy, on_demand: OnDemand) -> None:
     """C{stop} removes the control socket of a killed daemon."""
     os.kill(proxy.pid, signal.SIGKILL)
-    wait_until(lambda: "not running" in proxy.run("status", check=False).stdout, "its end")
+    wait_until(lambda: "no instance runs" in proxy.run("status", check=False).stdout, "its end")
     assert Path(on_demand.path).exists()
     proxy.run("stop")
     assert not Path(on_demand.path).exists()

@@ -145,7 +145,7 @@ def test_proxy_killed(proxy: Proxy) -> None:
         _go_on(process)
         assert process.wait(20) == 7
         assert re.fullmatch(
-            "acme-alpn-proxy: the proxy has ended before the command did; see .*\n", _said(process)
+            "acme-alpn-proxy: the proxy ended before the command, .*; see .*\n", _said(process)
         )
     assert proxy.namespace.rules() == []
 

@@ -43,7 +43,7 @@ def _sockets(proxy: Proxy) -> list[Path]:
 def test_not_running(proxy: Proxy) -> None:
     """If no instance runs, C{status} says so and exits with 3."""
     done = proxy.run("status", check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "not running\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "no instance runs\n", "")
     assert _status(proxy, 3) == []
 
 
@@ -155,7 +155,7 @@ def test_watch(proxy: Proxy) -> None:
     )
     with process, pidfd(process.pid) as descriptor:
         assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(2)] == ["not running\n"] * 2
+        assert [process.stdout.readline() for _ in range(2)] == ["no instance runs\n"] * 2
         process.send_signal(signal.SIGINT)
         assert ended_by(descriptor, 10)
 

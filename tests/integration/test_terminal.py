@@ -62,7 +62,7 @@ def test_stop_finds_one_that_drains(road: Street, site: Website, proxy: Proxy) -
         proxy.stop()
         done = proxy.run("stop")
         assert done.stderr == (
-            f"acme-alpn-proxy: not running; PID {proxy.pid} was stopped before, and still has"
+            f"acme-alpn-proxy: no instance runs; PID {proxy.pid} was stopped before, and still has"
             " 1 open connection; see status\n"
         )
         stop = proxy.namespace.popen(
@@ -73,7 +73,7 @@ def test_stop_finds_one_that_drains(road: Street, site: Website, proxy: Proxy) -
     assert stop.wait(20) == 0
     assert proxy.log_file.with_name("out").read_text() == ""
     done = proxy.run("stop", "--wait")
-    assert done.stderr == "acme-alpn-proxy: not running\n"
+    assert done.stderr == "acme-alpn-proxy: no instance runs\n"
 
 
 def test_stop_waits_for_all(road: Street, site: Website, proxy: Proxy) -> None:
@@ -148,7 +148,7 @@ def test_check_into_a_pipe(site: Website, proxy: Proxy) -> None:
         ("--help", "Usage: acme-alpn-proxy COMMAND [options]\n"),
         ("manual", '.TH ACME-ALPN-PROXY 8 "'),
         ("completion zsh", "#compdef acme-alpn-proxy acme-alpn-proxy.pyz\n"),
-        ("status", "not running\n"),
+        ("status", "no instance runs\n"),
     ):
         line = f"{proxy.program} {words} --logfile {proxy.log_file} {' '.join(AT_ONCE)} | head -1"
         done = proxy.namespace.run("sh", "-c", line, env=proxy.env)

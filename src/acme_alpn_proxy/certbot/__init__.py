@@ -7,7 +7,9 @@ try:
 except Exception as problem:  # a certbot unlike all known ones
     # An exception from here would stop certbot, even if another plugin is used.
     logging.getLogger(__name__).warning(
-        "acme-alpn-proxy does not fit this certbot: %s; install a newer one", problem
+        "the plugin alpn-proxy does not work with this certbot: %s; install a newer"
+        " acme-alpn-proxy",
+        problem,
     )
 
     class Authenticator:  # type: ignore[no-redef]

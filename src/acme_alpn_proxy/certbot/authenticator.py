@@ -24,8 +24,8 @@ from .ownproxy import CannotStart, OwnProxy
 TLS_ALPN_01: Final = "tls-alpn-01"
 
 _UNSEEN: Final = (
-    "{}: nobody has asked for it. See whether its A and AAAA records lead to this host, and whether"
-    " a firewall in front lets port 443 in."
+    "{}: no validation arrived. Check that its A and AAAA records point to this host, and that no"
+    " firewall blocks port 443."
 )
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
         add(
             "control",
             metavar="PATH",
-            help="Control socket of acme-alpn-proxy (default: beside its PID file)",
+            help="Control socket of acme-alpn-proxy (default: in the folder of its PID file)",
         )
         add(
             "options",
@@ -82,8 +82,8 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
     def more_info(self) -> str:
         """What the plugin does, for certbot's own texts."""
         return (
-            "Port 443 is steered to acme-alpn-proxy while the CA validates. That one answers the CA"
-            " and passes everybody else on to the web server, byte for byte."
+            "While the CA validates, acme-alpn-proxy receives the new connections to port 443. It"
+            " answers the CA, and passes all other connections to the web server, byte for byte."
         )
 
     def prepare(self) -> None:
@@ -127,13 +127,13 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
 
     def auth_hint(self, failed_achalls: list[achallenges.AnnotatedChallenge]) -> str:
         """What this host has seen of the failed validations, to print after the CA's text."""
-        lines = ["This is what acme-alpn-proxy has seen of it on this host."]
+        lines = ["Validations that reached acme-alpn-proxy on this host:"]
         dialled: Counter[str] = Counter()
         for identifier in map(_identifier, failed_achalls):
             try:
                 seen = json.loads(ask(self._control(), f"report {identifier}"))
             except ControlError as problem:
-                return f"What acme-alpn-proxy has seen of it is not known: {problem}"
+                return f"acme-alpn-proxy does not say which validations arrived: {problem}"
             answered = seen["answered"]
             lines.append(
                 f"{identifier}: validations answered: {answered}"
@@ -142,7 +142,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             )
             # Each report has all the last validations: a CA may have asked for another name.
             dialled |= Counter(
-                f"{one['peer'].rpartition(':')[0]} asked for {one['name'] or 'no name'}:"
+                f"{one['peer'].rpartition(':')[0]} connected for {one['name'] or 'no name'}:"
                 f" {one['answer']}"
                 for one in seen["asked"]
             )
@@ -150,7 +150,7 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
             f"{line} ({count} times)" if count > 1 else line for line, count in dialled.items()
         ]
         names = " ".join(map(_identifier, failed_achalls))
-        return "\n  ".join([*lines, f"What to do about it: acme-alpn-proxy explain {names}"])
+        return "\n  ".join([*lines, f"To see what to do: acme-alpn-proxy explain {names}"])
 
     def _answer(self, achall: achallenges.AnnotatedChallenge) -> challenges.ChallengeResponse:
         response: challenges.KeyAuthorizationChallengeResponse
@@ -173,8 +173,8 @@ class Authenticator(common.Plugin, interfaces.Authenticator):
                 ask(path, line)
             except NotListening:  # an instance runs, but not with this control socket
                 raise ControlError(
-                    f"the instance that runs has no control socket {path}; stop it, or give its"
-                    " path by --alpn-proxy-control"
+                    f"the running instance has no control socket at {path}; stop it, or give the"
+                    " path of its socket with --alpn-proxy-control"
                 ) from None
 
     def _options(self) -> list[str]:

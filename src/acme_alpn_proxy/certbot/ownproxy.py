@@ -69,7 +69,10 @@ class OwnProxy:
         try:
             self._process.communicate(timeout=_LET_GO)
         except subprocess.TimeoutExpired:
-            _log.warning("acme-alpn-proxy has not let go of port 443 yet; see its log")
+            _log.warning(
+                "acme-alpn-proxy has not yet stopped steering port 443; see its log, and run:"
+                " acme-alpn-proxy stop"
+            )
             return
         words = self._last_words()
         if self._process.returncode != 0:

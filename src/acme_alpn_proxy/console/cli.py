@@ -35,8 +35,9 @@ from ..monitoring.status import (
     socket_path,
 )
 from ..monitoring.status import ask as ask_instance
-from ..options import PORT, ConsoleOptions, Unusable, of_the_proxy
+from ..options import DEFAULT_LOGFILE, PORT, ConsoleOptions, Unusable, of_the_proxy
 from ..responder.client import ControlError, NotListening, ask, control_path
+from ..wording import counted
 from . import display
 from .child import CannotRun, run_command
 from .terminal import (
@@ -141,7 +142,7 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
         if _is_on_demand(pidfile):
             _refuse_other_options(options, pidfile, instance, chosen_only=True)
             return _run_shared(options, pidfile, instance.pid)
-        tell(f"{instance}; wait until it has ended, or use it for the command, too: --shared")
+        tell(f"{instance}; to use that instance, add --shared, or wait until it ends")
         return TRY_LATER
     with connection:
         pid = pidfile.owner()
@@ -165,7 +166,10 @@ def run(options: ConsoleOptions, pidfile: PIDFile) -> int:
             if reason is not None:
                 tell(str(reason))
                 return status or reason.status
-            tell(f"the proxy has ended before the command did; see {options['logfile']}")
+            tell(
+                "the proxy ended before the command, so later validations did not reach the ACME"
+                f" client; see {options['logfile']}"
+            )
     return status
 
 
@@ -176,9 +180,9 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
         removed = clean_up(options)
         if options["wait"] and _await_drains(options, pidfile):
             return DONE
-        also = [f"removed {removed} rules of a killed instance"] if removed else []
-        also += [f"{display.draining(each)}; see status" for each in _draining(pidfile)]
-        tell("; ".join(["not running", *also]))
+        also = [f"removed {counted(removed, 'rule')} of a killed instance"] if removed else []
+        also += map(display.draining, _draining(pidfile))
+        tell("; ".join(["no instance runs", *also]))
         return DONE
     try:
         with ProcessHandle(pid) as process:
@@ -196,7 +200,9 @@ def stop(options: ConsoleOptions, pidfile: PIDFile) -> int:
                 if not process.ended(0):
                     return DONE
     except PermissionError:
-        raise StartError(f"may not signal PID {pid}; run this as root", os.EX_NOPERM) from None
+        raise StartError(
+            f"no permission to signal PID {pid}; run this as root", os.EX_NOPERM
+        ) from None
     except ProcessLookupError:
         pass
     clean_up(options)  # it may have been killed in between
@@ -224,10 +230,12 @@ def explain(options: ConsoleOptions, pidfile: PIDFile) -> int:
         findings = explain_last_order(options, instances(pidfile.path, pidfile.owner()))
     except BadIdentifier as problem:
         raise UsageError(f"explain: {problem}") from None
-    if options["json"]:
-        print(document(findings))
-    else:
-        print(*map(_line, findings), sep="\n")
+    try:
+        print(
+            document(findings) if options["json"] else "\n".join(map(_line, findings)), flush=True
+        )
+    except BrokenPipeError:
+        nobody_reads()
     return FAILED if worst(findings) is Level.FAILED else DONE
 
 
@@ -258,8 +266,8 @@ def _ask_or_start(options: ConsoleOptions, pidfile: PIDFile, line: str) -> str:
         _start_in_background(options, pidfile).close()
     except AlreadyRunning as instance:
         raise StartError(
-            f"PID {instance.pid} runs without the control socket {path}; stop it, or give the path"
-            " of its own with --control"
+            f"the running instance (PID {instance.pid}) has no control socket at {path}; stop it,"
+            " or give the path of its socket with --control"
         ) from None
     try:
         return ask(path, line)
@@ -366,7 +374,8 @@ def _await_let_go(process: ProcessHandle, pidfile: PIDFile) -> None:
         if pidfile.owner() != process.pid or process.ended(0.02):
             return
     raise StartError(
-        f"PID {process.pid} has not let go of :443 after {STOP_DEADLINE:g} s; its log says why"
+        f"PID {process.pid} has not stopped steering port 443 within {STOP_DEADLINE:g} s; see its"
+        f" log (by default {DEFAULT_LOGFILE})"
     )
 
 
@@ -382,8 +391,8 @@ def _await_end(options: ConsoleOptions, process: ProcessHandle, pidfile: PIDFile
             if process.ended(min(left, WATCH_SECONDS) if waiting else left):
                 return
     raise StartError(
-        f"PID {pid} still has live connections after {seconds:g} s; wait on, or reset them with:"
-        f" kill {pid}",
+        f"PID {pid} still has open connections after {seconds:g} s; wait longer, or reset them"
+        f" with: kill {pid}",
         os.EX_TEMPFAIL,
     )
 
@@ -444,14 +453,14 @@ def _refuse_other_options(
     answer = _answer_of(pidfile, instance.pid)
     running = {} if answer is None else answer["options"]  # also empty for older releases
     differences = [
-        f"{name} is {running[name]}, not {wanted}"
+        f"{name} {running[name]} / {wanted}"
         for name, wanted in of_the_proxy(options).items()
         if running.get(name, wanted) != wanted and unchosen.get(name) != wanted
     ]
     if differences:
         raise StartError(
-            f"already running as PID {instance.pid} ({instance.path}) with other options:"
-            f" {', '.join(differences)}; stop that one first, or start with its options",
+            f"already running as PID {instance.pid} ({instance.path}) with other options (running /"
+            f" requested): {', '.join(differences)}; stop that instance first, or use its options",
             os.EX_TEMPFAIL,
         )
 
@@ -496,7 +505,9 @@ def _start_in_background(options: ConsoleOptions, pidfile: PIDFile) -> socket.so
         ours.close()
         with suppress(StartError):  # "stop" will report what is wrong
             clean_up(options)
-        raise StartError(f"it died before it had started; see {options['logfile']}") from None
+        raise StartError(
+            f"the proxy process ended during its start; see {options['logfile']}"
+        ) from None
     except BaseException:
         ours.close()
         raise
@@ -514,8 +525,8 @@ def _is_held(pidfile: PIDFile, pid: int) -> bool:
         return False
     connection.close()
     tell(
-        f"PID {pid} still serves {answer['holders']} commands of 'run': steering goes on until they"
-        " have ended"
+        f"PID {pid} still steers for {counted(answer['holders'], 'command')} of 'run'; it stops"
+        " when the last one has ended"
     )
     return True
 

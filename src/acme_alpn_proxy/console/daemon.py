@@ -165,8 +165,8 @@ def _refuse_other_user(uid: int | None, gid: int | None) -> None:
 
 def _may_not_become_it() -> StartError:
     return StartError(
-        "may not become another user or group; run this as root, with CAP_SETUID and CAP_SETGID"
-        " where it runs in a container, or without --uid and --gid",
+        "no permission to change to another user or group; run this as root (in a container: with"
+        " CAP_SETUID and CAP_SETGID), or leave out --uid and --gid",
         os.EX_NOPERM,
     )
 
@@ -177,7 +177,11 @@ def _load_responder() -> None:
     try:
         load_responder()
     except Exception as problem:  # cffi raises MemoryError under MemoryDenyWriteExecute=
-        _log.warn("Validations cannot be answered here: {why}", why=str(problem))
+        _log.warn(
+            "Cannot load the responder: {why}. Hooks and the certbot plugin will not work; other"
+            " ACME clients are not affected",
+            why=str(problem),
+        )
 
 
 def serve(

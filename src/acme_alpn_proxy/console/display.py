@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 from ..monitoring.status import SILENT, Answer, FallbackStatus, InstanceStatus
+from ..wording import counted
 from .terminal import coloured
 
 _REASONS: Final = {
-    "no_acme_alpn": "by TLS",
-    "not_tls": "not by TLS",
-    "deadline": "without a whole hello in time",
-    "end_of_file": "ended before a whole hello",
-    "crowded": "with half a hello, as too many others",
+    "no_acme_alpn": "TLS",
+    "not_tls": "not TLS",
+    "deadline": "without a complete ClientHello in time",
+    "end_of_file": "closed before a complete ClientHello",
+    "crowded": "with an incomplete ClientHello (too many of them)",
 }
 """For each reason why connections went to the fallback: the text after their count."""
 
@@ -31,13 +32,13 @@ def table(answers: Sequence[Answer], now: float) -> str:
 
     @param now: in seconds since the epoch.
     """
-    return "\n".join(_instance(answer, now) for answer in answers) or "not running\n"
+    return "\n".join(_instance(answer, now) for answer in answers) or "no instance runs\n"
 
 
 def _instance(answer: Answer, now: float) -> str:
     state = coloured(answer["state"], sys.stdout)
     if answer["state"] == SILENT:
-        return f"PID {answer['pid']}  {state}: it runs but does not answer; its log may say why\n"
+        return f"PID {answer['pid']}  {state}: it runs but does not answer; see its log\n"
     lines = [
         f"PID {answer['pid']}  {state} for {duration(now - answer['since'])}, since"
         f" {_when(answer['since'])}, redirect {answer['redirect']}",
@@ -46,10 +47,12 @@ def _instance(answer: Answer, now: float) -> str:
     reasons = answer["routes"]["fallback"]["reasons"].items()
     taken = [f"{count} {_REASONS.get(reason, reason)}" for reason, count in reasons if count]
     if taken:
-        lines.append(f"  to the fallback: {', '.join(taken)}")
-        lines.append(f"  the web server saw: {_seen(answer['routes']['fallback'])}")
+        lines.append(f"  sent to the web server: {', '.join(taken)}")
+        lines.append(f"  source address at the web server: {_seen(answer['routes']['fallback'])}")
     if answer["undecided"]:
-        lines.append(f"  {counted(answer['undecided'], 'connection')} without a whole hello yet")
+        lines.append(
+            f"  {counted(answer['undecided'], 'connection')} without a complete ClientHello yet"
+        )
     last = answer["last_validation"]
     lines.append(
         "  no validation yet"
@@ -58,8 +61,8 @@ def _instance(answer: Answer, now: float) -> str:
         f" {_printable(last['server_name'])}: {last['result']}"
     )
     lines += [
-        f"  pending: {_printable(each['identifier'])} for {duration(each['seconds_left'])} more,"
-        f" answered {each['answered']} times, asked by {_printable(each['asked_by'])}"
+        f"  pending: {_printable(each['identifier'])}, {duration(each['seconds_left'])} left,"
+        f" validations answered: {each['answered']}, requested by {_printable(each['asked_by'])}"
         for each in answer["pending"]
     ]
     if len(answer["pending"]) < answer["pending_count"]:
@@ -70,7 +73,7 @@ def _instance(answer: Answer, now: float) -> str:
 def _seen(fallback: FallbackStatus) -> str:
     """How often the web server saw a visitor's own address, and how often one of this host."""
     visitors, host = fallback["from_visitor_address"], fallback["from_host_address"]
-    return f"{visitors} from the visitor's address, {host} from one of this host"
+    return f"the visitor's in {counted(visitors, 'connection')}, this host's in {host}"
 
 
 def _rows(answer: InstanceStatus) -> Iterator[Sequence[str]]:
@@ -103,7 +106,8 @@ def account(answer: InstanceStatus, now: float) -> list[str]:
     visitors += f" {counted(fallback['total'], 'visitor')}, "
     visitors += _failed(fallback["failures"], f"the web server ({fallback['target']})")
     if not total:
-        return [visitors, "no validation came: the CA has not dialled port 443 of this host"]
+        none = "no validation arrived: the CA did not connect to port 443 of this host"
+        return [visitors, f"{none}; see: acme-alpn-proxy explain NAME"]
     peers = [each["peer"].rpartition(":")[0].strip("[]") for each in answer["validations"]]
     callers = list(dict.fromkeys(peers))[:_MOST_CALLERS]
     asked = ", ".join(callers) + ", and others" * (len(set(peers)) > len(callers))
@@ -124,7 +128,10 @@ def _failed(failures: int, target: str) -> str:
 
 def draining(answer: InstanceStatus) -> str:
     """A text about an instance that was stopped earlier."""
-    return f"PID {answer['pid']} was stopped before, and still has {_open(answer)}"
+    return (
+        f"PID {answer['pid']} was stopped earlier and still has {_open(answer)} (see:"
+        " acme-alpn-proxy status)"
+    )
 
 
 def _open(answer: InstanceStatus) -> str:
@@ -147,11 +154,6 @@ def drain(answer: InstanceStatus | None, pid: int, now: float) -> str:
     except (KeyError, OverflowError, ValueError):  # another release, or another program
         return text
     return f"{text}, reset in {left} at most"
-
-
-def counted(count: int, what: str) -> str:
-    """A number of things, in words."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from typing import Final
 from twisted.python.usage import UsageError
 
 from ..options import (
+    COMMAND_FLAGS,
     COMMANDS,
     DEFAULT_PIDFILE,
     DISABLE_IPV6_VARIABLE,
@@ -32,9 +33,10 @@ from ..options import (
 NAME: Final = "acme-alpn-proxy"
 
 SUMMARY: Final = (
-    "Takes the new connections to port 443 of this host for the minutes that an ACME order takes,"
-    " and sends the validations of the CA (TLS-ALPN-01, RFC 8737) to the ACME client, all others to"
-    " the web server."
+    "While an ACME order is in progress, this program receives the new connections to port 443 of"
+    " this host. It sends the validations of the CA (TLS-ALPN-01, RFC 8737) to the ACME client, and"
+    " all other connections to the web server. To steer means: to send new connections on port 443"
+    " to this program, the proxy."
 )
 
 SYNOPSES: Final = {
@@ -49,60 +51,66 @@ SYNOPSES: Final = {
 
 DETAILS: Final = {
     "start": (
-        "Goes to the background and steers new connections to :443. Exits 0 once that is so, or if"
-        " an instance with the same options steers already. If an instance runs with other options,"
-        " it says what differs and exits 75."
+        "Goes to the background and steers. Exits 0 when new connections are steered, or if an"
+        " instance with the same options steers already. If an instance runs with other options, it"
+        " says what differs and exits 75."
     ),
     "stop": (
-        "Ends the steering. Exits 0 once new connections reach the web server directly again, or if"
-        " nothing runs. Connections under way go on until they end, at most for the time that"
-        " --drain-timeout of the start allows. With --wait it returns when the last one has ended,"
-        " also those of an instance that was stopped before."
+        "Stops steering. Exits 0 when new connections reach the web server directly again, or if no"
+        " instance runs. Open connections continue until they end, at most for the --drain-timeout"
+        " that was given to start. With --wait, stop returns when the last of them has ended. It"
+        " also waits for the connections of instances that were stopped earlier."
     ),
     "run": (
-        "Steers, runs COMMAND, and steers no more, whatever becomes of COMMAND. The variable"
-        " ACME_ALPN_PROXY_TARGET tells COMMAND where to answer the CA. On a terminal the last two"
-        " lines say what came meanwhile."
+        "Starts to steer, runs COMMAND, and stops steering when COMMAND ends for any reason. The"
+        " variable ACME_ALPN_PROXY_TARGET tells COMMAND at which address it must answer the CA. On"
+        " a terminal, run prints two more lines at the end: how many visitors and validations came."
     ),
-    "status": "Shows each instance that runs or drains. Exits 3 if there is none. It needs root.",
+    "status": (
+        "Shows each running instance, and each stopped instance that still has open connections."
+        " Exits 3 if there is none. It needs root."
+    ),
     "explain": (
-        "After an order that failed: says what was seen here of the validation of each NAME, or of"
-        " the last ones."
+        "Use it after an order that failed. For each NAME it shows which validations reached this"
+        " host, how they ended, and what to do. Without NAME it shows the last validations."
     ),
     "hook": (
-        "For the hook of an ACME client: gives the proxy the words that the client gives to its"
-        " hook, so that the proxy answers the validation itself. It starts the proxy if none runs."
+        "An ACME client calls this as its hook (--hook of uacme, HOOK of dehydrated). It passes the"
+        " arguments of the client to the proxy, and the proxy answers the validation itself. It"
+        " starts the proxy if no instance runs."
     ),
     "manual": "Shows the man page. Into a pipe or a file it prints the source of the page.",
     "check": (
-        "Looks whether the proxy would work on this host, with the options that start will be"
-        " given. One line for each check: ok, warning or failed, the cause and the remedy. It"
-        " changes nothing; --probe steers for a moment. Exits 1 if something failed. The command"
-        " doctor is the same."
+        "Checks whether the proxy would work on this host; give it the same options as start. It"
+        " prints one line for each check: ok, warning or failed, the cause and the remedy. It"
+        " changes nothing, but --probe steers for a moment. Exits 1 if something failed. The"
+        " command doctor is the same."
     ),
 }
 
 EXAMPLES: Final = {
     "run": (
-        "Get a certificate while the web server serves on",
+        "Get a certificate while the web server keeps running",
         "acme-alpn-proxy run -- \\\n"
         "  lego --tls --tls.port 127.0.0.1:31443 --domains site.example \\\n"
         "  --email you@site.example --accept-tos run",
     ),
     "check": (
-        "Dial port 443 as a CA does, before the CA does it",
+        "Connect to port 443 as a CA does, before the order",
         "acme-alpn-proxy check --probe",
     ),
     "start": (
-        "In hooks of a client that answers on port 5001, before and after the order",
+        "Before and after an order, for an ACME client that listens on port 5001",
         "acme-alpn-proxy --alpn 127.0.0.1:5001 start\nacme-alpn-proxy stop",
     ),
-    "stop": ("Stop, and return when the last visitor has left", "acme-alpn-proxy stop --wait"),
+    "stop": ("Stop, and return when the last connection has ended", "acme-alpn-proxy stop --wait"),
     "status": ("Watch connections come and go", "acme-alpn-proxy status --watch"),
     "completion": (
-        "In ~/.bashrc; in ~/.zshrc, after compinit; once, for fish",
+        "bash: add this line to ~/.bashrc",
         'eval "$(acme-alpn-proxy completion bash)"\n'
+        "# zsh: add this line to ~/.zshrc, after compinit\n"
         'eval "$(acme-alpn-proxy completion zsh)"\n'
+        "# fish: run this once\n"
         "acme-alpn-proxy completion fish \\\n"
         "  >~/.config/fish/completions/acme-alpn-proxy.fish",
     ),
@@ -118,27 +126,33 @@ _SHOWN: Final = ("run", "check")
 
 ENVIRONMENT: Final = {
     PIDFILE_VARIABLE: f"The PID file, by default {DEFAULT_PIDFILE}",
-    RULESPEC_VARIABLE: "A rule of your own, to stand after 'iptables -t nat -I PREROUTING'",
-    f"{DISABLE_IPV6_VARIABLE}=y": "Leave IPv6 alone",
+    RULESPEC_VARIABLE: "Your own rule: the words that follow 'iptables -t nat -I PREROUTING'",
+    f"{DISABLE_IPV6_VARIABLE}=y": "Steer IPv4 only",
     "NO_COLOR": "Any value: no colours on the terminal",
 }
 
 EXIT_STATUSES: Final = {
     "0": "done",
-    "1": "any other failure; nothing is left applied; of check: something failed",
+    "1": "another failure (all changes are undone); of check and explain: something failed",
     "2": "wrong usage",
-    "3": "of status: nothing runs",
+    "3": "of status: no instance runs",
     "67": "there is no such user or group",
-    "69": "what is needed is missing, or taken",
+    "69": "a program, a package or a feature of the kernel is missing, or a port is in use",
     "70": "a defect of this program",
-    "71": "the system refuses",
+    "71": "the kernel refused an operation",
     "73": "the PID file or the log file cannot be written",
-    "75": "another instance or program is in the way: try again later; run has not run COMMAND",
-    "77": "not permitted",
-    "78": "as this host is set up, visitors would be lost",
-    "126": "of run: COMMAND is no program",
+    "75": (
+        "another instance runs, or a program holds the lock of iptables: try again later; run did"
+        " not start COMMAND"
+    ),
+    "77": "no permission",
+    "78": (
+        "with the firewall, the routes or the settings of this host, visitors would be lost; or a"
+        " setting is wrong"
+    ),
+    "126": "of run: COMMAND cannot be executed",
     "127": "of run: COMMAND is not found",
-    "128 + N": "of run: signal N has ended COMMAND; otherwise run exits as COMMAND did",
+    "128 + N": "of run: signal N has ended COMMAND; otherwise run exits with the status of COMMAND",
 }
 
 KINDS: Final = {"FILE": "file", "USER": "user", "GROUP": "group"}
@@ -285,7 +299,8 @@ def _example(command: str) -> Iterator[str]:
 def _by_topic(shown: Iterable[Option], *, alone: bool = False) -> Iterator[str]:
     for topic, found in groupby(shown, lambda option: option.topic):
         entries = [(each.names(" "), each.sentence(alone=alone)) for each in found]
-        yield from ("", f"{topic.title}:", *_table(entries))
+        title = topic.title if alone or topic is not COMMAND_FLAGS else "Options"
+        yield from ("", f"{title}:", *_table(entries))
 
 
 def _table(entries: Iterable[tuple[str, str]]) -> Iterator[str]:

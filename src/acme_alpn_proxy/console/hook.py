@@ -26,7 +26,9 @@ DECLINED: Final = 1
 def uacme(words: Sequence[str], ask: Ask) -> int:
     """C{begin|done|failed TYPE IDENT TOKEN AUTH}. For C{tls-alpn-01}, C{AUTH} is the digest."""
     if len(words) != 5 or words[0] not in UACME_METHODS:
-        raise WrongWords("begin, done or failed is needed, with TYPE IDENT TOKEN AUTH")
+        raise WrongWords(
+            "begin, done or failed is needed, with the arguments TYPE IDENT TOKEN AUTH"
+        )
     method, kind, identifier, _, digest = words
     if kind != "tls-alpn-01":
         return DECLINED
@@ -40,7 +42,7 @@ def dehydrated(words: Sequence[str], ask: Ask) -> int:
     operation, *values = words or [""]
     if operation in ("deploy_challenge", "clean_challenge"):
         if not values or len(values) % 3:
-            raise WrongWords(f"{operation} is to have IDENT TOKEN DIGEST")
+            raise WrongWords(f"{operation} needs the arguments IDENT TOKEN DIGEST")
         for identifier, digest in zip(values[::3], values[2::3], strict=True):
             ask(
                 f"auth {identifier} {digest}"

@@ -26,8 +26,8 @@ from .help import (
 
 _SIGNALS: Final = {
     "SIGTERM, SIGINT": (
-        "Stop in order: steer no more, serve the live connections to their end. A second one resets"
-        " them. To run, signals are passed on to COMMAND."
+        "Stop: end the steering, then wait for the open connections. A second signal resets them."
+        " The command run passes signals on to COMMAND."
     ),
     "SIGUSR1": "Open the log file again, after logrotate(8) has moved it.",
     "SIGHUP, SIGUSR2, SIGPIPE": "Nothing.",
@@ -36,9 +36,9 @@ _SIGNALS: Final = {
 _FILES: Final = {
     DEFAULT_PIDFILE: "The PID of the instance that runs; it holds a lock on the file.",
     DEFAULT_PIDFILE.replace(".pid", ".PID.sock"): (
-        "The Unix socket of the instance with that PID, by which status asks it."
+        "The Unix socket of the instance with that PID; the command status connects to it."
     ),
-    DEFAULT_LOGFILE: "The log. Nine full files of 1 MB are kept beside it.",
+    DEFAULT_LOGFILE: "The log. Nine full files of 1 MB are kept in the same folder.",
 }
 
 _SEE_ALSO: Final = "iptables(8), nft(8), systemctl(1), logrotate(8), RFC 8737 (TLS-ALPN-01)"
