@@ -133,6 +133,5 @@ def _all_refuse(refusals: Sequence[tuple[str, StartError]]) -> StartError:
     if not others:
         return first
     causes = "; ".join(f"{each}: {problem.cause}" for each, problem in refusals)
-    return StartError(
-        f"none of these ways works here: {causes}; for {name}: {first.remedy}", first.status
-    )
+    remedy = first.remedy if first.status == os.EX_NOPERM else f"for {name}: {first.remedy}"
+    return StartError(f"none of these ways works here: {causes}; {remedy}", first.status)
