@@ -462,7 +462,7 @@ def test_user_that_is_not_there(proxy: Proxy, option: str) -> None:
     """A user or a group that does not exist, by name or by number, is refused at once."""
     for value in ("no-such", "4294967294"):
         done = proxy.start(*AT_ONCE, option, value, check=False)
-        _refused(done, f"{option} '{value}': there is no such .*; name one", os.EX_NOUSER)
+        _refused(done, f"{option} '{value}': there is no such .*; list the", os.EX_NOUSER)
     _nothing_is_left(proxy)
 
 

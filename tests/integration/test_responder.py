@@ -394,7 +394,7 @@ def test_run_with_other_options(on_demand: OnDemand) -> None:
     words = ("--alpn", "127.0.0.1:5555", "run", "--", "echo", "was run")
     done = on_demand.proxy.run(*words, check=False)
     assert (done.returncode, done.stdout) == (os.EX_TEMPFAIL, "")
-    assert "alpn is 127.0.0.1:31443, not 127.0.0.1:5555" in done.stderr
+    assert "alpn 127.0.0.1:31443 / 127.0.0.1:5555" in done.stderr
 
 
 def test_killed(proxy: Proxy, on_demand: OnDemand) -> None:

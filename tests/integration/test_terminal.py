@@ -62,8 +62,8 @@ def test_stop_finds_one_that_drains(road: Street, site: Website, proxy: Proxy) -
         proxy.stop()
         done = proxy.run("stop")
         assert done.stderr == (
-            f"acme-alpn-proxy: no instance runs; PID {proxy.pid} was stopped before, and still has"
-            " 1 open connection; see status\n"
+            f"acme-alpn-proxy: no instance runs; PID {proxy.pid} was stopped earlier and still"
+            " has 1 open connection (see: acme-alpn-proxy status)\n"
         )
         stop = proxy.namespace.popen(
             proxy.program, "stop", "--wait", log=proxy.log_file.with_name("out"), env=proxy.env
@@ -134,7 +134,7 @@ def test_check_prints_as_it_goes(site: Website, proxy: Proxy) -> None:
     """C{check --probe} shows its current step, colours its findings, and ends with one line."""
     words = ("check", "--probe", "--logfile", proxy.log_file)
     with on_terminal(proxy, *words) as screen:
-        screen.wait_for("letting go of port 443")
+        screen.wait_for("stopping: waiting for the open connections")
         assert "\x1b[32mok     \x1b[m probe validator IPv6\r\n" in screen.shown
         assert screen.wait() == 0
     assert "connecting to port 443 from a network namespace" in screen.waits()
@@ -173,8 +173,8 @@ def test_other_options(road: Street, site: Website, proxy: Proxy) -> None:
         assert done.returncode == 75
         assert done.stderr == (
             f"acme-alpn-proxy: already running as PID {proxy.pid} ({proxy.pid_file}) with other"
-            " options: --alpn is 127.0.0.1:31443, not 127.0.0.1:5001; stop that one first, or start"
-            " with its options\n"
+            " options (running / requested): --alpn 127.0.0.1:31443 / 127.0.0.1:5001; stop that"
+            " instance first, or use its options\n"
         )
     assert proxy.start("-linger=0.0", "-alpn=127.0.0.1:31443").returncode == 0
     with site.visit(road.visitor.namespace, road.host.ipv4) as visit:
