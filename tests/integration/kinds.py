@@ -219,7 +219,7 @@ def _site_in(road: Street, box: Node, directory: Path) -> Iterator[Host]:
 
 
 DROPPED = "the firewall would drop the IPv. visitors after the redirect to port 21443: "
-ELSEWHERE = "sends the IPv4 visitors to another port or host: .* DOCKER"
+ELSEWHERE = "sends the IPv4 visitors( that arrive at net0)? to another port or host: .* DOCKER"
 
 KINDS: Mapping[str, Kind] = {
     "cold tracking": Kind(_on(street), "iptables"),
@@ -242,7 +242,7 @@ KINDS: Mapping[str, Kind] = {
     "bridge with bridge-nf": Kind(
         _on(bridged_street, _bridge_nf(1)),
         "iptables",
-        {"nftables": "by the bridge br0, .*bridge-nf-call-ip6?tables=1"},
+        {"nftables": "through the bridge br0, .*bridge-nf-call-ip6?tables"},
     ),
     "published container": Kind(_published, "iptables", {"sk-lookup": ELSEWHERE}),
     "two published containers": Kind(_two_published, "iptables", {"sk-lookup": ELSEWHERE}),

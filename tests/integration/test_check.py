@@ -237,7 +237,7 @@ def test_firewall_bound_to_interfaces(host: Namespace, site: Website, proxy: Pro
     assert done.returncode == 0, done.stdout
     found = levels(done.stdout)
     assert [found[call] for call in CALLS] == ["warning"] * 4, done.stdout
-    assert "dial port 443 from outside" in line_of(done.stdout, CALLS[0])
+    assert "from another host: openssl s_client -connect SITE:443" in line_of(done.stdout, CALLS[0])
 
 
 def test_port_443_sent_elsewhere(host: Namespace, site: Website, proxy: Proxy) -> None:
@@ -265,7 +265,7 @@ def test_leftovers(host: Namespace, site: Website, proxy: Proxy) -> None:
     done = check(proxy, "--probe")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"failed +leftovers: 4 rules of a killed .*; remove them with: acme-alpn-proxy stop",
+        r"failed +leftovers: a killed instance has left 4 rules: .*; remove them with: .* stop",
         line_of(done.stdout, "leftovers"),
     )
     assert host.rules() == rules, "it changed something"

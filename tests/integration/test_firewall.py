@@ -114,10 +114,7 @@ def _refused(road: Street, site: Website, proxy: Proxy, *words: str) -> None:
 def _steered_in_another_way(road: Street, site: Website, proxy: Proxy) -> None:
     """By default another way is taken, and start gives the reason."""
     done = proxy.start(*QUICK)
-    assert (
-        "Steering with nftables: iptables cannot be used, because the firewall would drop the IPv"
-        in done.stderr
-    )
+    assert "Steering with nftables: iptables cannot be used, because " in done.stderr
     assert _steered(road, site)
     proxy.stop(wait=True)
     assert not _steered(road, site)

@@ -104,7 +104,7 @@ def test_steered_download_at_stop(road: Street, site: Website, proxy: Proxy, fam
         digest = hashlib.sha256(response.read(1024 * 1024))
         proxy.stop()
         assert tables(road.host.namespace) == []
-        wait_until(lambda: "Draining" in proxy.log, "the listener is closed")
+        wait_until(lambda: "Waiting for the open" in proxy.log, "the listener is closed")
         while part := response.read(65536):
             digest.update(part)
         assert digest.hexdigest() == site.big_file_sha256
@@ -315,7 +315,9 @@ def test_another_instance(road: Street, site: Website, proxy: Proxy, tmp_path: P
     other = Proxy(road.host.namespace, tmp_path / "other")
     refused = other.start(*WAY, check=False)
     assert refused.returncode == os.EX_TEMPFAIL
-    assert re.search("another instance steers by nftables here; stop it first", refused.stderr)
+    assert re.search(
+        "another instance already steers with nftables; stop that instance first", refused.stderr
+    )
     assert steered(site, road, "IPv4")
     proxy.stop(wait=True)
     start(other)

@@ -122,7 +122,7 @@ def test_guard_killed(road: Street, site: Website, proxy: Proxy) -> None:
     """If the guard is killed, another one takes over, and the stop is in order."""
     start(proxy, "iptables")
     kill(proxy.guard)
-    wait_until(lambda: "another one takes over" in proxy.log, "the proxy notices")
+    wait_until(lambda: "the proxy starts a new one" in proxy.log, "the proxy notices")
     assert visit(site, road, "IPv4")
     assert proxy.guard
     proxy.stop(wait=True)
@@ -411,8 +411,8 @@ def test_bpf_not_permitted(road: Street, proxy: Proxy) -> None:
     refused = proxy.start("--redirect", "sk-lookup", check=False)
     assert refused.returncode == os.EX_NOPERM
     assert re.fullmatch(
-        "acme-alpn-proxy: BPF is not permitted; use --redirect iptables or --redirect nftables, or"
-        " run this as root.*\n",
+        "acme-alpn-proxy: no permission to use BPF; use --redirect iptables or --redirect nftables,"
+        " or run this as root.*\n",
         refused.stderr,
     )
     assert not proxy.pid_file.exists()

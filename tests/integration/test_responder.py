@@ -376,7 +376,7 @@ def test_as_another_user(road: Street, site: Website, proxy: Proxy, way: str) ->
     words = ("--on-demand", "--redirect", "iptables", "--uid", "nobody", "start")
     refused = proxy.run(*words, check=False)
     assert refused.returncode == 2
-    assert "cannot steer by iptables" in refused.stderr
+    assert "cannot use iptables" in refused.stderr
 
 
 def test_refused_hook(proxy: Proxy) -> None:

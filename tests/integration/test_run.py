@@ -156,7 +156,7 @@ def test_running_already(road: Street, site: Website, proxy: Proxy) -> None:
     done = _run(proxy, "--", "echo", "done")
     assert (done.returncode, done.stdout) == (75, "")
     assert re.fullmatch(
-        rf"acme-alpn-proxy: already running as PID {proxy.pid} \(.*\); wait until .* --shared\n",
+        rf"acme-alpn-proxy: already running as PID {proxy.pid} \(.*\); .* add --shared, .*\n",
         done.stderr,
     )
     done = _run(proxy, "--shared", "--", "echo", "done")

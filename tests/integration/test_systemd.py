@@ -255,7 +255,7 @@ def test_web_server_outside(road: Street, debian: Machine, tmp_path: Path) -> No
         alone = ("--redirect", "iptables")
         done = debian.run("acme-alpn-proxy", *alone, "start", check=False)
         assert done.returncode == os.EX_CONFIG
-        assert "this is a container" in done.stdout
+        assert "the web server runs outside this container" in done.stdout
         assert road.host.namespace.rules() == []
         for ways in ((), ("--redirect", "auto")):
             debian.run("acme-alpn-proxy", *AT_ONCE, *ways, "start")

@@ -290,7 +290,7 @@ def test_probe(road: Street, tmp_path: Path) -> None:
     with website(road.host.namespace, tmp_path / "one", (), (road.host.ipv4,)):
         found = proxy.run("check", "--probe", "--fallback", "original").stdout
     assert "failed" not in found
-    assert f"port 443 is not served at {road.host.ipv6}" in found
+    assert f"no web server answers on port 443 of {road.host.ipv6}" in found
 
 
 def test_original_without_a_web_server(road: Street, tmp_path: Path) -> None:

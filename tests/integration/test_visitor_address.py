@@ -204,7 +204,7 @@ def test_rule_of_a_killed_instance(road: Street, site: Website, proxy: Proxy, co
         assert is_seen(site, road, "IPv4")
         proxy.stop(wait=True)
     elif command == "stop":
-        assert "removed 1 rules of a killed instance" in proxy.run("stop").stderr
+        assert "removed 1 rule of a killed instance" in proxy.run("stop").stderr
     else:
         told = proxy.run("check", "--logfile", str(proxy.log_file)).stdout
         assert "a killed instance has left 1 rule" in told
@@ -232,7 +232,7 @@ WITHOUT_ADMIN = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"
     [
         (None, (), ["--fallback", "10.88.0.1:443"], os.EX_CONFIG, "no numeric loopback address"),
         (None, (), ["--fallback", "localhost:443"], os.EX_CONFIG, "no numeric loopback address"),
-        (_translated_to_loopback, (), [], os.EX_CONFIG, "net.ipv4.conf.net0.route_localnet=1"),
+        (_translated_to_loopback, (), [], os.EX_CONFIG, "net.ipv4.conf.net0.route_localnet is on"),
         (
             _dropped,
             (),
@@ -240,8 +240,8 @@ WITHOUT_ADMIN = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"
             os.EX_CONFIG,
             "its answer to the test address 192.0.2.1 does not reach the proxy",
         ),
-        (None, WITHOUT_TUN, [], os.EX_UNAVAILABLE, "there is no /dev/net/tun"),
-        (None, WITHOUT_ADMIN, ["--redirect", "none"], os.EX_NOPERM, "not permitted"),
+        (None, WITHOUT_TUN, [], os.EX_UNAVAILABLE, "/dev/net/tun does not exist"),
+        (None, WITHOUT_ADMIN, ["--redirect", "none"], os.EX_NOPERM, "no permission"),
     ],
     ids=["other address", "name", "translated", "dropped", "no TUN", "no CAP_NET_ADMIN"],
 )

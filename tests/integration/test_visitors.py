@@ -126,7 +126,7 @@ def test_download_running_at_stop(road: Street, site: Website, proxy: Proxy, fam
 def _stop_listening(proxy: Proxy) -> None:
     """Stop, and wait until the listener is closed: the drain is all there is now."""
     proxy.stop()
-    wait_until(lambda: "Draining" in proxy.log, "it drains")
+    wait_until(lambda: "Waiting for the open" in proxy.log, "it drains")
 
 
 def _ends_and_leaves_no_rule(road: Street, proxy: Proxy) -> None:
