@@ -101,10 +101,12 @@ class Machine:
         self.run("sh", "-c", script, "sh", path, text, mode)
 
     def changed(self) -> set[str]:
-        """Every file that differs from the host's, except the records of dpkg and the like."""
+        """Every file that is not the host's, except the records of dpkg and the like."""
         books = r"^(var/lib/(dpkg|systemd|apt)|var/cache|var/log/(dpkg.log|alternatives.log)|run)\b"
         # The boot script has bound the folder of the overlay's changes to this path.
-        found = self.run("find", "/media", "-not", "-type", "d", "-printf", r"%P\n")
+        # In it, a character device stands for a file of the host's that was removed.
+        types = ("-not", "-type", "d", "-not", "-type", "c")
+        found = self.run("find", "/media", *types, "-printf", r"%P\n")
         return {path for path in found.stdout.splitlines() if not re.match(books, path)}
 
 
