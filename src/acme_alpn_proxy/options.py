@@ -373,8 +373,9 @@ class ProxyOptions(usage.Options):
             None,
             About(
                 "Addresses and networks, with commas between them, of load balancers that send a"
-                " header of the PROXY protocol. The proxy reads the visitor's address from it, and"
-                " resets their connections that do not begin with it",
+                " header of the PROXY protocol. The proxy reads the visitor's address from this"
+                " header. It resets a connection from a load balancer that does not begin with the"
+                " header",
                 TARGETS,
                 "NETWORKS",
             ),
@@ -596,8 +597,8 @@ class ConsoleOptions(ProxyOptions):
             "on-demand",
             None,
             About(
-                "Steer only while an ACME client has a validation pending, or while the command"
-                " run uses the proxy",
+                "Steer only while an ACME client waits for a validation, or while a command of"
+                " 'acme-alpn-proxy run' needs it",
                 STEERING,
             ),
         ],
@@ -616,7 +617,8 @@ class ConsoleOptions(ProxyOptions):
             "shared",
             None,
             About(
-                "Use the instance that runs already; without this option, run then exits with 75",
+                "If an instance runs already, use it; without this option, exit with 75 in this"
+                " case",
                 COMMAND_FLAGS,
             ),
         ],
