@@ -473,7 +473,7 @@ class ProxyOptions(usage.Options):
             180.0,
             About(
                 "After a stop, wait for at most this time for open connections to end; then reset"
-                " them",
+                " them. Give it to start; with stop --wait, it says how long stop waits",
                 ENDING,
                 "SECONDS",
             ),
