@@ -37,7 +37,7 @@ class SubnetTests(SynchronousTestCase):
         )
         subnet = free_subnet(listing, [0, 4, 12, 16, 20, 24])
         self.assertEqual((subnet.host, subnet.dialler), ("169.254.192.21", "169.254.192.22"))
-        with self.assertRaisesRegex(StartError, "; look at: ip route"):
+        with self.assertRaisesRegex(StartError, "; remove a route in 169.254.0.0/16"):
             free_subnet(listing, [0, 4])
 
     def test_unique_local(self) -> None:

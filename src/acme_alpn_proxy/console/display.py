@@ -16,7 +16,7 @@ _REASONS: Final = {
     "not_tls": "not TLS",
     "deadline": "without a complete ClientHello in time",
     "end_of_file": "closed before a complete ClientHello",
-    "crowded": "with an incomplete ClientHello (too many of them)",
+    "crowded": "with an incomplete ClientHello, because the proxy held too many",
 }
 """For each reason why connections went to the fallback: the text after their count."""
 

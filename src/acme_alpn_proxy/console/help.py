@@ -115,7 +115,7 @@ EXAMPLES: Final = {
         "  >~/.config/fish/completions/acme-alpn-proxy.fish",
     ),
     "manual": (
-        "Have man(1) find the man page",
+        "Install the man page, so that man(1) finds it",
         "acme-alpn-proxy manual >/usr/local/share/man/man8/acme-alpn-proxy.8",
     ),
 }

@@ -57,7 +57,10 @@ def free_subnet(listing: str, choices: Iterable[int]) -> Subnet:
         network = ipaddress.IPv4Network((0xA9FEC000 + number % 0x3E00 // 4 * 4, 30))
         if not any(network.overlaps(each) for each in taken):
             return Subnet(4, str(network[1]), str(network[2]), 30)
-    raise StartError("no link-local IPv4 network is free; look at: ip route show table all")
+    raise StartError(
+        "no link-local IPv4 network is free; remove a route in 169.254.0.0/16 (see: ip route"
+        " show table all)"
+    )
 
 
 def unique_local_subnet() -> Subnet:
@@ -141,7 +144,7 @@ def _unshare() -> int:
     if libc.unshare(_CLONE_NEWNET) != 0:
         problem = os.strerror(ctypes.get_errno())
         raise StartError(
-            f"cannot make a network namespace: {problem}; run this as root, with CAP_SYS_ADMIN"
-            " where it runs in a container"
+            f"cannot make a network namespace: {problem}; run this as root (in a"
+            " container: with CAP_SYS_ADMIN)"
         )
     return threading.get_native_id()

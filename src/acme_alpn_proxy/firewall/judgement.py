@@ -321,7 +321,7 @@ class _Judge:
                     what = "answers to the " if packet.reply else ""
                     text = (
                         f"a rule exempts the {what}{self._who} from connection tracking, so"
-                        f" iptables cannot redirect them: {end.by}"
+                        f" iptables cannot redirect these visitors: {end.by}"
                     )
                     return _reason(text, end.by, REMOVE)
         return None
@@ -340,7 +340,8 @@ class _Judge:
                 if after is None:
                     leave = f"have no route instead of leaving {before}"
                 return Reason(
-                    f"answers to the {self._who} of {arrival.dialled} would {leave}, because they"
+                    f"answers to the {self._who} (connected to {arrival.dialled}) would"
+                    f" {leave}, because they"
                     f" come from {packet.local} port {packet.port} until the kernel translates them"
                     " back",
                     "change the routing rules (see: ip rule)",
@@ -453,7 +454,12 @@ class Reason(str):
 
 def _reason(text: str, by: str, remedy: str) -> Reason:
     """@param by: the rule; the remedy is another one if its chain cannot be read."""
-    return Reason(text, "make these rules readable" if by.startswith(ASSUMED) else remedy)
+    return Reason(
+        text,
+        "make it possible to read these rules (apt install nftables iptables)"
+        if by.startswith(ASSUMED)
+        else remedy,
+    )
 
 
 def _printable(text: str) -> str:

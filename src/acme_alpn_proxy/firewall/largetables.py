@@ -2,8 +2,9 @@
 
 C{nft} takes a second to list forty thousand rules, and most tables of that size are lists of bans.
 The rules of such a table, as the kernel sends them through netlink(7), take a third of that time.
-It is the kernel's time: for each packet that it sends, it goes through the rules from the first one
-on. So L{read_meanwhile} lets another process read them while this one loads modules.
+The kernel needs this time: for each netlink message of its answer, it walks through the list of
+rules from the start. So L{read_meanwhile} lets another process read them while this one loads
+modules.
 """
 
 from __future__ import annotations

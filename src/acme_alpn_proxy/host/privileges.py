@@ -1,4 +1,4 @@
-"""Dropping all privileges, for good."""
+"""Dropping all privileges for good, except named capabilities."""
 
 from __future__ import annotations
 

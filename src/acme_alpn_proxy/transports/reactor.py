@@ -1,7 +1,8 @@
 """Twisted's epoll reactor with the roles swapped, for a process that runs only the proxy.
 
-Normally the lean transports' poller is one descriptor of the reactor: each of its events costs two
-waits, and the reactor's logging contexts. Here the reactor's epoll is one descriptor of the poller.
+Normally the lean transports' poller is one descriptor of the reactor: each of its events takes two
+calls of epoll_wait(2), and the reactor makes a logging context for it. Here the reactor's epoll is
+one descriptor of the poller.
 """
 
 from __future__ import annotations
