@@ -56,7 +56,7 @@ done
 mount -t tmpfs tmpfs /run
 cp "$AUTHORITY" /etc/ssl/certs/ca-certificates.crt
 echo "CA=$CA KEYSIZE=2048" >/etc/dehydrated/conf.d/ca.sh
-mkdir -p /etc/letsencrypt
+mkdir -p /etc/letsencrypt /etc/cron.d
 printf 'server = %s\nforce-renewal\nno-random-sleep-on-renew\n' "$CA" >/etc/letsencrypt/cli.ini
 cd "$WORK"
 """
