@@ -12,26 +12,19 @@ from acme_alpn_proxy.firewall.largetables import Name, need_no_listing, read_mea
 from acme_alpn_proxy.firewall.nfchains import BaseChain
 from acme_alpn_proxy.host.netlink import attribute
 
+from ..fakenetlink import FakeNetlink
+
 IPV4 = 2
 BANS = BaseChain("ip", "bans", "c", "filter", "input", 0, 40_000)
 
 
-class Kernel:
+class Kernel(FakeNetlink):
     """Has one rule in each table, and counts how often a table is read."""
 
     def __init__(self, rule: bytes) -> None:
         self.rule = rule
         self.generation = 7
         self.reads = 0
-
-    def __call__(self, protocol: int) -> Kernel:
-        return self
-
-    def __enter__(self) -> Kernel:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def ask(self, kind: int, body: bytes) -> bytes:
         return bytes(4) + attribute(1, struct.pack("!I", self.generation))

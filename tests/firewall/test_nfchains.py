@@ -12,6 +12,8 @@ from acme_alpn_proxy.firewall import nfchains
 from acme_alpn_proxy.firewall.nfchains import BaseChain, base_chains
 from acme_alpn_proxy.host.netlink import attribute
 
+from ..fakenetlink import FakeNetlink
+
 INET, IPV4, ARP, IPV6 = 1, 2, 3, 10
 TABLE, NAME, HOOK, KIND = 1, 3, 4, 7
 
@@ -30,7 +32,7 @@ def chain(family: int, table: str, name: str, hook: tuple[int, int] | None, kind
     return answer
 
 
-class Kernel:
+class Kernel(FakeNetlink):
     """Answers one dump, or refuses."""
 
     def __init__(self, *answers: bytes, error: int = 0) -> None:
@@ -40,12 +42,6 @@ class Kernel:
     def __call__(self, protocol: int) -> Kernel:
         assert protocol == 12
         return self
-
-    def __enter__(self) -> Kernel:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         if self._error:

@@ -13,6 +13,8 @@ from acme_alpn_proxy.host import netlink, routes
 from acme_alpn_proxy.host.netlink import Netlink, attribute, attributes
 from acme_alpn_proxy.host.routes import Interface
 
+from ..fakenetlink import FakeNetlink
+
 GET_LINK, GET_ADDRESS, GET_ROUTE, GET_RULE = 18, 22, 26, 34
 LOOPBACK, POINT_TO_POINT, NO_ARP = 0x08, 0x10, 0x80
 UNIVERSE, LINK = 0, 253
@@ -43,20 +45,11 @@ class NetlinkTests(SynchronousTestCase):
         self.assertIn(routes.routes_by_mark(4), (False, True))
 
 
-class Kernel:
+class Kernel(FakeNetlink):
     """Answers dumps with given messages: links, then addresses."""
 
     def __init__(self) -> None:
         self.answers: dict[int, list[bytes]] = {}
-
-    def __call__(self, protocol: int) -> Kernel:
-        return self
-
-    def __enter__(self) -> Kernel:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         return iter(self.answers.get(kind, []))

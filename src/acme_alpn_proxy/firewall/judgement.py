@@ -341,9 +341,8 @@ class _Judge:
                     leave = f"have no route instead of leaving {before}"
                 return Reason(
                     f"answers to the {self._who} (connected to {arrival.dialled}) would"
-                    f" {leave}, because they"
-                    f" come from {packet.local} port {packet.port} until the kernel translates them"
-                    " back",
+                    f" {leave}, because they come from {packet.local} port {packet.port} until the"
+                    " kernel translates them back",
                     "change the routing rules (see: ip rule)",
                 )
         return None
@@ -378,7 +377,7 @@ class _Judge:
             if after.reply and self._family in self._around.by_mark:
                 by, _ = min(courses[0].marked ^ courses[1].marked)
                 return Reason(
-                    f"a rule marks the answers to steered visitors differently, and routing rules"
+                    "a rule marks the answers to steered visitors differently, and routing rules"
                     f" depend on marks: {by}",
                     "change that rule, or the routing rules (see: ip rule)",
                 ), None

@@ -56,7 +56,7 @@ _LOADS_ALIKE: Final = (
 _telling_expression: Final = re.compile(
     rb"(?s)\x01\0.\0\x01\0(?!(?:%b)\0|%b)[a-z]+\0" % (b"|".join(_ALIKE), b"|".join(_LOADS_ALIKE))
 ).search
-"""Finds an element of a rule's list of expressions that is none of those above."""
+"""Finds an element of a rule's list of expressions that the two lists above do not name."""
 
 
 def need_no_listing(chains: Sequence[BaseChain]) -> set[Name]:
