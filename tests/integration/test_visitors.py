@@ -76,8 +76,8 @@ def test_steered_connection_survives_the_stop(
 def test_hello_to_come_at_stop(
     road: Street, site: Website, proxy: Proxy, family: str, share: float
 ) -> None:
-    """A visitor who has connected before the stop, and has sent no hello yet or half of it, gets
-    the page after the stop."""
+    """A visitor who connected before the stop, and has sent only a part of the hello or nothing,
+    gets the page after the stop."""
     proxy.start("--linger", "0.2")
     with road.visitor.namespace.connect(road.host.address(family), 443) as connection:
         client = site.slow_client(connection)
